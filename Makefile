@@ -1,0 +1,54 @@
+# Each target alone makes .venv and installs what it needs; a second run skips that.
+PYTHON ?= python3
+ARGS ?=
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install parity test lint types imports format clean
+
+help: ## List the targets
+	@echo "Usage: make TARGET [PYTHON=python3.12] [ARGS='...']"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP) ## Make .venv with both frameworks and the developers' tools
+
+# Written last, so that an install that was cut short is done again from nothing. Only a finished one is updated in place.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "make: no '$(PYTHON)' found. TwinGPT needs Python 3.11 or newer: make install PYTHON=/path/to/python" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: TwinGPT needs Python 3.11 or newer; '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1)." \
+	       "Name another: make install PYTHON=python3.12" >&2; exit 2; }
+	@if [ -f $@ ] && $(BIN)/python -c ''; then rm -f $@; else "$(PYTHON)" -m venv --clear $(VENV); fi
+	$(BIN)/python -m pip install -c constraints.txt -e '.[parity,dev]'
+	@touch $@
+
+parity: $(STAMP) ## Prove that both models are the same function; writes runs/parity/report.json (ARGS="--variant NAME")
+	$(BIN)/parity check --out runs/parity $(ARGS)
+
+test: $(STAMP) ## Run the tests (ARGS="-k window", WORKERS=2)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(STAMP) ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## Check types
+	$(BIN)/mypy
+
+imports: $(STAMP) ## Check who imports whom
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Format, and fix what can be fixed by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove .venv, caches and build output (runs/ stays)
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
