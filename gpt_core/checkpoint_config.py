@@ -1,0 +1,44 @@
+"""`config.json` of a checkpoint: what model its weights belong to, the same file in either framework."""
+
+import json
+from pathlib import Path
+
+from gpt_core.config import ModelConfig
+from gpt_core.errors import InputError
+
+CONFIG_FILE = "config.json"
+MODEL_TYPE = "twingpt"
+_VERSION = 1
+
+
+def write_checkpoint_config(folder: Path, config: ModelConfig) -> None:
+    """Write `config.json` into a checkpoint's folder."""
+    content = {"model_type": MODEL_TYPE, "format_version": _VERSION, "model": config.to_dict()}
+    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_checkpoint_config(folder: Path) -> ModelConfig:
+    """Read `config.json` of a checkpoint.
+
+    Raises:
+        InputError: it is missing, broken, of another program or version, or has an unknown or bad field.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; a checkpoint's folder holds its config beside the weights") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict) or content.get("model_type") != MODEL_TYPE:
+        found = content.get("model_type") if isinstance(content, dict) else None
+        raise InputError(f"{path}: model_type is {found!r}; only {MODEL_TYPE!r} checkpoints can be read")
+    if content.get("format_version") != _VERSION:
+        raise InputError(
+            f"{path}: format_version is {content.get('format_version')!r}, this program reads {_VERSION}; "
+            f"use the version of twingpt that wrote it"
+        )
+    unknown = sorted(set(content) - {"model_type", "format_version", "model"})
+    if unknown:
+        raise InputError(f"{path}: unknown field {', '.join(map(repr, unknown))}")
+    return ModelConfig.from_dict(content.get("model"), source=str(path))

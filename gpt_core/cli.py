@@ -1,0 +1,65 @@
+"""What all console commands share: how they parse, how they fail, and when they show progress."""
+
+import json
+import os
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gpt_core.errors import InputError
+
+SUCCESS, CHECK_FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+Command = Callable[[Namespace], int]
+
+
+class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of examples as they are written."""
+
+
+def parser(description: str, example: str, prog: str | None = None) -> ArgumentParser:
+    """A parser whose help ends with an example."""
+    return ArgumentParser(
+        prog=prog, description=description, epilog=f"example:\n{example}", formatter_class=_HelpFormatter
+    )
+
+
+def run(main_parser: ArgumentParser, commands: Mapping[str, Command], arguments: list[str] | None) -> int:
+    """Parse a command line, run its subcommand, and turn wrong input into one line and exit code 2."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        parsed = main_parser.parse_args(arguments)
+        return commands[parsed.subcommand](parsed[parsed.subcommand])
+    except InputError as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing half written was left", style="yellow")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SUCCESS
+
+
+def print_json(content: Any) -> None:
+    """Machine-readable output, alone on standard output."""
+    print(json.dumps(content, indent=2))
+
+
+def progress() -> Progress:
+    """A progress bar on standard error, for terminals only."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,224 @@
+"""The architecture of a model: one frozen, validated dataclass for both frameworks.
+
+Models covered: pre-LN GPT-2 (Radford et al., 2019) with learned or rotary positions (Su et al., 2021),
+multi-head, grouped-query (Ainslie et al., 2023) or multi-query attention (Shazeer, 2019), and a full or a
+sliding-window causal mask (Beltagy et al., 2020; Jiang et al., 2023).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+
+from gpt_core.errors import InputError
+
+# Default of a field that follows another field unless given. It is filled in on creation, so readers of a
+# config always see a number.
+_FOLLOWS: Any = None
+
+Position = Literal["learned", "rope"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Every choice that defines the function of a model.
+
+    Args:
+        vocab_size: Tokens the tokenizer knows. Logits have exactly this many columns.
+        context_length: Longest sequence, in tokens. With learned positions it is the size of their table.
+        n_layers: Transformer blocks.
+        n_heads: Query heads.
+        n_kv_heads: Key/value heads; query head h reads kv head h // (n_heads / n_kv_heads). Default: n_heads
+            (multi-head attention); 1 is multi-query, anything between is grouped-query.
+        embed_dim: Width of the residual stream.
+        head_dim: Width of one head. Default: embed_dim / n_heads.
+        mlp_dim: Width of the hidden layer of the MLP. Default: 4 embed_dim.
+        position: "learned" adds a table to the token embedding; "rope" rotates queries and keys (half-split).
+        rope_theta: Base of the rotary frequencies.
+        sliding_window: Keys that a query sees, itself included: 0 <= i - j < window. Null means all before it.
+        attention_scale: Factor on query-key products. Default: 1 / sqrt(head_dim).
+        norm_eps: Added to the variance in every LayerNorm.
+        tied_embeddings: Whether the head reuses the token embedding.
+        bias: Whether linear layers have a bias. (LayerNorm always has one; the head never does.)
+        qkv_bias: The same for query, key and value alone. Default: as bias.
+        pad_vocab_size_multiple: Rows of the token embedding are padded up to a multiple of this, for the hardware.
+        init_std: Standard deviation of fresh matrices and embeddings; the two residual projections of a block
+            are scaled by 1 / sqrt(2 n_layers) on top.
+        dropout: Rate on the embedding and on both residual branches, in training only.
+
+    Raises:
+        InputError: a value is of the wrong type or outside its range; the message names field and range.
+    """
+
+    vocab_size: int = 50257
+    context_length: int = 1024
+    n_layers: int = 12
+    n_heads: int = 12
+    n_kv_heads: int = _FOLLOWS
+    embed_dim: int = 768
+    head_dim: int = _FOLLOWS
+    mlp_dim: int = _FOLLOWS
+    position: Position = "learned"
+    rope_theta: float = 10_000.0
+    sliding_window: int | None = None
+    attention_scale: float = _FOLLOWS
+    norm_eps: float = 1e-5
+    tied_embeddings: bool = True
+    bias: bool = True
+    qkv_bias: bool = _FOLLOWS
+    pad_vocab_size_multiple: int = 1
+    init_std: float = 0.02
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "n_layers", "n_heads", "embed_dim", "pad_vocab_size_multiple"):
+            self._require_count(name)
+        self._follow("n_kv_heads", self.n_heads)
+        self._require_count("n_kv_heads")
+        if self.n_heads % self.n_kv_heads:
+            raise InputError(
+                f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}; every kv head "
+                f"serves the same number of query heads, so choose a divisor of n_heads"
+            )
+        if self.head_dim is None and self.embed_dim % self.n_heads:
+            raise InputError(
+                f"embed_dim = {self.embed_dim} is not a multiple of n_heads = {self.n_heads}; change one of them "
+                f"or give head_dim"
+            )
+        self._follow("head_dim", self.embed_dim // self.n_heads)
+        self._follow("mlp_dim", 4 * self.embed_dim)
+        self._require_count("head_dim")
+        self._require_count("mlp_dim")
+        if self.sliding_window is not None:
+            self._require_count("sliding_window")
+        if self.position not in get_args(Position):
+            raise InputError(f"position = {self.position!r} must be one of: {', '.join(get_args(Position))}")
+        if self.position == "rope" and self.head_dim % 2:
+            raise InputError(f"head_dim = {self.head_dim} must be even with position = 'rope': pairs are rotated")
+        self._follow("attention_scale", 1.0 / math.sqrt(self.head_dim))
+        for name in ("rope_theta", "attention_scale", "norm_eps", "init_std"):
+            self._require_number(name, "a positive number", lambda value: 0 < value < math.inf)
+        self._require_number("dropout", "a number in [0, 1)", lambda value: 0 <= value < 1)
+        self._follow("qkv_bias", self.bias)
+        for name in ("tied_embeddings", "bias", "qkv_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} = {getattr(self, name)!r} must be true or false")
+
+    def _follow(self, name: str, value: Any) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def _require_count(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name} = {value!r} must be a whole number of at least 1")
+
+    def _require_number(self, name: str, what: str, allowed: Any) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not allowed(value):
+            raise InputError(f"{name} = {value!r} must be {what}")
+        object.__setattr__(self, name, float(value))
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token embedding (and columns of an untied head)."""
+        multiple = self.pad_vocab_size_multiple
+        return math.ceil(self.vocab_size / multiple) * multiple
+
+    @property
+    def variant(self) -> str:
+        """Which of the twelve attention variants this is, such as "rope-gqa-window"."""
+        heads = "mha" if self.n_kv_heads == self.n_heads else "mqa" if self.n_kv_heads == 1 else "gqa"
+        return f"{self.position}-{heads}-{'full' if self.sliding_window is None else 'window'}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field with its value, defaults filled in; `from_dict` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any, source: str = "model config") -> Self:
+        """Make a config from a mapping, refusing fields that it does not know.
+
+        Raises:
+            InputError: `values` is no mapping, or has an unknown field or a bad value; names `source`.
+        """
+        if not isinstance(values, Mapping):
+            raise InputError(f"{source}: expected a mapping of model fields, found {type(values).__name__}")
+        known = [field.name for field in fields(cls)]
+        unknown = [str(name) for name in values if name not in known]
+        if unknown:
+            raise InputError(
+                f"{source}: unknown model field {', '.join(map(repr, unknown))}; known are: {', '.join(known)}"
+            )
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_yaml(cls, path_or_preset: str | Path) -> Self:
+        """Read the `model` section of a YAML file, or of a shipped preset by name.
+
+        Raises:
+            InputError: no such file or preset, no YAML, no `model` section, or a bad field.
+        """
+        path = find_config(path_or_preset)
+        sections = read_yaml(path)
+        if "model" not in sections:
+            raise InputError(f"{path}: has no 'model' section")
+        return cls.from_dict(sections["model"] or {}, source=str(path))
+
+
+def differing_fields(ours: ModelConfig, theirs: ModelConfig) -> str:
+    """Name the fields in which two configs differ with both values: "n_heads 12 against 16"; "" when equal."""
+    a, b = ours.to_dict(), theirs.to_dict()
+    return ", ".join(f"{name} {a[name]} against {b[name]}" for name in a if a[name] != b[name])
+
+
+def config_directory() -> Path:
+    """The folder of the shipped presets, in an installed wheel as in a source tree."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def preset_names() -> list[str]:
+    """Names that `find_config` knows without a path."""
+    return sorted(path.stem for path in config_directory().rglob("*.yaml"))
+
+
+def find_config(path_or_preset: str | Path) -> Path:
+    """Resolve a path of a YAML file or the name of a shipped preset.
+
+    Raises:
+        InputError: neither exists; the message lists the presets.
+    """
+    path = Path(path_or_preset)
+    if path.suffix in {".yaml", ".yml"}:
+        if path.is_file():
+            return path
+        raise InputError(f"{path}: no such file")
+    for candidate in config_directory().rglob("*.yaml"):
+        if candidate.stem == str(path_or_preset):
+            return candidate
+    raise InputError(f"unknown preset {str(path_or_preset)!r}; known are: {', '.join(preset_names())}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file whose top level is a mapping.
+
+    Raises:
+        InputError: the file cannot be read, is no YAML, or is no mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected sections such as 'model:' at the top level")
+    return content

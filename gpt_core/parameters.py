@@ -1,0 +1,118 @@
+"""The table of parameters: for a config, every parameter's name, named axes, shape and initialiser.
+
+Both models, the sharding rules, the optimizer's decay rule and every converter read this table, so there is
+one list of parameters in the whole project. Blocks are stacked: their parameters have a leading `layers` axis.
+A kernel's axes run from inputs to outputs, as in Flax.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from gpt_core.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row of the table.
+
+    Args:
+        name: Canonical dotted name, such as "blocks.attention.query.kernel".
+        axes: Names of the axes, out of layers, vocab, position, embed, heads, kv_heads, head_dim, mlp.
+        shape: Sizes of these axes.
+        mean: Initial mean: 1 for norm scales, else 0.
+        std: Initial standard deviation: 0 for biases and norm scales.
+        decay: Whether AdamW decays it. True for matrices and embeddings alone; the rank cannot tell, since
+            stacked biases have two axes.
+        layer: Number of the block where this is one block's part of a stacked parameter, else None.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    mean: float
+    std: float
+    decay: bool
+    layer: int | None = None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the first axis is `layers`."""
+        return self.axes[0] == "layers"
+
+    @property
+    def stream(self) -> int:
+        """A number of this name's own, from which its random initial values are drawn."""
+        return zlib.crc32(self.name.encode())
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def of_layer(self, layer: int) -> "Parameter":
+        """One block's part of a stacked parameter: the same name, without the `layers` axis."""
+        return replace(self, axes=self.axes[1:], shape=self.shape[1:], layer=layer)
+
+
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """Size of every named axis."""
+    return {
+        "layers": config.n_layers,
+        "vocab": config.padded_vocab_size,
+        "position": config.context_length,
+        "embed": config.embed_dim,
+        "heads": config.n_heads,
+        "kv_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "mlp": config.mlp_dim,
+    }
+
+
+def parameter_table(config: ModelConfig) -> dict[str, Parameter]:
+    """The parameters of a model by canonical name, in the order of the data's path."""
+    return {parameter.name: parameter for parameter in _rows(config)}
+
+
+def block_table(table: Mapping[str, Parameter], layer: int) -> dict[str, Parameter]:
+    """The stacked rows of a table for one block."""
+    return {name: parameter.of_layer(layer) for name, parameter in table.items() if parameter.stacked}
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of trainable numbers, padded rows of the vocabulary included."""
+    return sum(parameter.size for parameter in parameter_table(config).values())
+
+
+def _rows(config: ModelConfig) -> Iterator[Parameter]:
+    sizes = axis_sizes(config)
+    std = config.init_std
+    residual_std = std / math.sqrt(2 * config.n_layers)
+
+    def row(name: str, axes: str, *, mean: float = 0.0, std: float = 0.0, decay: bool = False) -> Parameter:
+        names = tuple(axes.split())
+        return Parameter(name, names, tuple(sizes[axis] for axis in names), mean, std, decay)
+
+    def norm(name: str, layers: str = "") -> Iterator[Parameter]:
+        yield row(f"{name}.scale", f"{layers} embed", mean=1.0)
+        yield row(f"{name}.bias", f"{layers} embed")
+
+    def linear(name: str, inputs: str, outputs: str, *, std: float, bias: bool) -> Iterator[Parameter]:
+        yield row(f"{name}.kernel", f"layers {inputs} {outputs}", std=std, decay=True)
+        if bias:
+            yield row(f"{name}.bias", f"layers {outputs}")
+
+    yield row("token_embedding", "vocab embed", std=std, decay=True)
+    if config.position == "learned":
+        yield row("position_embedding", "position embed", std=std, decay=True)
+    yield from norm("blocks.attention_norm", "layers")
+    yield from linear("blocks.attention.query", "embed", "heads head_dim", std=std, bias=config.qkv_bias)
+    yield from linear("blocks.attention.key", "embed", "kv_heads head_dim", std=std, bias=config.qkv_bias)
+    yield from linear("blocks.attention.value", "embed", "kv_heads head_dim", std=std, bias=config.qkv_bias)
+    yield from linear("blocks.attention.output", "heads head_dim", "embed", std=residual_std, bias=config.bias)
+    yield from norm("blocks.mlp_norm", "layers")
+    yield from linear("blocks.mlp.up", "embed", "mlp", std=std, bias=config.bias)
+    yield from linear("blocks.mlp.down", "mlp", "embed", std=residual_std, bias=config.bias)
+    yield from norm("final_norm")
+    if not config.tied_embeddings:
+        yield row("head.kernel", "embed vocab", std=std, decay=True)

@@ -1,0 +1,45 @@
+"""Which number format is used where: the small policy object that both models read."""
+
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+from gpt_core.errors import InputError
+
+DType = Literal["float64", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number formats by name; each framework looks up its own dtype object.
+
+    Args:
+        param_dtype: How parameters are stored.
+        compute_dtype: Parameters are cast to it where they are used; the residual stream, norm outputs, query,
+            key, value, probabilities and logits are computed in it.
+    """
+
+    param_dtype: DType = "float32"
+    compute_dtype: DType = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("param_dtype", "compute_dtype"):
+            if getattr(self, name) not in get_args(DType):
+                raise InputError(f"{name} = {getattr(self, name)!r} must be one of: {', '.join(get_args(DType))}")
+        if (self.param_dtype == "float64") != (self.compute_dtype == "float64"):
+            raise InputError(
+                f"param_dtype = {self.param_dtype} with compute_dtype = {self.compute_dtype}: float64 is for proofs "
+                f"and goes with itself only"
+            )
+
+    @property
+    def wide_dtype(self) -> DType:
+        """For norm statistics, rotary angles, scores, softmax and loss: fp32, or fp64 in fp64 runs."""
+        return "float64" if self.compute_dtype == "float64" else "float32"
+
+    @classmethod
+    def of(cls, dtype: str) -> Self:
+        """The usual policy of a run "in" a dtype: bfloat16 computes in bf16 on fp32 parameters."""
+        if dtype not in get_args(DType):
+            raise InputError(f"dtype {dtype!r} must be one of: {', '.join(get_args(DType))}")
+        name: DType = dtype  # type: ignore[assignment]  # checked the line above
+        return cls(param_dtype="float32" if name == "bfloat16" else name, compute_dtype=name)
