@@ -1,0 +1,98 @@
+"""Saving and loading a model: an Orbax checkpoint `params` with `config.json` and the tokenizer beside it."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gpt_core.checkpoint_config import read_checkpoint_config, write_checkpoint_config
+from gpt_core.errors import InputError
+from gpt_core.files import atomic_directory
+from gpt_core.orbax_file import OrbaxReader, write_orbax
+from gpt_core.parameters import Parameter
+from gpt_core.precision import Precision
+from gpt_core.tensor_info import Array, TensorInfo
+from gpt_core.tokenizer import Tokenizer
+from jax_gpt.attention import Implementation
+from jax_gpt.model import GPT
+
+PARAMS_FOLDER = "params"
+
+
+def save(model: GPT, path: Path, tokenizer: Tokenizer | None = None, *, force: bool = False) -> None:
+    """Write a checkpoint; it takes its name when it is complete.
+
+    Args:
+        model: What to save.
+        path: Folder to write.
+        tokenizer: Written beside the weights, so that text can be run on the checkpoint.
+        force: Replace a folder that exists.
+
+    Raises:
+        InputError: the destination exists, is read-only or full.
+    """
+    state = {".".join(map(str, key)): variable[...] for key, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    infos = {key: TensorInfo(array.shape, array.dtype) for key, array in state.items()}
+    stacked = {key for key in state if key.startswith("blocks.")} if model.scan_layers else set()
+
+    def read(key: str, layer: int | None) -> Array:
+        return np.asarray(state[key] if layer is None else state[key][layer])
+
+    with atomic_directory(path, force=force) as folder:
+        write_orbax(folder / PARAMS_FOLDER, infos, read, split=stacked)
+        write_checkpoint_config(folder, model.config)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+
+def load(
+    path: Path,
+    *,
+    precision: Precision = Precision(),
+    implementation: Implementation = "reference",
+    scan_layers: bool = True,
+) -> GPT:
+    """Load a checkpoint, stacked or unrolled, into either form; weights are cast to `precision.param_dtype`.
+
+    Raises:
+        InputError: the checkpoint is missing or damaged, or weights and config do not fit.
+    """
+    config = read_checkpoint_config(path)
+    reader = OrbaxReader(path / PARAMS_FOLDER)
+    unused = set(reader.tensors)
+
+    def read(key: str, shape: tuple[int, ...], row: int | None = None) -> Array:
+        if key not in reader.tensors:
+            raise InputError(f"{path}: weights and config do not fit: {key} is missing")
+        found = reader.tensors[key].shape
+        if (found if row is None else found[1:]) != shape:
+            raise InputError(f"{path}: {key} has shape {found} where the config asks for {shape}")
+        unused.discard(key)
+        return reader.read(key, row)
+
+    def read_parameter(parameter: Parameter) -> Array:
+        blocks_apart = parameter.name not in reader.tensors
+        if parameter.layer is not None:
+            if blocks_apart:
+                return read(_unrolled(parameter.name, parameter.layer), parameter.shape)
+            return read(parameter.name, parameter.shape, parameter.layer)
+        if parameter.stacked and blocks_apart:
+            layers = range(parameter.shape[0])
+            return np.stack([read(_unrolled(parameter.name, layer), parameter.shape[1:]) for layer in layers])
+        return read(parameter.name, parameter.shape)
+
+    model = GPT(
+        config,
+        lambda parameter: jnp.array(read_parameter(parameter), dtype=precision.param_dtype, copy=True),
+        precision=precision,
+        implementation=implementation,
+        scan_layers=scan_layers,
+    )
+    if unused:
+        raise InputError(f"{path}: weights and config do not fit: {min(unused)} has no place in the model")
+    return model
+
+
+def _unrolled(name: str, layer: int) -> str:
+    return name.replace("blocks.", f"blocks.{layer}.", 1)

@@ -1,0 +1,48 @@
+"""The `jax-gpt` command. `torch_gpt/cli.py` is its twin: the same words and flags."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from gpt_core.cli import SUCCESS, parser, print_json, run
+from gpt_core.config import ModelConfig
+from gpt_core.parameters import parameter_count
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 2 the input was wrong."""
+    top = parser("The JAX twin.", "  jax-gpt init runs/jax --config gpt2", prog="jax-gpt")
+    commands = top.add_subcommands(required=True, dest="subcommand")
+    commands.add_subcommand("init", _init_parser(), help="write a checkpoint with fresh weights")
+    return run(top, {"init": _init}, arguments)
+
+
+def _init_parser() -> ArgumentParser:
+    command = parser(
+        "Write a checkpoint with fresh weights and the GPT-2 tokenizer.",
+        "  jax-gpt init runs/jax --config gpt2 --seed 1\n  jax-gpt init runs/jax --config my-model.yaml",
+    )
+    command.add_argument("destination", type=Path, help="folder to write")
+    command.add_argument("--config", required=True, help="a YAML file with a `model` section, or a preset's name")
+    command.add_argument("--seed", type=int, default=0, help="of the random weights")
+    command.add_argument("--force", action="store_true", help="replace a folder that exists")
+    command.add_argument("--json", action="store_true", help="print what was written as JSON")
+    return command
+
+
+def _init(options: Namespace) -> int:
+    from gpt_core.files import refuse_existing
+    from gpt_core.tokenizer import gpt2_tokenizer
+    from jax_gpt.checkpoint import save
+    from jax_gpt.model import GPT, initialiser
+
+    refuse_existing(options.destination, force=options.force)
+    config = ModelConfig.from_yaml(options.config)
+    tokenizer = gpt2_tokenizer() if config.vocab_size == gpt2_tokenizer().vocab_size else None
+    save(GPT(config, initialiser(options.seed)), options.destination, tokenizer, force=options.force)
+    summary = {"destination": str(options.destination), "parameters": parameter_count(config)}
+    if options.json:
+        print_json(summary | {"config": config.to_dict()})
+    else:
+        print(f"{options.destination}: {config.variant}, {summary['parameters']:,} parameters")
+    return SUCCESS

@@ -1,0 +1,1 @@
+"""The PyTorch twin: the same models and training through Hugging Face Accelerate. Never imports JAX."""

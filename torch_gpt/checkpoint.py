@@ -1,0 +1,66 @@
+"""Saving and loading a model: `model.safetensors` with `config.json` and the tokenizer beside it."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from gpt_core.checkpoint_config import read_checkpoint_config, write_checkpoint_config
+from gpt_core.errors import InputError
+from gpt_core.files import atomic_directory
+from gpt_core.precision import Precision
+from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
+from gpt_core.tensor_info import TensorInfo
+from gpt_core.tokenizer import Tokenizer
+from torch_gpt.arrays import to_numpy
+from torch_gpt.attention import Implementation
+from torch_gpt.dtypes import torch_dtype
+from torch_gpt.model import GPT
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save(model: GPT, path: Path, tokenizer: Tokenizer | None = None, *, force: bool = False) -> None:
+    """Write a checkpoint; it takes its name when it is complete.
+
+    Args:
+        model: What to save.
+        path: Folder to write.
+        tokenizer: Written beside the weights, so that text can be run on the checkpoint.
+        force: Replace a folder that exists.
+
+    Raises:
+        InputError: the destination exists, is read-only or full.
+    """
+    state = model.state_dict()
+    infos = {
+        key: TensorInfo(tuple(tensor.shape), to_numpy(tensor[:0].flatten()).dtype) for key, tensor in state.items()
+    }
+    with atomic_directory(path, force=force) as folder:
+        write_safetensors(folder / WEIGHTS_FILE, infos, lambda key: to_numpy(state[key]))
+        write_checkpoint_config(folder, model.config)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+
+def load(path: Path, *, precision: Precision = Precision(), implementation: Implementation = "reference") -> GPT:
+    """Load a checkpoint; weights are cast to `precision.param_dtype`.
+
+    Raises:
+        InputError: the checkpoint is missing or damaged, or weights and config do not fit.
+    """
+    config = read_checkpoint_config(path)
+    dtype = torch_dtype(precision.param_dtype)
+    model = GPT(
+        config,
+        lambda parameter: torch.empty(parameter.shape, dtype=dtype, device="meta"),
+        precision=precision,
+        implementation=implementation,
+    )
+    SafetensorsReader(path / WEIGHTS_FILE)  # a damaged file is named here
+    state = {key: tensor.to(dtype) for key, tensor in load_file(path / WEIGHTS_FILE).items()}
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise InputError(f"{path}: weights and config do not fit: {error}") from None
+    return model.requires_grad_(True).eval()
