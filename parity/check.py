@@ -1,0 +1,149 @@
+"""`parity check`: the grid of variants, or two checkpoints against each other."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt_core.config import differing_fields
+from gpt_core.errors import InputError
+from gpt_core.parameters import parameter_table
+from gpt_core.precision import DType
+from parity.checks import CheckResult
+from parity.checks.logits import check_logits
+from parity.checks.weights import check_weights
+from parity.compare import Array
+from parity.formats import open_checkpoint
+from parity.formats.base import Checkpoint
+from parity.grid import GridOptions
+from parity.tokens import require_fitting, tokens_for
+from parity.variants import select
+from parity.workers import Job, framework_environment, run_side_by_side
+
+Outcome = tuple[list[CheckResult], dict[str, Any]]
+Progress = Callable[[int], None]
+
+
+def _groups(dtypes: list[DType]) -> list[list[DType]]:
+    """Dtypes that may share a process: fp64 alone, and the others."""
+    proof: list[DType] = ["float64"] if "float64" in dtypes else []
+    others: list[DType] = [dtype for dtype in dtypes if dtype != "float64"]
+    return [group for group in (proof, others) if group]
+
+
+def check_grid(options: GridOptions, advance: Progress) -> Outcome:
+    """Run the grid, fp64 and the other dtypes in processes of their own, side by side.
+
+    Args:
+        options: What to run.
+        advance: Called with the number of cases just done; there are cases x dtypes in all.
+
+    Returns:
+        The results in the order of the grid, and the frameworks' part of the environment.
+
+    Raises:
+        InputError: an unknown variant, or a framework that is not installed.
+    """
+    names = [case.variant for case in select(options.variants)]
+    groups = _groups(options.dtypes)
+    jobs = [
+        Job(
+            "parity.grid:worker",
+            {"options": replace(options, dtypes=group)},
+            framework_environment(group[0], workers=len(groups)),
+        )
+        for group in groups
+    ]
+    results: list[CheckResult] = []
+    environment: dict[str, Any] = {}
+
+    def on_event(_: int, event: Any) -> None:
+        if isinstance(event, dict):
+            environment.update(event["environment"])
+        else:
+            results.extend(event)
+            advance(1)
+
+    run_side_by_side(jobs, on_event)
+    order = {"float64": 0, "float32": 1, "bfloat16": 2}
+    results.sort(key=lambda result: (names.index(result.variant), order[result.dtype]))
+    return results, environment
+
+
+def check_checkpoints(
+    first: Path,
+    second: Path,
+    dtypes: list[DType],
+    advance: Progress,
+    *,
+    tokens: Path | None = None,
+    text: Path | None = None,
+) -> Outcome:
+    """Compare two checkpoints, each run in the framework of its format.
+
+    Args:
+        first: A checkpoint in any known format.
+        second: Another; the reference.
+        dtypes: What to compute in.
+        advance: Called with the number of runs just done; there are 2 x dtypes in all.
+        tokens: A .npy file of token ids; see `parity.tokens`.
+        text: A text file for the checkpoint's own tokenizer.
+
+    Raises:
+        InputError: a bad checkpoint or bad tokens, or models whose logits cannot be compared.
+    """
+    opened = {"A": open_checkpoint(first), "B": open_checkpoint(second)}
+    config_a, config_b = opened["A"].config, opened["B"].config
+    if config_a.vocab_size != config_b.vocab_size:
+        raise InputError(
+            f"{first} and {second} have vocabularies of {config_a.vocab_size} and {config_b.vocab_size} tokens; "
+            f"their logits cannot be compared"
+        )
+    ids = tokens_for(first, config_a, tokens, text)
+    require_fitting(ids, config_b, str(tokens or text or "the built-in text"))
+
+    logits: dict[tuple[str, DType], Array] = {}
+    environment: dict[str, Any] = {"config_differences": differing_fields(config_a, config_b)}
+    wanted: list[DType] = ["float64", *(dtype for dtype in dtypes if dtype != "float64")]
+    for group in _groups(wanted):
+        jobs = [_job(checkpoint, group, ids) for checkpoint in opened.values()]
+
+        def on_event(index: int, event: Any) -> None:
+            if isinstance(event, dict):
+                environment.update(event["environment"])
+            else:
+                dtype, values = event
+                logits["AB"[index], dtype] = values
+                advance(1)
+
+        run_side_by_side(jobs, on_event)
+
+    name = f"{first.name} against {second.name}"
+    results = [_check_stored(name, opened["A"], opened["B"])]
+    for dtype in dtypes:
+        pair = {f"{side}:{opened[side].format}": logits[side, dtype] for side in "AB"}
+        truth = None if dtype == "float64" else logits["B", "float64"]
+        results.append(check_logits(name, dtype, pair, truth, origin="checkpoint"))
+    return results, environment
+
+
+def _job(checkpoint: Checkpoint, dtypes: list[DType], tokens: Array) -> Job:
+    framework = "jax" if checkpoint.format == "jax" else "torch"
+    arguments = {"path": checkpoint.path, "framework": framework, "dtypes": dtypes, "tokens": tokens}
+    return Job("parity.record:worker", arguments, framework_environment(dtypes[0], workers=2))
+
+
+def _check_stored(name: str, a: Checkpoint, b: Checkpoint) -> CheckResult:
+    """Stored weights, bit by bit; where both store another dtype, by value in fp64."""
+    table_a, table_b = parameter_table(a.config), parameter_table(b.config)
+    weights_a = {row: a.read(parameter) for row, parameter in table_a.items()}
+    weights_b = {row: b.read(parameter) for row, parameter in table_b.items()}
+    dtypes = {array.dtype.name for array in (*weights_a.values(), *weights_b.values())}
+    if len(dtypes) > 1:
+        weights_a, weights_b = (
+            {row: array.astype(np.float64) for row, array in weights.items()} for weights in (weights_a, weights_b)
+        )
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float64"
+    return replace(check_weights(name, dtype, weights_b, {f"{a.path.name}": weights_a}), origin="checkpoint")

@@ -1,0 +1,65 @@
+"""Raw logits of the twins against each other, and of each against the fp64 truth."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from parity.checks import CheckResult
+from parity.compare import Array, difference, logits_measures
+from parity.tolerances import NOISE_RATIO, tolerance
+
+
+def check_logits(
+    variant: str,
+    dtype: str,
+    logits: Mapping[str, Array],
+    truth: Array | None = None,
+    origin: str = "sharp",
+) -> CheckResult:
+    """Compare the logits of two sides.
+
+    Args:
+        variant: Name of the case.
+        dtype: What they were computed in.
+        logits: Side -> `[batch, time, vocab]`; the first is compared with the second as reference.
+        truth: fp64 logits of the same weights. Given, each side's RMS error against it is measured, and in fp32
+            neither may be more than `NOISE_RATIO` times the other's.
+        origin: Where the weights came from.
+    """
+    a, b = logits.values()
+    found = difference(a, b)
+    bound = tolerance("logits", dtype)
+    measures: dict[str, Any] = {
+        "max_abs": found.max_abs,
+        "rms": found.rms,
+        "cosine": found.cosine,
+        "worst_index": list(found.worst_index),
+        "worst_values": list(found.worst_values),
+    }
+    finite = np.isfinite(found.relative_error)
+    if finite:
+        measures |= logits_measures(a, b)
+    reasons = []
+    if not finite:
+        reasons.append(f"NaN or inf in the logits at {found.worst_index}")
+    elif found.relative_error > bound:
+        reasons.append(f"relative error {found.relative_error:.1e} exceeds {bound:.0e}")
+    if truth is not None and finite:
+        noise = {name: difference(side, truth).rms for name, side in logits.items()}
+        measures |= {f"{name}_rms_error": value for name, value in noise.items()}
+        measures["noise_ratio"] = max(noise.values()) / min(noise.values()) if min(noise.values()) else 1.0
+        if dtype == "float32" and measures["noise_ratio"] > NOISE_RATIO:
+            worse = max(noise, key=lambda name: noise[name])
+            reasons.append(f"{worse} is {measures['noise_ratio']:.1f} times as far from the fp64 truth as the other")
+    return CheckResult(
+        variant,
+        dtype,
+        "logits",
+        found.relative_error,
+        bound,
+        passed=not reasons,
+        origin=origin,
+        reason="; ".join(reasons),
+        measures=measures,
+    )

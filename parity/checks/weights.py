@@ -1,0 +1,62 @@
+"""A conversion copies: round trips must return every bit."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from gpt_core.config import ModelConfig
+from gpt_core.parameters import parameter_table
+from parity.checks import CheckResult
+from parity.compare import Array, difference
+from parity.convert import convert
+from parity.formats import format_of, open_checkpoint
+from parity.tolerances import tolerance
+from parity.weights import weights_source
+
+
+def check_weights(
+    variant: str, dtype: str, original: Mapping[str, Array], copies: Mapping[str, Mapping[str, Array]]
+) -> CheckResult:
+    """Compare copies of a model's weights with the original, bit by bit.
+
+    Args:
+        variant: Name of the case.
+        dtype: What the weights are stored in.
+        original: Canonical weights.
+        copies: What came back, by the way that it took, such as "numpy -> jax -> numpy".
+    """
+    worst, reasons = 0.0, []
+    for way, copy in copies.items():
+        for name, array in original.items():
+            if name not in copy or copy[name].shape != array.shape or copy[name].dtype != array.dtype:
+                worst = np.inf
+                reasons.append(f"{way}: {name} is missing or of another shape or dtype")
+            elif copy[name].tobytes() != np.ascontiguousarray(array).tobytes():
+                found = difference(copy[name], array)
+                worst = max(worst, found.relative_error)
+                reasons.append(f"{way}: {name} differs at {found.worst_index}")
+    return CheckResult(
+        variant,
+        dtype,
+        "weights",
+        worst,
+        tolerance("weights", dtype),
+        passed=not reasons,
+        reason="; ".join(reasons[:3]),
+        measures={"round_trips": list(copies)},
+    )
+
+
+def through_files(config: ModelConfig, weights: Mapping[str, Array], formats: list[str]) -> dict[str, Array]:
+    """Canonical weights after a chain of conversions between files: written in the first format, then converted."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = [Path(folder) / f"{step}-{name}" for step, name in enumerate(formats)]
+        places[0].mkdir()
+        dtypes = {name: array.dtype for name, array in weights.items()}
+        format_of(formats[0]).write(places[0], config, weights_source(weights), dtypes, None)
+        for source, destination, name in zip(places, places[1:], formats[1:], strict=False):
+            convert(source, destination, name)
+        last = open_checkpoint(places[-1])
+        return {name: last.read(parameter) for name, parameter in parameter_table(config).items()}

@@ -1,0 +1,101 @@
+"""Converting a checkpoint from any format to any format, through the hub."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from gpt_core.errors import InputError
+from gpt_core.files import atomic_directory
+from gpt_core.parameters import parameter_count, parameter_table
+from gpt_core.tokenizer import tokenizer_of
+from parity.formats import format_of, open_checkpoint
+from parity.formats.base import Checkpoint
+from parity.weights import Source, cast
+
+DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Args:
+        source: Where it read.
+        destination: What it wrote.
+        source_format: Recognised format of the source.
+        destination_format: Format written.
+        parameters: Numbers in the model.
+        write_seconds: Reading, converting and writing.
+        verify_seconds: Reading back and comparing, bit by bit.
+    """
+
+    source: str
+    destination: str
+    source_format: str
+    destination_format: str
+    parameters: int
+    write_seconds: float
+    verify_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def convert(
+    source: Path, destination: Path, to: str, *, dtype: str | None = None, force: bool = False, **options: Any
+) -> Conversion:
+    """Convert a checkpoint and verify what was written by reading it back, before it takes its name.
+
+    Args:
+        source: Folder of a checkpoint in any known format.
+        destination: Folder to write.
+        to: Format to write.
+        dtype: Cast every weight to it; None keeps what is stored.
+        force: Replace a destination that exists.
+        options: Passed to the format's writer.
+
+    Raises:
+        InputError: a bad source or destination, or what was read back is not what was written.
+    """
+    writer = format_of(to)
+    if destination.resolve() == source.resolve():
+        raise InputError(f"{destination}: source and destination are the same folder")
+    checkpoint = open_checkpoint(source)
+    read: Source = checkpoint.read
+    dtypes = dict(checkpoint.dtypes)
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise InputError(f"dtype {dtype!r} must be one of: {', '.join(DTYPES)}")
+        read = cast(read, DTYPES[dtype])
+        dtypes = dict.fromkeys(dtypes, DTYPES[dtype])
+    with atomic_directory(destination, force=force) as folder:
+        started = time.perf_counter()
+        writer.write(folder, checkpoint.config, read, dtypes, tokenizer_of(source), **options)
+        written = time.perf_counter()
+        _verify(read, writer.open_checkpoint(folder))
+        verified = time.perf_counter()
+    return Conversion(
+        str(source),
+        str(destination),
+        checkpoint.format,
+        to,
+        parameter_count(checkpoint.config),
+        write_seconds=written - started,
+        verify_seconds=verified - written,
+    )
+
+
+def _verify(read: Source, copy: Checkpoint) -> None:
+    for name, parameter in parameter_table(copy.config).items():
+        wanted, found = read(parameter), copy.read(parameter)
+        # Bytes, not values: NaN is a value like another here, and -0 is not 0.
+        if wanted.dtype != found.dtype or not np.array_equal(_bits(wanted), _bits(found)):
+            raise InputError(f"{copy.path}: {name} read back differs from what was written; is the disk sound?")
+
+
+def _bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")

@@ -1,0 +1,50 @@
+"""What every format module offers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from gpt_core.config import ModelConfig
+from gpt_core.parameters import Parameter
+from gpt_core.tensor_info import TensorInfo
+from gpt_core.tokenizer import Tokenizer
+from parity.weights import Array, DType, Source
+
+
+class Checkpoint(Protocol):
+    """An opened checkpoint; reading happens parameter by parameter."""
+
+    format: str
+    path: Path
+    config: ModelConfig
+    tensors: Mapping[str, TensorInfo]
+    """The format's own tensors by key, not yet read."""
+    dtypes: Mapping[str, DType]
+    """The stored dtype of every canonical parameter."""
+
+    def read(self, parameter: Parameter) -> Array:
+        """A parameter, or one block of it, in canonical axes and the stored dtype."""
+        ...
+
+
+class Format(Protocol):
+    """A module of this package."""
+
+    def matches(self, path: Path) -> bool:
+        """Whether a folder looks like this format."""
+        ...
+
+    def open_checkpoint(self, path: Path) -> Checkpoint:
+        """Open it and hold its tensors against its config."""
+        ...
+
+    def write(
+        self,
+        path: Path,
+        config: ModelConfig,
+        source: Source,
+        dtypes: Mapping[str, DType],
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        """Write weights (each parameter in its dtype), config and tokenizer into an empty folder."""
+        ...

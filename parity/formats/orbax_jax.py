@@ -1,0 +1,88 @@
+"""The JAX spoke: an Orbax checkpoint named `params` in the layout of `jax_gpt.model`, with `config.json` beside it.
+
+Canonical axes are the JAX twin's own, so the map is the identity. Blocks are stacked, or apart ("blocks.3.mlp...")
+when the model was unrolled; which of the two is seen from the keys. Needs no JAX.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from gpt_core.checkpoint_config import read_checkpoint_config, write_checkpoint_config
+from gpt_core.config import ModelConfig
+from gpt_core.orbax_file import OrbaxReader, write_orbax
+from gpt_core.parameters import Parameter, parameter_table
+from gpt_core.tensor_info import TensorInfo
+from gpt_core.tokenizer import Tokenizer
+from parity.weights import Array, DType, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
+
+PARAMS_FOLDER = "params"
+
+
+def spoke(config: ModelConfig, *, scan_layers: bool = True) -> Spoke:
+    """The identity; without scanning, one key for each block."""
+    entries = {}
+    for name, parameter in parameter_table(config).items():
+        if parameter.stacked and not scan_layers:
+            entries[name] = (name.replace("blocks.", "blocks.{layer}.", 1), " ".join(parameter.axes[1:]))
+        else:
+            entries[name] = (name, " ".join(parameter.axes))
+    return entries
+
+
+def matches(path: Path) -> bool:
+    """Whether the folder holds an Orbax checkpoint named `params`."""
+    return (path / PARAMS_FOLDER).is_dir()
+
+
+class JaxCheckpoint:
+    """An opened JAX checkpoint."""
+
+    format = "jax"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_checkpoint_config(path)
+        self._reader = OrbaxReader(path / PARAMS_FOLDER)
+        self.tensors: Mapping[str, TensorInfo] = self._reader.tensors
+        self.scan_layers = not any(key.startswith("blocks.0.") for key in self.tensors)
+        expected = slots(self.config, spoke(self.config, scan_layers=self.scan_layers))
+        require_keys(str(path), expected, {key: info.shape for key, info in self.tensors.items()})
+        self.dtypes = parameter_dtypes(str(path), expected, {key: info.dtype for key, info in self.tensors.items()})
+        self._source = source_of(expected, self._reader.read, self._reader.read)
+
+    def read(self, parameter: Parameter) -> Array:
+        """A parameter, or one block of it, in canonical axes and the stored dtype."""
+        return self._source(parameter)
+
+
+def open_checkpoint(path: Path) -> JaxCheckpoint:
+    """Open a folder with `config.json` and an Orbax checkpoint in `params`.
+
+    Raises:
+        InputError: a file is missing or damaged, or weights and config do not fit.
+    """
+    return JaxCheckpoint(path)
+
+
+def write(
+    path: Path,
+    config: ModelConfig,
+    source: Source,
+    dtypes: Mapping[str, DType],
+    tokenizer: Tokenizer | None,
+    *,
+    unrolled: bool = False,
+) -> None:
+    """Write a checkpoint into an empty folder, blocks stacked unless `unrolled`."""
+    expected = slots(config, spoke(config, scan_layers=not unrolled))
+    tensors = {key: TensorInfo(slot.shape, dtypes[slot.parameter.name]) for key, slot in expected.items()}
+    stacked = {key for key, slot in expected.items() if slot.parameter.stacked}
+
+    def read(key: str, layer: int | None) -> Array:
+        parameter = expected[key].parameter
+        return source(parameter if layer is None else parameter.of_layer(layer))
+
+    write_orbax(path / PARAMS_FOLDER, tensors, read, split=stacked)
+    write_checkpoint_config(path, config)
+    if tokenizer is not None:
+        tokenizer.save(path)

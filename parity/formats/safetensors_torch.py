@@ -1,0 +1,92 @@
+"""The PyTorch spoke: `model.safetensors` in the layout of `torch_gpt.model`, with `config.json` beside it.
+
+A weight of `nn.Linear` is `[outputs, inputs]`, the transpose of the canonical kernel; heads are flattened into one
+axis, head by head. Needs no PyTorch.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from gpt_core.checkpoint_config import read_checkpoint_config, write_checkpoint_config
+from gpt_core.config import ModelConfig
+from gpt_core.parameters import Parameter
+from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
+from gpt_core.tensor_info import TensorInfo
+from gpt_core.tokenizer import Tokenizer
+from parity.weights import Array, DType, Source, parameter_dtypes, require_keys, slots, source_of
+
+WEIGHTS_FILE = "model.safetensors"
+
+SPOKE = {
+    "token_embedding": ("token_embedding", "vocab embed"),
+    "position_embedding": ("position_embedding", "position embed"),
+    "blocks.attention_norm.scale": ("blocks.{layer}.attention_norm.weight", "embed"),
+    "blocks.attention_norm.bias": ("blocks.{layer}.attention_norm.bias", "embed"),
+    "blocks.attention.query.kernel": ("blocks.{layer}.attention.query.weight", "(heads head_dim) embed"),
+    "blocks.attention.query.bias": ("blocks.{layer}.attention.query.bias", "(heads head_dim)"),
+    "blocks.attention.key.kernel": ("blocks.{layer}.attention.key.weight", "(kv_heads head_dim) embed"),
+    "blocks.attention.key.bias": ("blocks.{layer}.attention.key.bias", "(kv_heads head_dim)"),
+    "blocks.attention.value.kernel": ("blocks.{layer}.attention.value.weight", "(kv_heads head_dim) embed"),
+    "blocks.attention.value.bias": ("blocks.{layer}.attention.value.bias", "(kv_heads head_dim)"),
+    "blocks.attention.output.kernel": ("blocks.{layer}.attention.output.weight", "embed (heads head_dim)"),
+    "blocks.attention.output.bias": ("blocks.{layer}.attention.output.bias", "embed"),
+    "blocks.mlp_norm.scale": ("blocks.{layer}.mlp_norm.weight", "embed"),
+    "blocks.mlp_norm.bias": ("blocks.{layer}.mlp_norm.bias", "embed"),
+    "blocks.mlp.up.kernel": ("blocks.{layer}.mlp.up.weight", "mlp embed"),
+    "blocks.mlp.up.bias": ("blocks.{layer}.mlp.up.bias", "mlp"),
+    "blocks.mlp.down.kernel": ("blocks.{layer}.mlp.down.weight", "embed mlp"),
+    "blocks.mlp.down.bias": ("blocks.{layer}.mlp.down.bias", "embed"),
+    "final_norm.scale": ("final_norm.weight", "embed"),
+    "final_norm.bias": ("final_norm.bias", "embed"),
+    "head.kernel": ("head.weight", "vocab embed"),
+}
+
+
+def matches(path: Path) -> bool:
+    """Whether the folder holds `model.safetensors`."""
+    return (path / WEIGHTS_FILE).exists()
+
+
+class TorchCheckpoint:
+    """An opened PyTorch checkpoint."""
+
+    format = "torch"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_checkpoint_config(path)
+        self._reader = SafetensorsReader(path / WEIGHTS_FILE)
+        self.tensors = self._reader.tensors
+        expected = slots(self.config, SPOKE)
+        require_keys(str(path), expected, {key: info.shape for key, info in self.tensors.items()})
+        self.dtypes = parameter_dtypes(str(path), expected, {key: info.dtype for key, info in self.tensors.items()})
+        self._source = source_of(expected, self._reader.read)
+
+    def read(self, parameter: Parameter) -> Array:
+        """A parameter, or one block of it, in canonical axes and the stored dtype."""
+        return self._source(parameter)
+
+
+def open_checkpoint(path: Path) -> TorchCheckpoint:
+    """Open a folder with `config.json` and `model.safetensors`.
+
+    Raises:
+        InputError: a file is missing or damaged, or weights and config do not fit.
+    """
+    return TorchCheckpoint(path)
+
+
+def write(
+    path: Path, config: ModelConfig, source: Source, dtypes: Mapping[str, DType], tokenizer: Tokenizer | None
+) -> None:
+    """Write a checkpoint into an empty folder, one tensor in memory at a time."""
+    expected = slots(config, SPOKE)
+    tensors = {key: TensorInfo(slot.shape, dtypes[slot.parameter.name]) for key, slot in expected.items()}
+    write_safetensors(
+        path / WEIGHTS_FILE,
+        tensors,
+        lambda key: expected[key].encode(source(expected[key].parameter)),
+    )
+    write_checkpoint_config(path, config)
+    if tokenizer is not None:
+        tokenizer.save(path)

@@ -1,0 +1,67 @@
+"""`parity inspect`: what lies in a checkpoint, without reading its weights."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gpt_core.parameters import parameter_table
+from gpt_core.tokenizer import tokenizer_of
+from parity.formats import open_checkpoint
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Format, config, parameter count, dtypes, bytes and a row for every canonical parameter.
+
+    Raises:
+        InputError: the checkpoint is missing, unknown or damaged.
+    """
+    checkpoint = open_checkpoint(path)
+    table = parameter_table(checkpoint.config)
+    rows = [
+        {
+            "name": parameter.name,
+            "axes": list(parameter.axes),
+            "shape": list(parameter.shape),
+            "dtype": checkpoint.dtypes[parameter.name].name,
+            "parameters": parameter.size,
+            "weight_decay": parameter.decay,
+        }
+        for parameter in table.values()
+    ]
+    return {
+        "path": str(path),
+        "format": checkpoint.format,
+        "variant": checkpoint.config.variant,
+        "tokenizer": "gpt2" if tokenizer_of(path) else None,
+        "parameter_count": sum(math.prod(parameter.shape) for parameter in table.values()),
+        "dtypes": sorted({row["dtype"] for row in rows}),
+        "tensors": len(checkpoint.tensors),
+        "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
+        "config": checkpoint.config.to_dict(),
+        "parameters": rows,
+    }
+
+
+def print_inspection(content: dict[str, Any], console: Console) -> None:
+    """The same for people."""
+    console.print(f"[bold]{content['path']}[/bold]: {content['format']} checkpoint, {content['variant']}")
+    console.print(
+        f"{content['parameter_count']:,} parameters in {content['tensors']} tensors, {', '.join(content['dtypes'])}, "
+        f"{content['bytes'] / 1e6:,.1f} MB; tokenizer: {content['tokenizer'] or 'none'}"
+    )
+    console.print("  ".join(f"{name}={value}" for name, value in content["config"].items()), style="dim")
+    table = Table("parameter", "axes", "shape", "dtype", "decay")
+    table.add_column("parameters", justify="right")
+    for row in content["parameters"]:
+        table.add_row(
+            row["name"],
+            " ".join(row["axes"]),
+            " x ".join(map(str, row["shape"])),
+            row["dtype"],
+            "yes" if row["weight_decay"] else "",
+            f"{row['parameters']:,}",
+        )
+    console.print(table)

@@ -1,0 +1,28 @@
+"""The two sides of the harness: one module a framework, with the same functions on NumPy arrays.
+
+Import a side by `side_of`, which says what to install when its framework is not there.
+"""
+
+import importlib
+from types import ModuleType
+
+from gpt_core.errors import InputError
+
+FRAMEWORKS = ("jax", "torch")
+
+
+def side_of(framework: str) -> ModuleType:
+    """The module that runs models in a framework.
+
+    Raises:
+        InputError: the framework is unknown or not installed.
+    """
+    if framework not in FRAMEWORKS:
+        raise InputError(f"unknown framework {framework!r}; choose from: {', '.join(FRAMEWORKS)}")
+    try:
+        return importlib.import_module(f"parity.sides.{framework}_side")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in {"jax", "jaxlib", "flax", "optax", "orbax", "torch"}:
+            message = f"{error.name} is not installed: pip install 'twingpt[{framework}]'"
+            raise InputError(message) from None
+        raise

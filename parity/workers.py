@@ -1,0 +1,108 @@
+"""Worker processes: x64 is global in JAX and leaks, so fp64 and other dtypes never share a process."""
+
+import importlib
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from gpt_core.errors import InputError
+
+Emit = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work for one process.
+
+    Args:
+        target: "module:function"; called as `function(emit, **arguments)` after `environment` is set, so that it
+            may import a framework. What it emits reaches the parent at once.
+        arguments: Picklable keyword arguments.
+        environment: Variables to set before anything is imported.
+    """
+
+    target: str
+    arguments: Mapping[str, Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def framework_environment(dtype: str, workers: int) -> dict[str, str]:
+    """Variables for a process that runs models in a dtype beside `workers - 1` others.
+
+    fp64 goes to the CPU, which can always do it; JAX leaves a GPU's memory to PyTorch.
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    environment = {"OMP_NUM_THREADS": threads, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    if threads == "1":
+        flags = os.environ.get("XLA_FLAGS", "")
+        environment["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    if dtype == "float64":
+        environment["JAX_PLATFORMS"] = "cpu"
+    return environment
+
+
+def run_side_by_side(jobs: Sequence[Job], on_event: Callable[[int, Any], None]) -> None:
+    """Run every job in a process of its own and hand over what they emit, as it comes.
+
+    Args:
+        jobs: What to run.
+        on_event: Called with the job's index and the emitted object.
+
+    Raises:
+        InputError: a job raised it; the others are stopped.
+        RuntimeError: a job failed or died; the message carries its traceback.
+    """
+    context = multiprocessing.get_context("spawn")
+    processes = []
+    indices: dict[Connection, int] = {}
+    try:
+        for index, job in enumerate(jobs):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_run, args=(job, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            indices[ours] = index
+        while indices:
+            for connection in wait(list(indices)):
+                assert isinstance(connection, Connection)
+                try:
+                    kind, payload = connection.recv()
+                except EOFError:
+                    raise RuntimeError(f"the worker for {jobs[indices[connection]].target} died") from None
+                if kind == "event":
+                    on_event(indices[connection], payload)
+                elif kind == "input error":
+                    raise InputError(payload)
+                elif kind == "failure":
+                    raise RuntimeError(f"a worker failed:\n{payload}")
+                else:
+                    del indices[connection]
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+def _run(job: Job, connection: Connection) -> None:
+    os.environ.update(job.environment)
+    try:
+        module, function = job.target.split(":")
+        getattr(importlib.import_module(module), function)(
+            lambda event: connection.send(("event", event)), **job.arguments
+        )
+        connection.send(("done", None))
+    except InputError as error:
+        connection.send(("input error", str(error)))
+    except KeyboardInterrupt:
+        pass
+    except Exception:
+        connection.send(("failure", traceback.format_exc()))
+    # Buffered connections are flushed by send; the interpreter may take seconds to tear two frameworks down.
+    connection.close()
+    os._exit(0)
