@@ -54,7 +54,7 @@ def write_safetensors(
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for key, info in tensors.items():
-            array = np.ascontiguousarray(read(key))
+            array = np.asarray(read(key), order="C")
             assert (array.shape, array.dtype) == (info.shape, info.dtype), f"{key} is not what was announced"
             file.write(array.reshape(-1).view(np.uint8).data)
 

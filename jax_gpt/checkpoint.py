@@ -66,8 +66,9 @@ def load(
         if key not in reader.tensors:
             raise InputError(f"{path}: weights and config do not fit: {key} is missing")
         found = reader.tensors[key].shape
-        if (found if row is None else found[1:]) != shape:
-            raise InputError(f"{path}: {key} has shape {found} where the config asks for {shape}")
+        expected = shape if row is None else (config.n_layers, *shape)
+        if found != expected:
+            raise InputError(f"{path}: {key} has shape {found} where the config asks for {expected}")
         unused.discard(key)
         return reader.read(key, row)
 

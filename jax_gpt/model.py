@@ -19,6 +19,7 @@ from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, block_table, parameter_table
 from gpt_core.precision import Precision
 from gpt_core.rotary import rotary_angles
+from gpt_core.sites import block_sites
 from jax_gpt.attention import Implementation, attention
 
 Create = Callable[[Parameter], jax.Array]
@@ -88,9 +89,26 @@ class Attention(nnx.Module):
         key = tap(taps, "attention.key", self.key(x))  # [batch, time, kv_heads, head_dim]
         value = tap(taps, "attention.value", self.value(x))  # [batch, time, kv_heads, head_dim]
         if self.config.position == "rope":
-            query = tap(taps, "attention.rotated_query", rotate(query, self.config, self.precision))
-            key = tap(taps, "attention.rotated_key", rotate(key, self.config, self.precision))
-        mixed = attention(
+            query = tap(taps, "attention.rotated_query", self.rotated(query))
+            key = tap(taps, "attention.rotated_key", self.rotated(key))
+        mixed = self.mix(query, key, value)
+        tap(taps, "attention.mixed", mixed)  # [batch, time, heads, head_dim]
+        return tap(taps, "attention.output", self.output(mixed))
+
+    def rotated(
+        self, x: Float[jax.Array, "batch time heads head_dim"]
+    ) -> Float[jax.Array, "batch time heads head_dim"]:
+        """Queries or keys with their positions rotated in."""
+        return rotate(x, self.config, self.precision)
+
+    def mix(
+        self,
+        query: Float[jax.Array, "batch time heads head_dim"],
+        key: Float[jax.Array, "batch time kv_heads head_dim"],
+        value: Float[jax.Array, "batch time kv_heads head_dim"],
+    ) -> Float[jax.Array, "batch time heads head_dim"]:
+        """Attention as the config wants it."""
+        return attention(
             query,
             key,
             value,
@@ -98,8 +116,6 @@ class Attention(nnx.Module):
             scale=self.config.attention_scale,
             implementation=self.implementation,
         )
-        tap(taps, "attention.mixed", mixed)  # [batch, time, heads, head_dim]
-        return tap(taps, "attention.output", self.output(mixed))
 
 
 class MLP(nnx.Module):
@@ -242,8 +258,9 @@ class GPT(nnx.Module):
             return x, layer_taps or {}
 
         x, stacked_taps = jax.lax.scan(step, x, (stacked, keys), length=n_layers)
+        sites = () if taps is None else block_sites(self.config)  # the scan gives dictionaries back in another order
         for layer in range(n_layers):
-            collect(taps, layer, {site: values[layer] for site, values in stacked_taps.items()})
+            collect(taps, layer, {site: stacked_taps[site][layer] for site in sites})
         return x
 
     def unembed(self, x: Float[jax.Array, "batch time embed"]) -> Float[jax.Array, "batch time vocab"]:

@@ -9,6 +9,7 @@ else in `compute_dtype`.
 import math
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -92,9 +93,26 @@ class Attention(nn.Module):
         key = tap(taps, "attention.key", self.key(x).unflatten(-1, (-1, head_dim)))  # [batch, time, kv_heads, head_dim]
         value = tap(taps, "attention.value", self.value(x).unflatten(-1, (-1, head_dim)))
         if self.config.position == "rope":
-            query = tap(taps, "attention.rotated_query", rotate(query, self.config, self.precision))
-            key = tap(taps, "attention.rotated_key", rotate(key, self.config, self.precision))
-        mixed = attention(
+            query = tap(taps, "attention.rotated_query", self.rotated(query))
+            key = tap(taps, "attention.rotated_key", self.rotated(key))
+        mixed = self.mix(query, key, value)
+        tap(taps, "attention.mixed", mixed)  # [batch, time, heads, head_dim]
+        return tap(taps, "attention.output", self.output(mixed.flatten(2)))
+
+    def rotated(
+        self, x: Float[torch.Tensor, "batch time heads head_dim"]
+    ) -> Float[torch.Tensor, "batch time heads head_dim"]:
+        """Queries or keys with their positions rotated in."""
+        return rotate(x, self.config, self.precision)
+
+    def mix(
+        self,
+        query: Float[torch.Tensor, "batch time heads head_dim"],
+        key: Float[torch.Tensor, "batch time kv_heads head_dim"],
+        value: Float[torch.Tensor, "batch time kv_heads head_dim"],
+    ) -> Float[torch.Tensor, "batch time heads head_dim"]:
+        """Attention as the config wants it."""
+        return attention(
             query,
             key,
             value,
@@ -102,8 +120,6 @@ class Attention(nn.Module):
             scale=self.config.attention_scale,
             implementation=self.implementation,
         )
-        tap(taps, "attention.mixed", mixed)  # [batch, time, heads, head_dim]
-        return tap(taps, "attention.output", self.output(mixed.flatten(2)))
 
 
 class MLP(nn.Module):
@@ -273,8 +289,10 @@ def initialiser(seed: int, precision: Precision = Precision()) -> Create:
         dtype = torch_dtype(precision.param_dtype)
         if parameter.std == 0:
             return torch.full(parameter.shape, parameter.mean, dtype=dtype)
-        stream = (seed << 48) ^ (parameter.stream << 16) ^ (parameter.layer or 0)
-        generator = torch.Generator().manual_seed(stream % 2**63)
+        # PyTorch's generator on the CPU reads the low 32 bits of its seed and no more: mix everything into these.
+        entropy = (seed % 2**64, parameter.stream, parameter.layer or 0)
+        stream = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(stream)
         noise = torch.randn(parameter.shape, generator=generator, dtype=dtype)
         return parameter.mean + parameter.std * noise
 

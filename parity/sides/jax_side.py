@@ -1,5 +1,6 @@
 """Running a model in JAX, on NumPy arrays in and out."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,10 +10,14 @@ from flax import nnx
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
+from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
 from jax_gpt.attention import Implementation
+from jax_gpt.loss import token_loss
 from jax_gpt.model import GPT, Taps, initialiser
+from jax_gpt.optimizer import create_optimizer, update
 from parity.formats.orbax_jax import spoke
+from parity.sides.runs import Batch, Run, Training
 from parity.weights import Array, Source, Weights, decode
 
 
@@ -49,43 +54,85 @@ def _require_x64(precision: Precision) -> None:
 
 def weights_of(model: GPT) -> Weights:
     """Canonical weights of a model, as copies."""
-    state = {
-        ".".join(map(str, path)): np.array(variable[...])
-        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
-    return decode(state, model.config, spoke(model.config, scan_layers=model.scan_layers), "the JAX model")
+    return canonical(nnx.state(model, nnx.Param), model, np.array)
 
 
 class Program:
-    """One compiled program for a model's structure; weights may change between calls.
+    """One compiled program for a model's structure, loss, gradients and trace in one; weights may change between calls.
+
+    Args:
+        model: The structure to compile.
+        tokens: `[batch, time]`.
+        batch: Targets and mask; None compiles the forward pass alone.
 
     Raises:
         AssertionError: fp64 stands in the program of an fp32 or bf16 model.
     """
 
-    def __init__(self, model: GPT, tokens: Array) -> None:
+    def __init__(self, model: GPT, tokens: Array, batch: Batch | None = None) -> None:
         graph, state = nnx.split(model)
-        ids = jnp.asarray(tokens, jnp.int32)
+        self._inputs = [jnp.asarray(tokens, jnp.int32)]
+        if batch is not None:
+            self._inputs += [jnp.asarray(batch.targets, jnp.int32), jnp.asarray(batch.mask)]
 
-        def run(state: nnx.State, ids: jax.Array) -> tuple[jax.Array, Taps]:
+        def forward(state: nnx.State, ids: jax.Array) -> tuple[jax.Array, Taps]:
             taps: Taps = {}
             return nnx.merge(graph, state)(ids, taps=taps), taps
 
-        traced = jax.jit(run).trace(state, ids)
+        def loss(state: nnx.State, ids: jax.Array, targets: jax.Array, mask: jax.Array) -> Any:
+            logits, taps = forward(state, ids)
+            return token_loss(logits, targets, mask), (logits, taps)
+
+        function = forward if batch is None else jax.value_and_grad(loss, has_aux=True)
+        traced = jax.jit(function).trace(state, *self._inputs)
         if model.precision.wide_dtype != "float64":
             assert "f64[" not in str(traced.jaxpr), "float64 leaked into a float32 program"
         self._compiled = traced.lower().compile()
-        self._ids = ids
+        self._has_gradients = batch is not None
 
-    def __call__(self, model: GPT) -> tuple[Array, dict[str, Array]]:
-        """Logits `[batch, time, vocab]` and every named site, as NumPy arrays."""
-        logits, taps = self._compiled(nnx.state(model), self._ids)
-        return np.asarray(logits), {site: np.asarray(value) for site, value in taps.items()}
+    def __call__(self, model: GPT) -> Run:
+        """Everything the program computes, as NumPy arrays."""
+        if not self._has_gradients:
+            logits, taps = self._compiled(nnx.state(model), *self._inputs)
+            return Run(np.asarray(logits), _arrays(taps))
+        (loss, (logits, taps)), gradients = self._compiled(nnx.state(model), *self._inputs)
+        return Run(np.asarray(logits), _arrays(taps), float(loss), canonical(gradients, model, np.asarray))
+
+    def train(self, model: GPT, config: AdamWConfig, rates: Sequence[float]) -> Training:
+        """AdamW steps on the program's batch, one for each rate."""
+        optimizer = create_optimizer(config, model.config)
+        parameters = nnx.state(model, nnx.Param)
+        state = optimizer.init(parameters)
+        step = jax.jit(lambda p, g, s, rate: update(optimizer, config, p, g, s, rate))
+        losses, norms = [], []
+        for rate in rates:
+            (loss, _), gradients = self._compiled(parameters, *self._inputs)
+            parameters, state, norm = step(parameters, gradients, state, rate)
+            losses.append(loss)
+            norms.append(norm)
+        adam = state[0]
+        return Training(
+            losses=[float(loss) for loss in losses],
+            norms=[float(norm) for norm in norms],
+            weights=canonical(parameters, model, np.array),
+            mu=canonical(adam.mu, model, np.asarray),
+            nu=canonical(adam.nu, model, np.asarray),
+        )
 
 
-def forward(model: GPT, tokens: Array) -> tuple[Array, dict[str, Array]]:
-    """Logits `[batch, time, vocab]` and every named site, as NumPy arrays."""
-    return Program(model, tokens)(model)
+def _arrays(taps: Taps) -> dict[str, Array]:
+    return {site: np.asarray(value) for site, value in taps.items()}
+
+
+def canonical(state: nnx.State, model: GPT, convert: Callable[[jax.Array], Array]) -> Weights:
+    """Canonical arrays of anything that has the shape of a model's parameters."""
+    arrays = {".".join(map(str, path)): convert(variable[...]) for path, variable in nnx.to_flat_state(state)}
+    return decode(arrays, model.config, spoke(model.config, scan_layers=model.scan_layers), "the JAX model")
+
+
+def run(model: GPT, tokens: Array, batch: Batch | None = None) -> Run:
+    """Run a model once; gradients and loss where a batch says what to predict."""
+    return Program(model, tokens, batch)(model)
 
 
 def prepare(dtype: DType) -> None:

@@ -1,12 +1,19 @@
 """Running a model in PyTorch, on NumPy arrays in and out."""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 
 from gpt_core.config import ModelConfig
+from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
 from parity.formats.safetensors_torch import SPOKE
+from parity.sides.runs import Batch, Run, Training
 from parity.weights import Array, Source, Weights, decode, slots
+from torch_gpt import loss as loss_module
+from torch_gpt import optimizer as optimization
 from torch_gpt.arrays import from_numpy, to_numpy
 from torch_gpt.attention import Implementation
 from torch_gpt.dtypes import torch_dtype
@@ -38,16 +45,109 @@ def fresh(config: ModelConfig, seed: int, dtype: DType) -> GPT:
 
 def weights_of(model: GPT) -> Weights:
     """Canonical weights of a model, as copies."""
-    state = {key: to_numpy(tensor).copy() for key, tensor in model.state_dict().items()}
-    return decode(state, model.config, SPOKE, "the PyTorch model")
+    return canonical(model, lambda parameter: parameter)
+
+
+def run(model: GPT, tokens: Array, batch: Batch | None = None) -> Run:
+    """Run a model once; gradients and loss where a batch says what to predict."""
+    with torch.set_grad_enabled(batch is not None):
+        taps: Taps = {}
+        logits = model(_tensor(model, tokens), taps=taps)
+        sites = {site: to_numpy(value).copy() for site, value in taps.items()}
+        if batch is None:
+            return Run(to_numpy(logits), sites)
+        loss = loss_module.token_loss(logits, _tensor(model, batch.targets), _tensor(model, batch.mask))
+        loss.backward()
+    gradients = canonical(model, lambda parameter: parameter.grad)
+    model.zero_grad()
+    return Run(to_numpy(logits), sites, loss.item(), gradients)
+
+
+def train(model: GPT, tokens: Array, batch: Batch, config: AdamWConfig, rates: Sequence[float]) -> Training:
+    """AdamW steps on one batch, one for each rate; changes the model."""
+    optimizer = optimization.create_optimizer(config, model)
+    ids, targets, mask = (_tensor(model, array) for array in (tokens, batch.targets, batch.mask))
+    losses, norms = [], []
+    for rate in rates:
+        loss = loss_module.token_loss(model(ids), targets, mask)
+        loss.backward()
+        norms.append(optimization.update(optimizer, config, model, rate))
+        losses.append(loss.detach())
+    return Training(
+        losses=[loss.item() for loss in losses],
+        norms=[norm.item() for norm in norms],
+        weights=weights_of(model),
+        mu=canonical(model, lambda parameter: optimizer.state[parameter]["exp_avg"]),
+        nu=canonical(model, lambda parameter: optimizer.state[parameter]["exp_avg_sq"]),
+    )
+
+
+def canonical(model: GPT, tensor_of: Callable[[torch.nn.Parameter], torch.Tensor | None]) -> Weights:
+    """Canonical arrays of something that every parameter of a model has."""
+    arrays = {}
+    for key, parameter in model.named_parameters():
+        tensor = tensor_of(parameter)
+        # PyTorch leaves a gradient out where nothing depends on the parameter; its value is zero.
+        arrays[key] = to_numpy(torch.zeros_like(parameter) if tensor is None else tensor).copy()
+    return decode(arrays, model.config, SPOKE, "the PyTorch model")
 
 
 @torch.no_grad()
-def forward(model: GPT, tokens: Array) -> tuple[Array, dict[str, Array]]:
-    """Logits `[batch, time, vocab]` and every named site, as NumPy arrays."""
+def replay(model: GPT, site: str, sites: Mapping[str, Array], tokens: Array) -> Array:
+    """The output of one site's operation in this model, on inputs recorded elsewhere.
+
+    Args:
+        model: The model.
+        site: A name of `gpt_core.sites`.
+        sites: What another model computed at every site.
+        tokens: `[batch, time]`.
+    """
+
+    def given(name: str) -> torch.Tensor:
+        compute = torch_dtype(model.precision.compute_dtype)
+        return from_numpy(np.array(sites[name])).to(model.token_embedding.device, compute)
+
+    if site == "embedding":
+        return to_numpy(model.embed(_tensor(model, tokens)))
+    if site == "logits":
+        return to_numpy(model.unembed(given("final_norm")))
+    if site == "final_norm":
+        return to_numpy(model.final_norm(_after_block(given, model.config.n_layers - 1)))
+    _, number, local = site.split(".", 2)
+    layer = int(number)
+    here = f"blocks.{layer}"
+    if local == "input":
+        return to_numpy(given("embedding") if layer == 0 else _after_block(given, layer - 1))
+    block: Any = model.blocks[layer]
     taps: Taps = {}
-    logits = model(torch.tensor(tokens, device=model.token_embedding.device), taps=taps)
-    return to_numpy(logits), {site: to_numpy(value) for site, value in taps.items()}
+    if local == "attention_norm":
+        return to_numpy(block.attention_norm(given(f"{here}.input")))
+    if local == "mlp_norm":
+        return to_numpy(block.mlp_norm(given(f"{here}.input") + given(f"{here}.attention.output")))
+    if local == "attention.output":
+        return to_numpy(block.attention.output(given(f"{here}.attention.mixed").flatten(2)))
+    if local == "mlp.output":
+        return to_numpy(block.mlp.down(given(f"{here}.mlp.hidden")))
+    if local == "mlp.hidden":
+        block.mlp(given(f"{here}.mlp_norm"), taps)
+    elif local == "attention.mixed":
+        rotated = "rotated_" if model.config.position == "rope" else ""
+        query, key = (given(f"{here}.attention.{rotated}{name}") for name in ("query", "key"))
+        taps[local] = block.attention.mix(query, key, given(f"{here}.attention.value"))
+    elif "rotated" in local:
+        taps[local] = block.attention.rotated(given(f"{here}.{local.replace('rotated_', '')}"))
+    else:
+        block.attention(given(f"{here}.attention_norm"), taps)
+    return to_numpy(taps[local])
+
+
+def _after_block(given: Callable[[str], torch.Tensor], layer: int) -> torch.Tensor:
+    here = f"blocks.{layer}"
+    return given(f"{here}.input") + given(f"{here}.attention.output") + given(f"{here}.mlp.output")
+
+
+def _tensor(model: GPT, array: Array) -> torch.Tensor:
+    return torch.tensor(array, device=model.token_embedding.device)
 
 
 def prepare(dtype: DType) -> None:

@@ -1,0 +1,45 @@
+"""AdamW with a global-norm clip. `jax_gpt/optimizer.py` is its twin; the rules stand in `gpt_core.optimization`."""
+
+import torch
+
+from gpt_core.optimization import AdamWConfig, canonical_name, clip_scale
+from gpt_core.parameters import parameter_table
+from torch_gpt.model import GPT
+
+
+def create_optimizer(config: AdamWConfig, model: GPT) -> torch.optim.Optimizer:
+    """AdamW without its clip, which `update` applies; decays what the parameter table marks."""
+    table = parameter_table(model.config)
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for key, parameter in model.named_parameters():
+        groups[table[canonical_name(key, table)].decay].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": config.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+    )
+
+
+def clip_gradients(model: GPT, limit: float) -> torch.Tensor:
+    """Scale gradients in place to a global norm of at most `limit`; returns the norm before."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    torch._foreach_mul_(gradients, clip_scale(norm, limit, lambda ratio, most: ratio.clamp(max=most)))
+    return norm
+
+
+def update(optimizer: torch.optim.Optimizer, config: AdamWConfig, model: GPT, rate: float) -> torch.Tensor:
+    """One step in place; returns the gradients' global norm before clipping.
+
+    Args:
+        rate: Learning rate of this step.
+    """
+    norm = clip_gradients(model, config.clip_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
