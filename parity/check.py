@@ -15,6 +15,7 @@ from parity.checks import CheckResult
 from parity.checks.logits import check_logits
 from parity.checks.weights import check_weights
 from parity.compare import Array
+from parity.fault_runs import FaultRun, summarise
 from parity.formats import open_checkpoint
 from parity.formats.base import Checkpoint
 from parity.grid import GridOptions
@@ -41,7 +42,8 @@ def check_grid(options: GridOptions, advance: Progress) -> Outcome:
         advance: Called with the number of cases just done; there are cases x dtypes in all.
 
     Returns:
-        The results in the order of the grid, and the frameworks' part of the environment.
+        The results in the order of the grid, and more for the report: the frameworks' part of "environment", and
+        "faults".
 
     Raises:
         InputError: an unknown variant, or a framework that is not installed.
@@ -52,24 +54,27 @@ def check_grid(options: GridOptions, advance: Progress) -> Outcome:
         Job(
             "parity.grid:worker",
             {"options": replace(options, dtypes=group)},
-            framework_environment(group[0], workers=len(groups)),
+            framework_environment(group[0], workers=len(groups), quick_compile=not options.full),
         )
         for group in groups
     ]
     results: list[CheckResult] = []
-    environment: dict[str, Any] = {}
+    planted: list[FaultRun] = []
+    environment: dict[str, Any] = {"xla_flags": jobs[0].environment["XLA_FLAGS"]}
 
     def on_event(_: int, event: Any) -> None:
         if isinstance(event, dict):
             environment.update(event["environment"])
-        else:
-            results.extend(event)
-            advance(1)
+            return
+        results.extend(found for found in event if isinstance(found, CheckResult))
+        planted.extend(found for found in event if isinstance(found, FaultRun))
+        advance(1)
 
     run_side_by_side(jobs, on_event)
     order = {"float64": 0, "float32": 1, "bfloat16": 2}
     results.sort(key=lambda result: (names.index(result.variant), order[result.dtype]))
-    return results, environment
+    planted.sort(key=lambda run: names.index(run.variant))
+    return results, {"environment": environment, "faults": summarise(planted)}
 
 
 def check_checkpoints(
@@ -126,7 +131,7 @@ def check_checkpoints(
         pair = {f"{side}:{opened[side].format}": logits[side, dtype] for side in "AB"}
         truth = None if dtype == "float64" else logits["B", "float64"]
         results.append(check_logits(name, dtype, pair, truth, origin="checkpoint"))
-    return results, environment
+    return results, {"environment": environment}
 
 
 def _job(checkpoint: Checkpoint, dtypes: list[DType], tokens: Array) -> Job:

@@ -1,8 +1,10 @@
 """The `parity` command."""
 
 import os
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -10,6 +12,7 @@ from rich.console import Console
 from gpt_core.cli import CHECK_FAILED, SUCCESS, parser, print_json, progress, run
 from gpt_core.errors import InputError
 from gpt_core.precision import DType
+from parity.checks import CheckResult
 from parity.convert import DTYPES, convert
 from parity.faults import fault_named
 from parity.formats import FORMATS
@@ -30,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_subcommand("convert", _convert_parser(), help="convert a checkpoint to another format")
     commands.add_subcommand("inspect", _inspect_parser(), help="show what lies in a checkpoint")
     commands.add_subcommand("record", _record_parser(), help="write a checkpoint's logits and intermediates to a file")
-    return run(top, {"check": _check, "convert": _convert, "inspect": _inspect, "record": _record}, arguments)
+    commands.add_subcommand("compare", _compare_parser(), help="compare two records, with no checkpoint or framework")
+    handlers = {"check": _check, "convert": _convert, "inspect": _inspect, "record": _record, "compare": _compare}
+    return run(top, handlers, arguments)
 
 
 def _check_parser() -> ArgumentParser:
@@ -39,14 +44,18 @@ def _check_parser() -> ArgumentParser:
         "Exit code 0: equal, 1: they differ, 2: wrong input.",
         "  parity check                                     the whole grid, as `make parity`\n"
         "  parity check --variant rope-gqa-window --dtype float64 --out runs/parity\n"
-        "  parity check --fault window-off-by-one           plant a mistake and watch it being found\n"
+        "  parity check --faults                            plant every known mistake, see each one caught\n"
+        "  parity check --fault window-off-by-one           plant one in every check: exit code 1\n"
+        "  parity check --full                              adds training curves and fp32 gradients\n"
         "  parity check runs/jax runs/torch --text book.txt compare two checkpoints on a text",
     )
     check.add_argument("checkpoints", nargs="*", default=[], help="two checkpoint folders, in any known format")
     check.add_argument("--variant", nargs="+", default=[], metavar="NAME", help="cases of the grid to run")
     check.add_argument("--dtype", nargs="+", default=_DTYPES, choices=_DTYPES, help="what to compute in")
     check.add_argument("--out", type=Path | None, default=None, metavar="DIR", help="folder for report.json")
-    check.add_argument("--fault", type=str | None, default=None, metavar="NAME", help="plant a fault in PyTorch")
+    check.add_argument("--faults", action="store_true", help="only plant faults, each where it must be caught")
+    check.add_argument("--fault", type=str | None, default=None, metavar="NAME", help="plant one in every check")
+    check.add_argument("--full", action="store_true", help="also what takes minutes: training, fp32 gradients")
     _add_inputs(check)
     check.add_argument("--json", action="store_true", help="print the report as JSON")
     return check
@@ -77,17 +86,32 @@ def _inspect_parser() -> ArgumentParser:
 
 def _record_parser() -> ArgumentParser:
     command = parser(
-        "Run a checkpoint in one framework and write tokens, logits and, on request, every named intermediate.",
-        "  parity record runs/jax jax.npz --framework jax --dtype float64 --trace",
+        "Run a checkpoint in one framework and write what it computed, for `parity compare` on any machine.",
+        "  parity record runs/jax jax.npz --framework jax --dtype float64 --trace --gradients",
     )
     command.add_argument("checkpoint", type=Path, help="folder of a checkpoint in any known format")
-    command.add_argument("out", type=Path, help=".npz file to write")
+    command.add_argument("out", type=Path, help=".npz file to write, or a folder for one .npy file an array")
     command.add_argument("--framework", required=True, choices=["jax", "torch"], help="what to run it in")
     _add_inputs(command)
     command.add_argument("--dtype", default="float32", choices=_DTYPES, help="what to compute in")
     command.add_argument("--trace", action="store_true", help="write the named intermediates too")
+    command.add_argument("--gradients", action="store_true", help="write the loss of the next token and its gradients")
     command.add_argument("--force", action="store_true", help="replace a file that exists")
     command.add_argument("--json", action="store_true", help="print what was written as JSON")
+    return command
+
+
+def _compare_parser() -> ArgumentParser:
+    command = parser(
+        "Compare two records, or two folders of records by file name. Needs no checkpoint and no framework.\n"
+        "Exit code 0: equal, 1: they differ, 2: wrong input.",
+        "  parity compare jax.npz torch.npz\n  parity compare records/pod records/laptop --out runs/compare",
+    )
+    command.add_argument("a", type=Path, help="the record in question")
+    command.add_argument("b", type=Path, help="the reference")
+    command.add_argument("--ignore-weights", action="store_true", help="compare runs of different weights too")
+    command.add_argument("--out", type=Path | None, default=None, metavar="DIR", help="folder for report.json")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
     return command
 
 
@@ -97,43 +121,68 @@ def _add_inputs(command: ArgumentParser) -> None:
 
 
 def _check(options: Namespace) -> int:
-    from parity.check import check_checkpoints, check_grid
-    from parity.grid import GridOptions
     from parity.report import print_table, print_verdict, report, write_report
 
     if len(options.checkpoints) not in (0, 2):
         raise InputError(f"check takes no checkpoint (the grid) or two, not {len(options.checkpoints)}")
-    dtypes = [dtype for dtype in _DTYPES if dtype in options.dtype]
     started = time.perf_counter()
-    with progress() as bar:
-        if options.checkpoints:
-            if options.variant or options.fault:
-                raise InputError("--variant and --fault belong to the grid, not to two checkpoints")
-            first, second = map(Path, options.checkpoints)
-            task = bar.add_task("running checkpoints", total=2 * len({"float64", *dtypes}))
-            results, environment = check_checkpoints(
-                first, second, dtypes, lambda n: bar.advance(task, n), tokens=options.tokens, text=options.text
-            )
-        else:
-            if options.tokens or options.text:
-                raise InputError("--tokens and --text belong to two checkpoints; the grid brings its own text")
-            if options.fault:
-                fault_named(options.fault)
-            grid = GridOptions(options.variant, dtypes, options.fault)
-            task = bar.add_task("checking variants", total=len(select(options.variant)) * len(dtypes))
-            results, environment = check_grid(grid, lambda n: bar.advance(task, n))
+    results, found = _check_two(options) if options.checkpoints else _check_the_grid(options)
     seconds = time.perf_counter() - started
-    content = report(results, environment, seconds=seconds)
+    content = report(results, **found, seconds=seconds, command=" ".join(["parity", *sys.argv[1:]]))
     written = write_report(options.out, content) if options.out else None
     if options.json:
         print_json(content)
     else:
         console = Console(width=None if os.isatty(1) else 120)
-        print_table(results, console)
-        print_verdict(results, seconds, console)
+        print_table(results, console, faults=content["faults"])
+        print_verdict(results, seconds, console, faults=content["faults"])
         if written:
             console.print(f"report: {written}", markup=False, soft_wrap=True)
     return SUCCESS if content["passed"] else CHECK_FAILED
+
+
+def _check_two(options: Namespace) -> tuple[list[CheckResult], dict[str, Any]]:
+    from parity.check import check_checkpoints
+
+    if options.variant or options.fault or options.faults or options.full:
+        raise InputError("--variant, --fault, --faults and --full belong to the grid, not to two checkpoints")
+    dtypes = _dtypes(options)
+    first, second = map(Path, options.checkpoints)
+    with progress() as bar:
+        task = bar.add_task("running checkpoints", total=2 * len({"float64", *dtypes}))
+        return check_checkpoints(
+            first, second, dtypes, lambda n: bar.advance(task, n), tokens=options.tokens, text=options.text
+        )
+
+
+def _check_the_grid(options: Namespace) -> tuple[list[CheckResult], dict[str, Any]]:
+    from parity.check import check_grid
+    from parity.grid import GridOptions
+
+    if options.tokens or options.text:
+        raise InputError("--tokens and --text belong to two checkpoints; the grid brings its own text")
+    if options.fault and options.faults:
+        raise InputError("--fault plants one fault in every check, --faults plants each in its own; give one of them")
+    if options.fault:
+        fault_named(options.fault)
+    dtypes = [dtype for dtype in _dtypes(options) if not options.faults or dtype != "bfloat16"]
+    if not dtypes:
+        raise InputError("faults are planted in float64 and float32; add one of them to --dtype")
+    grid = GridOptions(
+        options.variant,
+        dtypes,
+        options.fault,
+        checks=not options.faults,
+        faults=not options.fault,
+        full=options.full,
+    )
+    with progress() as bar:
+        task = bar.add_task("checking variants", total=len(select(options.variant)) * len(dtypes))
+        return check_grid(grid, lambda n: bar.advance(task, n))
+
+
+def _dtypes(options: Namespace) -> list[DType]:
+    return [dtype for dtype in _DTYPES if dtype in options.dtype]
 
 
 def _convert(options: Namespace) -> int:
@@ -166,7 +215,7 @@ def _inspect(options: Namespace) -> int:
 def _record(options: Namespace) -> int:
     from gpt_core.files import refuse_existing
     from parity.formats import open_checkpoint
-    from parity.record import run_checkpoint, write_record
+    from parity.record import record_checkpoint
     from parity.tokens import tokens_for
     from parity.workers import framework_environment
 
@@ -174,12 +223,47 @@ def _record(options: Namespace) -> int:
     os.environ.update(framework_environment(options.dtype, workers=1))
     config = open_checkpoint(options.checkpoint).config
     tokens = tokens_for(options.checkpoint, config, options.tokens, options.text)
-    logits, sites = run_checkpoint(options.checkpoint, options.framework, options.dtype, tokens)
-    write_record(options.out, tokens, logits, sites if options.trace else None)
-    summary = {"out": str(options.out), "tokens": list(tokens.shape), "logits": list(logits.shape)}
+    metadata = record_checkpoint(
+        options.checkpoint,
+        options.out,
+        options.framework,
+        options.dtype,
+        tokens,
+        trace=options.trace,
+        gradients=options.gradients,
+        force=options.force,
+    )
+    logits = [*tokens.shape, config.vocab_size]
     if options.json:
-        print_json(summary | {"sites": list(sites) if options.trace else []})
+        print_json({"out": str(options.out), "tokens": list(tokens.shape), "logits": logits} | metadata)
     else:
-        traced = f" and {len(sites)} intermediates" if options.trace else ""
-        print(f"{options.out}: logits {list(logits.shape)}{traced}, {options.framework} {options.dtype}")
+        more = f", {len(metadata['sites'])} intermediates" if options.trace else ""
+        more += f", loss and {len(metadata['gradients'])} gradients" if options.gradients else ""
+        print(f"{options.out}: logits {logits}{more}, {options.framework} {options.dtype}")
     return SUCCESS
+
+
+def _compare(options: Namespace) -> int:
+    from parity.offline import compare_records, open_checkpoint_record, print_comparison, record_pairs, write_json
+    from parity.report import print_verdict, report
+
+    started = time.perf_counter()
+    results, sources = [], []
+    pairs = record_pairs(options.a, options.b)
+    with progress() as bar:
+        for name, *paths in bar.track(pairs, description="comparing records"):
+            a, b = map(open_checkpoint_record, paths)
+            results += compare_records(a, b, name=name, ignore_weights=options.ignore_weights)
+            sources += [{"path": str(record.path)} | dict(record.metadata) for record in (a, b)]
+    seconds = time.perf_counter() - started
+    content = report(results, {}, seconds=seconds, records=sources)
+    written = write_json(options.out, content) if options.out else None
+    if options.json:
+        print_json(content)
+    else:
+        console = Console(width=None if os.isatty(1) else 120)
+        print_comparison(results, console)
+        print_verdict(results, seconds, console)
+        if written:
+            console.print(f"report: {written}", markup=False, soft_wrap=True)
+    return SUCCESS if content["passed"] else CHECK_FAILED

@@ -1,5 +1,6 @@
 """What "equal" means: the measures between two tensors. NumPy only."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,6 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+
+_CHUNK = 1 << 18
+"""Numbers that are widened to fp64 at once: large traces leave no room for copies, and caches no use."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Difference:
 
 
 def difference(a: Array, b: Array, scale: float | None = None) -> Difference:
-    """Measure `a` against the reference `b`, in fp64.
+    """Measure `a` against the reference `b`, in fp64, a few megabytes at a time.
 
     Zero against zero is equal. NaN or inf on either side is never equal to anything.
 
@@ -50,25 +54,40 @@ def difference(a: Array, b: Array, scale: float | None = None) -> Difference:
         raise ValueError(f"shapes differ: {a.shape} against {b.shape}")
     if a.size == 0:
         return Difference(0.0, 0.0, 0.0, 1.0, (), (0.0, 0.0))
-    a64, b64 = a.astype(np.float64, copy=False), b.astype(np.float64, copy=False)
-    with np.errstate(invalid="ignore", over="ignore"):
-        gap = np.abs(a64 - b64)
-    bad = ~np.isfinite(gap)
-    worst = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad if bad.any() else gap)), a.shape))
-    values = (float(a64[worst]), float(b64[worst]))
-    if bad.any():
-        return Difference(np.inf, np.inf, np.inf, np.nan, worst, values)
-    max_abs = float(gap[worst])
-    scale = float(np.abs(b64).max()) if scale is None else scale
-    norm_a, norm_b, norm_gap = (float(np.linalg.norm(x.ravel())) for x in (a64, b64, gap))
+    max_abs, worst, largest = -1.0, 0, 0.0
+    squares_a = squares_b = squares_gap = product = 0.0
+    flat_a, flat_b = a.reshape(-1), b.reshape(-1)
+    for start in range(0, a.size, _CHUNK):
+        a64, b64 = (flat[start : start + _CHUNK].astype(np.float64, copy=False) for flat in (flat_a, flat_b))
+        with np.errstate(invalid="ignore", over="ignore"):
+            gap = np.abs(a64 - b64)
+        bad = ~np.isfinite(gap)
+        if bad.any():
+            worst = start + int(np.argmax(bad))
+            return Difference(np.inf, np.inf, np.inf, np.nan, *_at(worst, a, b))
+        here = int(np.argmax(gap))
+        if gap[here] > max_abs:
+            max_abs, worst = float(gap[here]), start + here
+        largest = max(largest, float(np.abs(b64).max()))
+        squares_a += float(np.einsum("i,i", a64, a64))
+        squares_b += float(np.einsum("i,i", b64, b64))
+        squares_gap += float(np.einsum("i,i", gap, gap))
+        product += float(np.einsum("i,i", a64, b64))
+    norms = math.sqrt(squares_a) * math.sqrt(squares_b)
+    index, values = _at(worst, a, b)
     return Difference(
-        relative_error=_ratio(max_abs, scale),
+        relative_error=_ratio(max_abs, largest if scale is None else scale),
         max_abs=max_abs,
-        rms=_ratio(norm_gap, norm_b),
-        cosine=1.0 if norm_a == norm_b == 0 else _ratio(float(np.vdot(a64, b64)), norm_a * norm_b),
-        worst_index=worst,
+        rms=_ratio(math.sqrt(squares_gap), math.sqrt(squares_b)),
+        cosine=1.0 if squares_a == squares_b == 0 else _ratio(product, norms),
+        worst_index=index,
         worst_values=values,
     )
+
+
+def _at(position: int, a: Array, b: Array) -> tuple[tuple[int, ...], tuple[float, float]]:
+    index = tuple(int(i) for i in np.unravel_index(position, a.shape))
+    return index, (float(a[index]), float(b[index]))
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -91,6 +110,12 @@ def logits_measures(a: Array, b: Array) -> dict[str, float]:
         a: Logits `[batch, time, vocab]` in question.
         b: The reference.
     """
-    log_a, log_b = log_softmax(a), log_softmax(b)
-    kl = float((np.exp(log_b) * (log_b - log_a)).sum(-1).mean())
-    return {"kl": max(kl, 0.0), "top1_agreement": float((a.argmax(-1) == b.argmax(-1)).mean())}
+    rows_a, rows_b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])  # [batch time, vocab]
+    step = max(1, _CHUNK // a.shape[-1])
+    kl, agreeing = 0.0, 0
+    for start in range(0, len(rows_a), step):
+        one, other = rows_a[start : start + step], rows_b[start : start + step]
+        log_a, log_b = log_softmax(one), log_softmax(other)
+        kl += float((np.exp(log_b) * (log_b - log_a)).sum())
+        agreeing += int((one.argmax(-1) == other.argmax(-1)).sum())
+    return {"kl": max(kl, 0.0) / len(rows_a), "top1_agreement": agreeing / len(rows_a)}

@@ -76,7 +76,10 @@ def convert(
         started = time.perf_counter()
         writer.write(folder, checkpoint.config, read, dtypes, tokenizer_of(source), **options)
         written = time.perf_counter()
-        _verify(read, writer.open_checkpoint(folder))
+        try:
+            _verify(read, writer.open_checkpoint(folder))
+        except InputError as error:
+            raise InputError(f"{destination}: not kept, it reads back wrong; is the disk sound? ({error})") from None
         verified = time.perf_counter()
     return Conversion(
         str(source),
@@ -91,10 +94,12 @@ def convert(
 
 def _verify(read: Source, copy: Checkpoint) -> None:
     for name, parameter in parameter_table(copy.config).items():
-        wanted, found = read(parameter), copy.read(parameter)
-        # Bytes, not values: NaN is a value like another here, and -0 is not 0.
-        if wanted.dtype != found.dtype or not np.array_equal(_bits(wanted), _bits(found)):
-            raise InputError(f"{copy.path}: {name} read back differs from what was written; is the disk sound?")
+        # Block by block: neither side stacks, and one block is all that is in memory.
+        for part in map(parameter.of_layer, range(parameter.shape[0])) if parameter.stacked else [parameter]:
+            wanted, found = read(part), copy.read(part)
+            # Bytes, not values: NaN is a value like another here, and -0 is not 0.
+            if wanted.dtype != found.dtype or not np.array_equal(_bits(wanted), _bits(found)):
+                raise InputError(f"{name} differs from what was written")
 
 
 def _bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

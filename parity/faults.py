@@ -4,22 +4,17 @@ Every fault is planted in an eager PyTorch model; a traced JAX program would kee
 in which models it must bite, since a shifted position is invisible to RoPE and a wider window to a full mask.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
-from unittest import mock
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
+from parity import mistakes
+from parity.mistakes import Model, Plant, in_model, replacing, with_config
 
-if TYPE_CHECKING:
-    import torch
-
-
-# A PyTorch GPT. Its submodules are reached by name, which type checkers see as "Tensor or Module".
-Model = Any
-Plant = Callable[[Model], AbstractContextManager[None]]
+Area = Literal["logits", "loss", "gradients", "optimizer", "noise"]
 
 
 @dataclass(frozen=True)
@@ -30,15 +25,17 @@ class Fault:
         name: What `--fault` calls it.
         imitates: Where it happens in the real world.
         caught_by: The check that must catch it.
-        bites: Whether it must change this model's function.
+        bites: Whether it must change this model's function or training.
         plant: Makes it in a model, for as long as the context lasts.
+        site: Where the first-divergence search must point; "" for a fault that has no site.
     """
 
     name: str
     imitates: str
-    caught_by: str
+    caught_by: Area
     bites: Callable[[ModelConfig], bool]
     plant: Plant
+    site: str = ""
 
 
 def fault_named(name: str) -> Fault:
@@ -78,122 +75,304 @@ def _with_groups(config: ModelConfig) -> bool:
     return 1 < config.n_kv_heads < config.n_heads
 
 
-def _in_model(change: Callable[[Model], None]) -> Plant:
-    """A fault that changes the model object itself, which is thrown away afterwards."""
-
-    @contextmanager
-    def plant(model: Model) -> Iterator[None]:
-        change(model)
-        yield
-
-    return plant
+def _with_square_query(config: ModelConfig) -> bool:
+    return config.n_heads * config.head_dim == config.embed_dim
 
 
-@contextmanager
-def _interleaved_rope(model: Model) -> Iterator[None]:
-    import torch
-
-    from torch_gpt.model import rotate
-
-    def interleaved(x: "torch.Tensor", *arguments: object) -> "torch.Tensor":
-        half_split = torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)  # pairs (2d, 2d + 1) instead of (d, d + half)
-        first, second = rotate(half_split, *arguments).chunk(2, dim=-1)  # type: ignore[arg-type]  # as it came
-        return torch.stack([first, second], dim=-1).flatten(-2)
-
-    with mock.patch("torch_gpt.model.rotate", interleaved):
-        yield
-
-
-@contextmanager
-def _tiled_heads(model: Model) -> Iterator[None]:
-    from torch_gpt.attention import attention
-
-    def tiled(query: "torch.Tensor", key: "torch.Tensor", value: "torch.Tensor", **options: object) -> "torch.Tensor":
-        group = query.shape[2] // key.shape[2]
-        key, value = (x.repeat(1, 1, group, 1) for x in (key, value))  # kv head h % kv_heads, not h // group
-        return attention(query, key, value, **options)  # type: ignore[arg-type]  # as it came
-
-    with mock.patch("torch_gpt.model.attention", tiled):
-        yield
-
-
-@contextmanager
-def _erf_gelu(model: Model) -> Iterator[None]:
-    from torch.nn import functional
-
-    exact = functional.gelu
-    with mock.patch.object(functional, "gelu", lambda x, approximate: exact(x)):
-        yield
-
-
-def _wider_window(model: Model) -> None:
-    for block in model.blocks:
-        config = block.attention.config
-        block.attention.config = replace(config, sliding_window=config.sliding_window + 1)
-
-
-def _swapped_blocks(model: Model) -> None:
-    model.blocks[0], model.blocks[1] = model.blocks[1], model.blocks[0]
-
-
-def _transposed_kernel(model: Model) -> None:
-    weight = model.blocks[0].attention.query.weight  # square: heads * head_dim = embed, so no shape complains
-    weight.data = weight.data.T.contiguous()
-
-
-def _small_eps(model: Model) -> None:
-    for module in model.modules():
-        if hasattr(module, "eps"):
-            module.eps = 1e-6
-
-
-def _shifted_positions(model: Model) -> None:
-    model.position_embedding.data = model.position_embedding.data.roll(1, dims=0)
+def _with_query_bias(config: ModelConfig) -> bool:
+    return config.qkv_bias
 
 
 FAULTS = (
+    # position
     Fault(
         "interleaved-rope",
         "RoPE pairs (2d, 2d+1), as in GPT-J and Meta's Llama files, for half-split pairs",
         "logits",
         _with_rope,
-        _interleaved_rope,
+        replacing("torch_gpt.model.rotate", mistakes.interleaved),
+        "blocks.0.attention.rotated_query",
     ),
     Fault(
-        "window-off-by-one",
-        "an inclusive FlashAttention-style bound passed as W: W + 1 keys are seen",
+        "reversed-rope",
+        "the sign of the sine flipped: positions run backwards",
         "logits",
-        _with_window,
-        _in_model(_wider_window),
+        _with_rope,
+        replacing("torch_gpt.model.rotate", mistakes.backwards),
+        "blocks.0.attention.rotated_query",
     ),
     Fault(
-        "tiled-kv-heads",
-        "kv heads expanded by tile for repeat_interleave",
+        "rope-theta",
+        "a long-context base of 1,000,000 left in the config",
         "logits",
-        _with_groups,
-        _tiled_heads,
+        _with_rope,
+        with_config(rope_theta=lambda config: 1e6),
+        "blocks.0.attention.rotated_query",
     ),
-    Fault(
-        "swapped-blocks",
-        "blocks sorted by name, where 10 comes before 2",
-        "logits",
-        _everywhere,
-        _in_model(_swapped_blocks),
-    ),
-    Fault(
-        "transposed-kernel",
-        "an [in, out] kernel loaded as [out, in]; a square one loads without complaint",
-        "logits",
-        _everywhere,
-        _in_model(_transposed_kernel),
-    ),
-    Fault("erf-gelu", "PyTorch's default GELU for GPT-2's tanh form", "logits", _everywhere, _erf_gelu),
-    Fault("layer-norm-eps", "Flax's default eps 1e-6 for 1e-5", "logits", _everywhere, _in_model(_small_eps)),
     Fault(
         "shifted-positions",
         "position ids that start at one, or a table with padding rows in front",
         "logits",
         _with_learned_positions,
-        _in_model(_shifted_positions),
+        in_model(mistakes.shifted_positions),
+        "embedding",
+    ),
+    # heads
+    Fault(
+        "tiled-kv-heads",
+        "kv heads expanded by tile for repeat_interleave",
+        "logits",
+        _with_groups,
+        replacing("torch_gpt.model.attention", mistakes.tiled_heads),
+        "blocks.0.attention.mixed",
+    ),
+    Fault(
+        "swapped-key-value",
+        "a packed q, k, v cut in the wrong order",
+        "logits",
+        _everywhere,
+        in_model(mistakes.swapped_key_and_value),
+        "blocks.0.attention.key",
+    ),
+    Fault(
+        "head-dim-outside",
+        "heads split as (head_dim, heads) for (heads, head_dim)",
+        "logits",
+        _everywhere,
+        in_model(mistakes.head_dim_outside),
+        "blocks.0.attention.query",
+    ),
+    # mask
+    Fault(
+        "window-off-by-one",
+        "an inclusive FlashAttention-style bound passed as W: W + 1 keys are seen",
+        "logits",
+        _with_window,
+        with_config(sliding_window=lambda config: config.sliding_window + 1),
+        "blocks.0.attention.mixed",
+    ),
+    Fault(
+        "window-one-short",
+        "W - 1 passed to an exclusive bound",
+        "logits",
+        _with_window,
+        with_config(sliding_window=lambda config: config.sliding_window - 1),
+        "blocks.0.attention.mixed",
+    ),
+    Fault(
+        "window-ignored",
+        "a kernel that drops the window when no mask is given",
+        "logits",
+        _with_window,
+        with_config(sliding_window=lambda config: None),
+        "blocks.0.attention.mixed",
+    ),
+    Fault(
+        "future-leak",
+        "a causal mask off by one: the next token is seen",
+        "logits",
+        _everywhere,
+        replacing("torch_gpt.attention.causal_mask", mistakes.sees_the_future),
+        "blocks.0.attention.mixed",
+    ),
+    # scaling
+    Fault(
+        "missing-scale",
+        "scores without 1/sqrt(head_dim), as GPT-Neo wants them",
+        "logits",
+        _everywhere,
+        with_config(attention_scale=lambda config: 1.0),
+        "blocks.0.attention.mixed",
+    ),
+    Fault(
+        "scale-by-embed",
+        "1/sqrt(embed_dim) for 1/sqrt(head_dim)",
+        "logits",
+        _everywhere,
+        with_config(attention_scale=lambda config: config.embed_dim**-0.5),
+        "blocks.0.attention.mixed",
+    ),
+    # norms
+    Fault(
+        "layer-norm-eps",
+        "Flax's default eps 1e-6 for 1e-5",
+        "logits",
+        _everywhere,
+        in_model(mistakes.small_eps),
+        "blocks.0.attention_norm",
+    ),
+    Fault(
+        "rms-norm",
+        "RMSNorm for LayerNorm: the mean is not subtracted",
+        "logits",
+        _everywhere,
+        replacing("torch.nn.functional.layer_norm", mistakes.without_mean),
+        "blocks.0.attention_norm",
+    ),
+    Fault(
+        "one-plus-scale",
+        "norm scales stored as their distance from one, as in Gemma",
+        "logits",
+        _everywhere,
+        in_model(mistakes.one_plus_scale),
+        "blocks.0.attention_norm",
+    ),
+    Fault(
+        "missing-final-norm",
+        "a headless export: the last norm belongs to the head",
+        "logits",
+        _everywhere,
+        in_model(mistakes.without_final_norm),
+        "final_norm",
+    ),
+    # MLP
+    Fault(
+        "erf-gelu",
+        "PyTorch's default GELU for GPT-2's tanh form",
+        "logits",
+        _everywhere,
+        replacing("torch.nn.functional.gelu", mistakes.erf_gelu),
+        "blocks.0.mlp.hidden",
+    ),
+    Fault(
+        "sigmoid-gelu",
+        "CLIP's quick GELU for the tanh form",
+        "logits",
+        _everywhere,
+        replacing("torch.nn.functional.gelu", mistakes.sigmoid_gelu),
+        "blocks.0.mlp.hidden",
+    ),
+    # embedding and head
+    Fault(
+        "scaled-embedding",
+        "embeddings multiplied by sqrt(embed_dim), as in the first Transformer and Gemma",
+        "logits",
+        _everywhere,
+        in_model(mistakes.scaled_embedding),
+        "embedding",
+    ),
+    Fault(
+        "shifted-head",
+        "a vocabulary with an extra token in front",
+        "logits",
+        _everywhere,
+        in_model(mistakes.shifted_head),
+        "logits",
+    ),
+    # conversion
+    Fault(
+        "swapped-blocks",
+        "blocks sorted by name, where 10 comes before 2",
+        "logits",
+        _everywhere,
+        in_model(mistakes.swapped_blocks),
+        "blocks.0.attention_norm",
+    ),
+    Fault(
+        "transposed-kernel",
+        "an [in, out] kernel loaded as [out, in]; a square one loads without complaint",
+        "logits",
+        _with_square_query,
+        in_model(mistakes.transposed_kernel),
+        "blocks.1.attention.query",
+    ),
+    Fault(
+        "dropped-bias",
+        "a bias that the target has no place for, dropped in silence",
+        "logits",
+        _with_query_bias,
+        in_model(mistakes.dropped_bias),
+        "blocks.1.attention.query",
+    ),
+    Fault(
+        "zeroed-row",
+        "the tail of a truncated file read as zeros",
+        "logits",
+        _everywhere,
+        in_model(mistakes.truncated_checkpoint),
+        "blocks.2.mlp.output",
+    ),
+    # loss and gradients
+    Fault(
+        "unmasked-loss",
+        "padding counted in the loss",
+        "loss",
+        _everywhere,
+        replacing("torch_gpt.loss.token_loss", mistakes.without_mask),
+    ),
+    Fault(
+        "unshifted-targets",
+        "labels shifted twice, or not at all",
+        "loss",
+        _everywhere,
+        replacing("torch_gpt.loss.token_loss", mistakes.unshifted_targets),
+    ),
+    Fault(
+        "mean-of-row-means",
+        "the mean over rows of unequal length for the mean over tokens",
+        "loss",
+        _everywhere,
+        replacing("torch_gpt.loss.token_loss", mistakes.mean_of_rows),
+    ),
+    Fault(
+        "detached-norm",
+        "statistics of a norm cut out of the graph: the forward pass is right, its gradient is not",
+        "gradients",
+        _everywhere,
+        in_model(mistakes.detached_norm),
+        "blocks.1.attention_norm",
+    ),
+    # optimizer
+    Fault(
+        "no-bias-correction",
+        "Adam without bias correction, as in BERT's optimizer",
+        "optimizer",
+        _everywhere,
+        mistakes.adamw(bias_correction=False),
+    ),
+    Fault(
+        "decay-on-biases",
+        "weight decay on every parameter; stacked biases look like matrices",
+        "optimizer",
+        _everywhere,
+        mistakes.adamw(decay_all=True),
+    ),
+    Fault(
+        "coupled-decay",
+        "L2 in the gradient (Adam) for decoupled decay (AdamW)",
+        "optimizer",
+        _everywhere,
+        mistakes.adamw(coupled=True),
+    ),
+    Fault(
+        "eps-inside-root",
+        "sqrt(nu + eps) for sqrt(nu) + eps",
+        "optimizer",
+        _everywhere,
+        mistakes.adamw(eps_in_root=True),
+    ),
+    Fault(
+        "clip-per-tensor",
+        "each gradient clipped by its own norm for the global one",
+        "optimizer",
+        _everywhere,
+        replacing("torch_gpt.optimizer.clip_gradients", mistakes.clip_each_tensor),
+    ),
+    # dtype
+    Fault(
+        "bf16-residual",
+        "a residual stream that falls to bf16 between blocks",
+        "logits",
+        _everywhere,
+        in_model(mistakes.bf16_residual),
+        "blocks.1.input",
+    ),
+    Fault(
+        "short-mantissa",
+        "fp32 products in fewer passes than the other side (a TPU's 'high' for 'highest'): below the bound, above the "
+        "noise floor",
+        "noise",
+        _everywhere,
+        replacing("torch.nn.functional.linear", mistakes.short_mantissa),
     ),
 )

@@ -1,22 +1,38 @@
-"""One worker's share of the grid: build both twins for each case, run them, check them."""
+"""One worker's share of the grid: build both twins for each case, run them, check them, plant faults."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
+from gpt_core.schedule import warmup_cosine
+from gpt_core.sites import model_sites
 from parity.checks import CheckResult
+from parity.checks.activations import check_activations
+from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
+from parity.checks.loss import check_loss
+from parity.checks.optimizer import check_optimizer
+from parity.checks.training import check_training
 from parity.checks.weights import check_weights, through_files
 from parity.compare import Array
 from parity.convert import DTYPES
-from parity.faults import fault_named, planted
+from parity.divergence import Divergence, first_divergence
+from parity.faults import Fault, fault_named, planted
+from parity.hints import explain
 from parity.sides import side_of
-from parity.variants import Case, select, sharp_weights, text_tokens
+from parity.sides.runs import Batch, Run, Training
+from parity.tolerances import tolerance
+from parity.variants import Case, next_token_batch, select, sharp_weights, text_batches, text_tokens
 from parity.weights import Weights, cast, weights_source
 from parity.workers import Emit
+
+ADAMW = AdamWConfig(clip_norm=1.0)
+OPTIMIZER_STEPS, TRAINING_STEPS = 5, 50
 
 
 @dataclass(frozen=True)
@@ -26,16 +42,100 @@ class GridOptions:
     Args:
         variants: Names of cases; empty for all.
         dtypes: What to compute in.
-        fault: Name of a fault to plant in the PyTorch twin, or None.
+        fault: Name of a fault to plant in the PyTorch twin for every check, or None.
+        checks: Whether to run the checks.
+        faults: Whether to plant every fault where it bites, and see it caught.
+        full: Run what is heavier too: training curves, fp32 gradients, every fault in every variant.
     """
 
     variants: list[str] = field(default_factory=list)
     dtypes: list[DType] = field(default_factory=lambda: ["float64"])
     fault: str | None = None
+    checks: bool = True
+    faults: bool = False
+    full: bool = False
+
+
+def rates(steps: int) -> list[float]:
+    """Learning rates of a warmup-cosine schedule, two steps of warmup."""
+    return [warmup_cosine(step, peak=3e-3, warmup_steps=2, total_steps=steps + 1) for step in range(steps)]
+
+
+class Subject:
+    """One case in one dtype: weights, tokens, and both twins' runs, each made when it is first asked for."""
+
+    def __init__(self, case: Case, dtype: DType) -> None:
+        self.case, self.dtype, self.config = case, dtype, case.config
+        self.jax, self.torch = side_of("jax"), side_of("torch")
+        stored = DTYPES[Precision.of(dtype).param_dtype]
+        self.weights: Weights = {name: a.astype(stored) for name, a in sharp_weights(case.config).items()}
+        self.source = weights_source(self.weights)
+        self.tokens: Array = text_tokens(case.config.vocab_size)
+        self.batch: Batch = next_token_batch(self.tokens)
+
+    @cached_property
+    def jax_model(self) -> Any:
+        """The JAX twin."""
+        return self.jax.build(self.config, self.source, self.dtype, scan_layers=self.case.scan_layers)
+
+    def torch_model(self) -> Any:
+        """A PyTorch twin of its own for each caller, who may break it."""
+        return self.torch.build(self.config, self.source, self.dtype)
+
+    @cached_property
+    def program(self) -> Any:
+        """The JAX twin's compiled program: logits, loss and trace, and gradients in all but bf16."""
+        return self.jax.Program(self.jax_model, self.tokens, self.batch, gradients=self.dtype != "bfloat16")
+
+    @cached_property
+    def jax_run(self) -> Run:
+        """The reference of every comparison."""
+        run: Run = self.program(self.jax_model)
+        return run
+
+    @cached_property
+    def jax_training(self) -> Training:
+        """The reference of optimizer steps."""
+        return self.train_jax(OPTIMIZER_STEPS)
+
+    def train_jax(self, steps: int) -> Training:
+        """Optimizer steps of the JAX twin, from the start."""
+        batches = text_batches(self.config.vocab_size, steps)
+        training: Training = self.program.train(self.jax_model, batches, ADAMW, rates(steps))
+        return training
+
+    def train_torch(self, steps: int, model: Any) -> Training:
+        """The same steps of a PyTorch twin, which is changed."""
+        batches = text_batches(self.config.vocab_size, steps)
+        training: Training = self.torch.train(model, batches, ADAMW, rates(steps))
+        return training
+
+    @cached_property
+    def truth(self) -> Run:
+        """The same weights in fp64 (where the twins are proven equal), for the noise floor."""
+        model = self.torch.build(self.config, cast(self.source, np.float64), "float64")
+        run: Run = self.torch.run(model, self.tokens)
+        return run
+
+    def divergence(self, model: Any, run: Run) -> Divergence | None:
+        """Where a PyTorch run first parts from the JAX one; `model` must still be as it was in the run."""
+        reference = self.jax_run.sites
+
+        def hint(site: str) -> str:
+            return explain(site, run.sites[site], reference, self.weights, self.config, self.tokens)
+
+        return first_divergence(
+            run.sites,
+            reference,
+            model_sites(self.config),
+            tolerance("activations", self.dtype),
+            replay=lambda site: self.torch.replay(model, site, reference, self.tokens),
+            hint=hint,
+        )
 
 
 def worker(emit: Emit, options: GridOptions) -> None:
-    """Emit {"environment": ...} once, then a list of `CheckResult`s for every case and dtype.
+    """Emit {"environment": ...} once, then for every case and dtype a list of `CheckResult`s and `FaultRun`s.
 
     The options' dtypes must be able to share a process: float64 alone, or the others.
     """
@@ -43,56 +143,83 @@ def worker(emit: Emit, options: GridOptions) -> None:
     for side in (jax_side, torch_side):
         side.prepare(options.dtypes[0])
     emit({"environment": jax_side.describe() | torch_side.describe()})
-    tokens = text_tokens()
+    fault = None if options.fault is None else fault_named(options.fault)
     for case in select(options.variants):
         for dtype in options.dtypes:
-            emit(list(check_case(case, dtype, tokens, options.fault)))
+            subject = Subject(case, dtype)
+            found: list[Any] = list(checks(subject, fault, full=options.full)) if options.checks else []
+            if options.faults:
+                from parity.fault_runs import fault_runs
+
+                found += fault_runs(subject, full=options.full)
+            emit(found)
 
 
-def check_case(case: Case, dtype: DType, tokens: Array, fault_name: str | None = None) -> Iterator[CheckResult]:
-    """Every check of one case in one dtype."""
-    jax_side, torch_side = side_of("jax"), side_of("torch")
-    fault = None if fault_name is None else fault_named(fault_name)
-    stored = DTYPES[Precision.of(dtype).param_dtype]
-    sharp = {name: array.astype(stored) for name, array in sharp_weights(case.config).items()}
-    source = weights_source(sharp)
+def checks(subject: Subject, fault: Fault | None = None, *, full: bool = False) -> Iterator[CheckResult]:
+    """Every check of one case in one dtype, with a fault planted in the PyTorch twin or none."""
+    variant, dtype = subject.case.variant, subject.dtype
+    if fault is None:
+        yield _weights(subject)
 
-    jax_model = jax_side.build(case.config, source, dtype, scan_layers=case.scan_layers)
-    torch_model = torch_side.build(case.config, source, dtype)
-    yield _weights(case, dtype, sharp, jax_side.weights_of(jax_model), torch_side.weights_of(torch_model))
+    model = subject.torch_model()
+    with_gradients = dtype == "float64" or (full and dtype == "float32")
+    with planted(fault if fault is None or fault.caught_by != "noise" or dtype == "float32" else None, model):
+        run: Run = subject.torch.run(model, subject.tokens, subject.batch, gradients=with_gradients)
+        divergence = subject.divergence(model, run)
+    reference = subject.jax_run
+    truth = None if dtype == "float64" else subject.truth
+    sites = {"jax": reference.sites, "torch": run.sites}
+    yield check_activations(variant, dtype, sites, None if truth is None else truth.sites, divergence)
+    logits = {"jax": reference.logits, "torch": run.logits}
+    yield check_logits(variant, dtype, logits, None if truth is None else truth.logits)
+    yield check_loss(variant, dtype, {"jax": reference.loss, "torch": run.loss})
+    if with_gradients:
+        gradients = {"jax": reference.gradients, "torch": run.gradients}
+        yield check_gradients(variant, dtype, subject.config, gradients)
+    if dtype == "float64":
+        trained = subject.torch_model()
+        with planted(fault, trained):
+            torch_training = subject.train_torch(OPTIMIZER_STEPS, trained)
+        trainings = {"jax": subject.jax_training, "torch": torch_training}
+        yield check_optimizer(variant, dtype, subject.config, subject.weights, trainings, ADAMW.clip_norm)
+    if full and dtype != "bfloat16":
+        trained = subject.torch_model()
+        with planted(fault, trained):
+            torch_training = subject.train_torch(TRAINING_STEPS, trained)
+        curves = {"jax": subject.train_jax(TRAINING_STEPS).losses, "torch": torch_training.losses}
+        yield check_training(variant, dtype, curves)
+    if fault is None and dtype != "bfloat16":
+        yield from _own_initialisations(subject)
 
-    program = jax_side.Program(jax_model, tokens)
-    jax_logits, _ = program(jax_model)
-    truth = None
-    if dtype != "float64":
-        truth, _ = torch_side.forward(torch_side.build(case.config, cast(source, np.float64), "float64"), tokens)
-    with planted(fault, torch_model):
-        torch_logits, _ = torch_side.forward(torch_model, tokens)
-    yield check_logits(case.variant, dtype, {"jax": jax_logits, "torch": torch_logits}, truth)
 
-    if dtype == "bfloat16" or fault is not None:
-        return
-    # Each framework's own initialisation, carried to the other.
-    started_in_jax = jax_side.fresh(case.config, seed=1, dtype=dtype, scan_layers=case.scan_layers)
-    carried_to_torch = torch_side.build(case.config, weights_source(jax_side.weights_of(started_in_jax)), dtype)
-    logits = {"jax": program(started_in_jax)[0], "torch": torch_side.forward(carried_to_torch, tokens)[0]}
+def _own_initialisations(subject: Subject) -> Iterator[CheckResult]:
+    """Weights that one framework initialised, carried to the other."""
+    config, dtype, case = subject.config, subject.dtype, subject.case
+    in_jax = subject.jax.fresh(config, seed=1, dtype=dtype, scan_layers=case.scan_layers)
+    carried = subject.torch.build(config, weights_source(subject.jax.weights_of(in_jax)), dtype)
+    logits = {"jax": subject.program(in_jax).logits, "torch": subject.torch.run(carried, subject.tokens).logits}
     yield check_logits(case.variant, dtype, logits, origin="jax")
 
-    started_in_torch = torch_side.fresh(case.config, seed=1, dtype=dtype)
-    source = weights_source(torch_side.weights_of(started_in_torch))
-    carried_to_jax = jax_side.build(case.config, source, dtype, scan_layers=case.scan_layers)
-    logits = {"jax": program(carried_to_jax)[0], "torch": torch_side.forward(started_in_torch, tokens)[0]}
+    in_torch = subject.torch.fresh(config, seed=1, dtype=dtype)
+    source = weights_source(subject.torch.weights_of(in_torch))
+    carried = subject.jax.build(config, source, dtype, scan_layers=case.scan_layers)
+    logits = {"jax": subject.program(carried).logits, "torch": subject.torch.run(in_torch, subject.tokens).logits}
     yield check_logits(case.variant, dtype, logits, origin="torch")
 
 
-def _weights(case: Case, dtype: DType, sharp: Weights, from_jax: Weights, from_torch: Weights) -> CheckResult:
-    """Round trips through both models and, in the dtype that files keep, through both formats."""
-    as_stored: dict[str, Any] = {name: array.astype(DTYPES[dtype]) for name, array in sharp.items()}
+def _weights(subject: Subject) -> CheckResult:
+    """Round trips through both models and through the files of both formats."""
+    stored: dict[str, Any] = {name: a.astype(DTYPES[subject.dtype]) for name, a in subject.weights.items()}
+    unrolled = not subject.case.scan_layers
     copies = {
-        "torch file -> jax file -> torch file": through_files(case.config, as_stored, ["torch", "jax", "torch"]),
-        "jax file -> torch file -> jax file": through_files(case.config, as_stored, ["jax", "torch", "jax"]),
+        "jax file -> torch file -> jax file": through_files(
+            subject.config, stored, ["jax", "torch", "jax"], unrolled=unrolled
+        ),
+        "torch file -> jax file -> torch file": through_files(
+            subject.config, stored, ["torch", "jax", "torch"], unrolled=unrolled
+        ),
     }
-    if dtype == "bfloat16":  # models keep fp32 parameters then
-        return check_weights(case.variant, dtype, as_stored, copies)
-    models = {"numpy -> jax model -> numpy": from_jax, "numpy -> torch model -> numpy": from_torch}
-    return check_weights(case.variant, dtype, as_stored, models | copies)
+    if subject.dtype != "bfloat16":  # models keep fp32 parameters then
+        copies["numpy -> jax model -> numpy"] = subject.jax.weights_of(subject.jax_model)
+        copies["numpy -> torch model -> numpy"] = subject.torch.weights_of(subject.torch_model())
+    return check_weights(subject.case.variant, subject.dtype, stored, copies)

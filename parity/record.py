@@ -1,26 +1,38 @@
 """Running one checkpoint in one framework and keeping what it computed, for a comparison elsewhere."""
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt_core.files import atomic_file
+from gpt_core.config import ModelConfig
+from gpt_core.errors import InputError
+from gpt_core.files import refuse_existing
+from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.precision import DType
+from gpt_core.sites import model_sites
 from parity.compare import Array
 from parity.formats import open_checkpoint
+from parity.formats.base import Checkpoint
+from parity.records import hash_array, hash_tokens, write_record
+from parity.report import machine
 from parity.sides import side_of
+from parity.sides.runs import Batch, Run
+from parity.tolerances import TOLERANCE
 from parity.workers import Emit
 
 
-def run_checkpoint(path: Path, framework: str, dtype: DType, tokens: Array) -> tuple[Array, dict[str, Array]]:
-    """Logits `[batch, time, vocab]` and named sites of a checkpoint.
+def run_checkpoint(path: Path, framework: str, dtype: DType, tokens: Array, batch: Batch | None = None) -> Run:
+    """Logits `[batch, time, vocab]` and named sites of a checkpoint; loss and gradients where a batch is given.
 
     Args:
         path: A checkpoint in any known format.
         framework: "jax" or "torch".
         dtype: What to compute in. In JAX, one process runs either float64 or the others.
         tokens: `[batch, time]`.
+        batch: What the model should predict.
 
     Raises:
         InputError: a bad checkpoint, or the framework is not installed.
@@ -28,30 +40,116 @@ def run_checkpoint(path: Path, framework: str, dtype: DType, tokens: Array) -> t
     side = side_of(framework)
     side.prepare(dtype)
     checkpoint = open_checkpoint(path)
-    model = side.build(checkpoint.config, checkpoint.read, dtype)
-    logits, sites = side.forward(model, tokens)
-    return logits, sites
+    run: Run = side.run(side.build(checkpoint.config, checkpoint.read, dtype), tokens, batch)
+    return run
 
 
-def write_record(destination: Path, tokens: Array, logits: Array, sites: dict[str, Array] | None = None) -> None:
-    """Write an .npz with `tokens`, `logits` and one entry "site:NAME" for each named intermediate; bf16 as fp32.
+def record_checkpoint(
+    path: Path,
+    destination: Path,
+    framework: str,
+    dtype: DType,
+    tokens: Array,
+    *,
+    trace: bool = False,
+    gradients: bool = False,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Run a checkpoint and write what it computed as a record (docs/records.md), one array at a time.
+
+    Args:
+        path: A checkpoint in any known format.
+        destination: A file name ending in .npz, or the name of a folder.
+        framework: "jax" or "torch".
+        dtype: What to compute in.
+        tokens: `[batch, time]`.
+        trace: Whether to keep every named intermediate.
+        gradients: Whether to keep the loss (of the next token, the mean over all positions that have one) and its
+            gradient for every parameter.
+        force: Whether to replace a record that is there.
+
+    Returns:
+        The metadata that was written.
 
     Raises:
-        InputError: the destination cannot be written.
+        InputError: a bad checkpoint, tokens without a next one, a dtype that has no bound for gradients, or a
+            destination that cannot be written.
     """
-    arrays = {"tokens": tokens, "logits": logits}
-    arrays |= {f"site:{name}": value for name, value in (sites or {}).items()}
-    with atomic_file(destination) as temporary, temporary.open("wb") as file:
-        # NumPy has no bf16 of its own: a reader without ml_dtypes would see void. fp32 holds every bf16 exactly.
-        np.savez(file, **{name: _storable(array) for name, array in arrays.items()})
+    refuse_existing(destination, force=force)
+    if gradients and ("gradients", dtype) not in TOLERANCE:
+        known = [known_dtype for check, known_dtype in TOLERANCE if check == "gradients"]
+        raise InputError(f"--gradients: there is no bound for gradients in {dtype}; record in {' or '.join(known)}")
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    run = run_checkpoint(path, framework, dtype, tokens, next_tokens(tokens) if gradients else None)
+    # "logits" is the last site and stands in every record by itself.
+    sites = [site for site in model_sites(config) if site != "logits"] if trace else []
+    metadata = {
+        "kind": "checkpoint",
+        "framework": framework,
+        "dtype": dtype,
+        "checkpoint": path.resolve().name,
+        "checkpoint_format": checkpoint.format,
+        "config": config.to_dict(),
+        "environment": machine() | side_of(framework).describe(),
+        "tokens_sha256": hash_tokens(tokens),
+        "weights_sha256": hash_weights(checkpoint),
+        "sites": sites,
+        "gradients": list(parameter_table(config)) if gradients else [],
+    }
+
+    def arrays() -> Iterator[tuple[str, Array]]:
+        yield "tokens", tokens
+        if gradients:
+            yield "loss", np.asarray(run.loss)
+            for name, parameter in parameter_table(config).items():
+                yield f"gradient:{name}", unpadded(run.gradients.pop(name), parameter, config)
+        for site in sites:
+            yield f"site:{site}", run.sites.pop(site)
+        yield "logits", run.logits
+
+    write_record(destination, metadata, arrays(), force=force)
+    return metadata
+
+
+def next_tokens(tokens: Array) -> Batch:
+    """At every position the token that follows; the last position has none and is masked out.
+
+    Args:
+        tokens: `[batch, time]`.
+
+    Raises:
+        InputError: rows of one token.
+    """
+    if tokens.shape[1] < 2:
+        raise InputError("--gradients: rows of one token have no next token to predict; give longer ones")
+    mask = np.ones(tokens.shape, bool)
+    mask[:, -1] = False
+    return Batch(np.roll(tokens, -1, axis=1), mask)
+
+
+def hash_weights(checkpoint: Checkpoint) -> str:
+    """SHA-256 of a checkpoint's weights by value, the same in every format that holds them.
+
+    Parameters are hashed in the order of the table and in its axes, stacked ones block by block, by `hash_array`;
+    the rows that pad the vocabulary are left out. So an exact cast keeps the hash, and a lossy one changes it.
+    """
+    digest = hashlib.sha256()
+    for parameter in parameter_table(checkpoint.config).values():
+        rows = [parameter.of_layer(i) for i in range(parameter.shape[0])] if parameter.stacked else [parameter]
+        for row in rows:
+            name = row.name if row.layer is None else f"{row.name}[{row.layer}]"
+            hash_array(digest, name, unpadded(checkpoint.read(row), row, checkpoint.config))
+    return digest.hexdigest()
+
+
+def unpadded(array: Array, parameter: Parameter, config: ModelConfig) -> Array:
+    """A parameter (or its gradient) without the rows that pad the vocabulary."""
+    return array[tuple(slice(config.vocab_size) if axis == "vocab" else slice(None) for axis in parameter.axes)]
 
 
 def worker(emit: Emit, path: Path, framework: str, dtypes: list[DType], tokens: Array) -> None:
     """Emit (dtype, logits) for each dtype, then {"environment": ...}."""
     for dtype in dtypes:
-        emit((dtype, run_checkpoint(path, framework, dtype, tokens)[0]))
+        emit((dtype, run_checkpoint(path, framework, dtype, tokens).logits))
     emit({"environment": side_of(framework).describe()})
-
-
-def _storable(array: Array) -> Any:
-    return array.astype(np.float32) if array.dtype.kind == "V" or array.dtype.name == "bfloat16" else array

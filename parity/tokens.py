@@ -1,6 +1,7 @@
 """The tokens on which checkpoints are compared: from a file, or real text through the checkpoint's own tokenizer."""
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -56,10 +57,11 @@ def require_fitting(ids: Tokens, config: ModelConfig, source: str) -> None:
 
 def _from_file(path: Path) -> Tokens:
     try:
-        ids = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            ids = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise InputError(f"{path}: not a .npy file of token ids: {error}") from None
     if not isinstance(ids, np.ndarray) or not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
         raise InputError(f"{path}: expected one array of whole numbers [batch, time] or [time]")

@@ -11,19 +11,43 @@ TOLERANCE: dict[tuple[str, str], float] = {
     ("weights", "float32"): 0.0,
     ("weights", "bfloat16"): 0.0,
     # Two orders of summation of the same fp64 terms differ by a few ulp (2e-16) times the condition of the sum.
-    # Seen: 2e-15. The bound leaves room for other machines' summation orders, and none for another formula: the
-    # smallest planted fault (another eps) moves the logits by 1e-5.
+    # Seen: 2e-15. The bound leaves room for other machines' summation orders and none for another formula: the
+    # smallest planted fault of the forward pass (another eps) moves the logits by 1e-4.
+    ("activations", "float64"): 1e-12,
     ("logits", "float64"): 1e-12,
-    # The same in fp32: one ulp is 6e-8, and sharp attention amplifies it over the layers. Seen: 2e-6.
-    ("logits", "float32"): 2e-5,
+    ("loss", "float64"): 1e-12,
+    # The same in fp32, where one ulp is 6e-8 and sharp attention amplifies it over the layers. Seen: 1.3e-6.
+    ("activations", "float32"): 5e-6,
+    ("logits", "float32"): 5e-6,
+    # A mean over tokens: rounding errors of the logits average out. Seen: 2e-7.
+    ("loss", "float32"): 2e-6,
     # bf16 has 8 bits: one ulp is 4e-3. The twins round at the same places, but where a sum falls on the other side
-    # of a rounding edge, attention amplifies it. This bound catches blunders; the noise floor below is the judge.
+    # of a rounding edge, attention amplifies it. These bounds catch blunders; the noise floor is the judge.
+    ("activations", "bfloat16"): 2e-1,
     ("logits", "bfloat16"): 2e-1,
+    ("loss", "bfloat16"): 2e-2,
+    # The backward pass sums over batch and time once more. Seen: 2e-14.
+    ("gradients", "float64"): 1e-11,
+    ("gradients", "float32"): 1e-4,
+    # AdamW divides by the root of the second moment: entries whose gradient is almost zero are amplified by up to
+    # their share of the leaf's largest. Relative to the delta's own size. Seen: 4e-11 (deltas), 1e-13 (moments).
+    ("optimizer", "float64"): 1e-9,
+    # Fifty steps; every error re-enters through the weights. Seen: 3e-14 (fp64), 1e-5 (fp32).
+    ("training", "float64"): 1e-11,
+    ("training", "float32"): 1e-3,
 }
 
 # In fp32, neither twin's RMS error against the fp64 truth may be more than this multiple of the other's: twice is
 # one extra rounding of everything. A silent cast to bf16 on one side is a factor of thousands.
 NOISE_RATIO = 2.0
+
+# The scale of a gradient leaf is at least this share of the largest leaf's maximum, so that a leaf that is tiny
+# beside the others is not held to digits that its own summation does not have.
+GRADIENT_FLOOR = 1e-6
+
+# Null leaves (see `parity.null_leaves`) must be below this share of the gradients' global norm, in fp64. They are
+# sums of terms that cancel: about an ulp (2e-16) of the terms is left. Seen: 3e-17.
+NULL_LEAF = 1e-13
 
 
 def tolerance(check: str, dtype: str) -> float:

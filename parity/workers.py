@@ -30,16 +30,30 @@ class Job:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def framework_environment(dtype: str, workers: int) -> dict[str, str]:
+# Small programs that run once: the same HLO, less effort on machine code. Five times less to compile on a CPU.
+_QUICK_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+
+
+def framework_environment(dtype: str, workers: int, *, quick_compile: bool = False) -> dict[str, str]:
     """Variables for a process that runs models in a dtype beside `workers - 1` others.
 
     fp64 goes to the CPU, which can always do it; JAX leaves a GPU's memory to PyTorch.
+
+    Args:
+        dtype: What the process computes in.
+        workers: Processes that share the machine.
+        quick_compile: Have XLA spend little on machine code, for programs that run once.
     """
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     environment = {"OMP_NUM_THREADS": threads, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    flags = [os.environ.get("XLA_FLAGS", "")]
     if threads == "1":
-        flags = os.environ.get("XLA_FLAGS", "")
-        environment["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+        flags.append("--xla_cpu_multi_thread_eigen=false")
+    if quick_compile:
+        flags.append(_QUICK_COMPILE)
+    environment["XLA_FLAGS"] = " ".join(flags).strip()
     if dtype == "float64":
         environment["JAX_PLATFORMS"] = "cpu"
     return environment

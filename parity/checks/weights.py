@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,14 +50,26 @@ def check_weights(
     )
 
 
-def through_files(config: ModelConfig, weights: Mapping[str, Array], formats: list[str]) -> dict[str, Array]:
-    """Canonical weights after a chain of conversions between files: written in the first format, then converted."""
+def through_files(
+    config: ModelConfig, weights: Mapping[str, Array], formats: list[str], *, unrolled: bool = False
+) -> dict[str, Array]:
+    """Canonical weights after a chain of conversions between files: written in the first format, then converted.
+
+    Args:
+        config: The model.
+        weights: Canonical weights.
+        formats: The chain.
+        unrolled: Keep blocks apart in JAX files.
+    """
+    options: dict[str, dict[str, Any]] = {"jax": {"unrolled": unrolled}}
     with tempfile.TemporaryDirectory() as folder:
         places = [Path(folder) / f"{step}-{name}" for step, name in enumerate(formats)]
         places[0].mkdir()
         dtypes = {name: array.dtype for name, array in weights.items()}
-        format_of(formats[0]).write(places[0], config, weights_source(weights), dtypes, None)
+        format_of(formats[0]).write(
+            places[0], config, weights_source(weights), dtypes, None, **options.get(formats[0], {})
+        )
         for source, destination, name in zip(places, places[1:], formats[1:], strict=False):
-            convert(source, destination, name)
+            convert(source, destination, name, **options.get(name, {}))
         last = open_checkpoint(places[-1])
         return {name: last.read(parameter) for name, parameter in parameter_table(config).items()}

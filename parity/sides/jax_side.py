@@ -17,7 +17,7 @@ from jax_gpt.loss import token_loss
 from jax_gpt.model import GPT, Taps, initialiser
 from jax_gpt.optimizer import create_optimizer, update
 from parity.formats.orbax_jax import spoke
-from parity.sides.runs import Batch, Run, Training
+from parity.sides.runs import Batch, Batches, Run, Training
 from parity.weights import Array, Source, Weights, decode
 
 
@@ -63,17 +63,16 @@ class Program:
     Args:
         model: The structure to compile.
         tokens: `[batch, time]`.
-        batch: Targets and mask; None compiles the forward pass alone.
+        batch: Targets and mask; None compiles the forward pass without a loss.
+        gradients: Whether to differentiate the loss.
 
     Raises:
         AssertionError: fp64 stands in the program of an fp32 or bf16 model.
     """
 
-    def __init__(self, model: GPT, tokens: Array, batch: Batch | None = None) -> None:
+    def __init__(self, model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True) -> None:
         graph, state = nnx.split(model)
-        self._inputs = [jnp.asarray(tokens, jnp.int32)]
-        if batch is not None:
-            self._inputs += [jnp.asarray(batch.targets, jnp.int32), jnp.asarray(batch.mask)]
+        self._inputs = _inputs(tokens, batch)
 
         def forward(state: nnx.State, ids: jax.Array) -> tuple[jax.Array, Taps]:
             taps: Taps = {}
@@ -83,30 +82,36 @@ class Program:
             logits, taps = forward(state, ids)
             return token_loss(logits, targets, mask), (logits, taps)
 
-        function = forward if batch is None else jax.value_and_grad(loss, has_aux=True)
+        function: Any = forward
+        if batch is not None:
+            function = jax.value_and_grad(loss, has_aux=True) if gradients else loss
         traced = jax.jit(function).trace(state, *self._inputs)
         if model.precision.wide_dtype != "float64":
             assert "f64[" not in str(traced.jaxpr), "float64 leaked into a float32 program"
         self._compiled = traced.lower().compile()
-        self._has_gradients = batch is not None
+        self._has_loss, self._has_gradients = batch is not None, batch is not None and gradients
 
     def __call__(self, model: GPT) -> Run:
         """Everything the program computes, as NumPy arrays."""
-        if not self._has_gradients:
-            logits, taps = self._compiled(nnx.state(model), *self._inputs)
+        outputs = self._compiled(nnx.state(model), *self._inputs)
+        if not self._has_loss:
+            logits, taps = outputs
             return Run(np.asarray(logits), _arrays(taps))
-        (loss, (logits, taps)), gradients = self._compiled(nnx.state(model), *self._inputs)
+        if not self._has_gradients:
+            loss, (logits, taps) = outputs
+            return Run(np.asarray(logits), _arrays(taps), float(loss))
+        (loss, (logits, taps)), gradients = outputs
         return Run(np.asarray(logits), _arrays(taps), float(loss), canonical(gradients, model, np.asarray))
 
-    def train(self, model: GPT, config: AdamWConfig, rates: Sequence[float]) -> Training:
-        """AdamW steps on the program's batch, one for each rate."""
+    def train(self, model: GPT, batches: Batches, config: AdamWConfig, rates: Sequence[float]) -> Training:
+        """AdamW steps, one for each batch and its rate; batches have the shape that was compiled for."""
         optimizer = create_optimizer(config, model.config)
         parameters = nnx.state(model, nnx.Param)
         state = optimizer.init(parameters)
         step = jax.jit(lambda p, g, s, rate: update(optimizer, config, p, g, s, rate))
         losses, norms = [], []
-        for rate in rates:
-            (loss, _), gradients = self._compiled(parameters, *self._inputs)
+        for (tokens, batch), rate in zip(batches, rates, strict=True):
+            (loss, _), gradients = self._compiled(parameters, *_inputs(tokens, batch))
             parameters, state, norm = step(parameters, gradients, state, rate)
             losses.append(loss)
             norms.append(norm)
@@ -120,6 +125,11 @@ class Program:
         )
 
 
+def _inputs(tokens: Array, batch: Batch | None) -> list[jax.Array]:
+    ids = [jnp.asarray(tokens, jnp.int32)]
+    return ids if batch is None else [*ids, jnp.asarray(batch.targets, jnp.int32), jnp.asarray(batch.mask)]
+
+
 def _arrays(taps: Taps) -> dict[str, Array]:
     return {site: np.asarray(value) for site, value in taps.items()}
 
@@ -130,9 +140,9 @@ def canonical(state: nnx.State, model: GPT, convert: Callable[[jax.Array], Array
     return decode(arrays, model.config, spoke(model.config, scan_layers=model.scan_layers), "the JAX model")
 
 
-def run(model: GPT, tokens: Array, batch: Batch | None = None) -> Run:
-    """Run a model once; gradients and loss where a batch says what to predict."""
-    return Program(model, tokens, batch)(model)
+def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True) -> Run:
+    """Run a model once; loss and gradients where a batch says what to predict."""
+    return Program(model, tokens, batch, gradients=gradients)(model)
 
 
 def prepare(dtype: DType) -> None:

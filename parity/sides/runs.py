@@ -1,5 +1,6 @@
 """What a side hands back: NumPy arrays by name."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from parity.compare import Array
@@ -17,6 +18,10 @@ class Batch:
 
     targets: Array
     mask: Array
+
+
+Batches = Sequence[tuple[Array, Batch]]
+"""Tokens `[batch, time]` and what to predict, for each of some steps."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
 from parity.formats.safetensors_torch import SPOKE
-from parity.sides.runs import Batch, Run, Training
+from parity.sides.runs import Batch, Batches, Run, Training
 from parity.weights import Array, Source, Weights, decode, slots
 from torch_gpt import loss as loss_module
 from torch_gpt import optimizer as optimization
@@ -48,27 +48,29 @@ def weights_of(model: GPT) -> Weights:
     return canonical(model, lambda parameter: parameter)
 
 
-def run(model: GPT, tokens: Array, batch: Batch | None = None) -> Run:
-    """Run a model once; gradients and loss where a batch says what to predict."""
-    with torch.set_grad_enabled(batch is not None):
+def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True) -> Run:
+    """Run a model once; loss and gradients where a batch says what to predict."""
+    with torch.set_grad_enabled(batch is not None and gradients):
         taps: Taps = {}
         logits = model(_tensor(model, tokens), taps=taps)
         sites = {site: to_numpy(value).copy() for site, value in taps.items()}
         if batch is None:
             return Run(to_numpy(logits), sites)
         loss = loss_module.token_loss(logits, _tensor(model, batch.targets), _tensor(model, batch.mask))
+        if not gradients:
+            return Run(to_numpy(logits), sites, loss.item())
         loss.backward()
-    gradients = canonical(model, lambda parameter: parameter.grad)
+    found = canonical(model, lambda parameter: parameter.grad)
     model.zero_grad()
-    return Run(to_numpy(logits), sites, loss.item(), gradients)
+    return Run(to_numpy(logits), sites, loss.item(), found)
 
 
-def train(model: GPT, tokens: Array, batch: Batch, config: AdamWConfig, rates: Sequence[float]) -> Training:
-    """AdamW steps on one batch, one for each rate; changes the model."""
+def train(model: GPT, batches: Batches, config: AdamWConfig, rates: Sequence[float]) -> Training:
+    """AdamW steps, one for each batch and its rate; changes the model."""
     optimizer = optimization.create_optimizer(config, model)
-    ids, targets, mask = (_tensor(model, array) for array in (tokens, batch.targets, batch.mask))
     losses, norms = [], []
-    for rate in rates:
+    for (tokens, batch), rate in zip(batches, rates, strict=True):
+        ids, targets, mask = (_tensor(model, array) for array in (tokens, batch.targets, batch.mask))
         loss = loss_module.token_loss(model(ids), targets, mask)
         loss.backward()
         norms.append(optimization.update(optimizer, config, model, rate))
@@ -112,12 +114,12 @@ def replay(model: GPT, site: str, sites: Mapping[str, Array], tokens: Array) -> 
     if site == "logits":
         return to_numpy(model.unembed(given("final_norm")))
     if site == "final_norm":
-        return to_numpy(model.final_norm(_after_block(given, model.config.n_layers - 1)))
+        return to_numpy(model.final_norm(_after_block(model, given, model.config.n_layers - 1)))
     _, number, local = site.split(".", 2)
     layer = int(number)
     here = f"blocks.{layer}"
     if local == "input":
-        return to_numpy(given("embedding") if layer == 0 else _after_block(given, layer - 1))
+        return to_numpy(given("embedding") if layer == 0 else _after_block(model, given, layer - 1))
     block: Any = model.blocks[layer]
     taps: Taps = {}
     if local == "attention_norm":
@@ -141,9 +143,9 @@ def replay(model: GPT, site: str, sites: Mapping[str, Array], tokens: Array) -> 
     return to_numpy(taps[local])
 
 
-def _after_block(given: Callable[[str], torch.Tensor], layer: int) -> torch.Tensor:
-    here = f"blocks.{layer}"
-    return given(f"{here}.input") + given(f"{here}.attention.output") + given(f"{here}.mlp.output")
+def _after_block(model: GPT, given: Callable[[str], torch.Tensor], layer: int) -> torch.Tensor:
+    after: torch.Tensor = model.blocks[layer](given(f"blocks.{layer}.input"))
+    return after
 
 
 def _tensor(model: GPT, array: Array) -> torch.Tensor:

@@ -1,0 +1,64 @@
+"""Every named intermediate of the twins, and how far each twin is from the fp64 truth at each of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from parity.checks import CheckResult
+from parity.compare import Array, difference
+from parity.divergence import Divergence
+from parity.tolerances import NOISE_RATIO, tolerance
+
+
+def check_activations(
+    variant: str,
+    dtype: str,
+    sites: Mapping[str, Mapping[str, Array]],
+    truth: Mapping[str, Array] | None = None,
+    divergence: Divergence | None = None,
+) -> CheckResult:
+    """Compare every site of two sides.
+
+    Args:
+        variant: Name of the case.
+        dtype: What they were computed in.
+        sites: Side -> site -> tensor; the first is compared with the second as reference.
+        truth: fp64 values of the same weights; given, both sides' RMS errors against it are measured at each site, and
+            in fp32 neither may typically be more than `NOISE_RATIO` times the other's.
+        divergence: Where they part, if that is known; its text becomes the reason of a failure.
+    """
+    a, b = sites.values()
+    errors = {site: difference(a[site], b[site]).relative_error for site in b}
+    worst = max(errors, key=lambda site: errors[site])
+    bound = tolerance("activations", dtype)
+    measures: dict[str, Any] = {"sites": errors, "worst_site": worst}
+    reasons = []
+    if not errors[worst] <= bound:
+        reasons.append(str(divergence or f"{worst} differs by {errors[worst]:.1e}"))
+    if divergence is not None:
+        measures["first_divergence"] = divergence.to_dict()
+    if truth is not None:
+        noise = {site: [difference(side[site], truth[site]).rms for side in (a, b)] for site in truth}
+        ratio = _typical_ratio(list(noise.values()))
+        measures |= {"noise": noise, "noise_ratio": max(ratio, 1 / ratio)}
+        if dtype == "float32" and not measures["noise_ratio"] <= NOISE_RATIO:
+            name = list(sites)[0 if ratio > 1 else 1]
+            reasons.append(f"{name} is typically {measures['noise_ratio']:.1f} times as far from the fp64 truth")
+    return CheckResult(
+        variant,
+        dtype,
+        "activations",
+        errors[worst],
+        bound,
+        passed=not reasons,
+        reason="; ".join(reasons),
+        measures=measures,
+    )
+
+
+def _typical_ratio(noise: list[list[float]]) -> float:
+    """Geometric mean over the sites of the first side's noise over the second's; exact sites say nothing."""
+    with np.errstate(divide="ignore"):
+        logarithms = [np.log(first) - np.log(second) for first, second in noise if first or second]
+    return float(np.exp(np.mean(logarithms))) if logarithms else 1.0
