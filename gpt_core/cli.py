@@ -44,6 +44,10 @@ def run(main_parser: ArgumentParser, commands: Mapping[str, Command], arguments:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SUCCESS
+    except SystemExit as stopped:
+        if isinstance(stopped.__context__, BrokenPipeError):  # the same, seen by rich, which would end in 1
+            return SUCCESS
+        raise
 
 
 def print_json(content: Any) -> None:

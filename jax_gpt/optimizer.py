@@ -31,7 +31,7 @@ def create_optimizer(config: AdamWConfig, model: ModelConfig) -> optax.GradientT
 
 def clip_gradients(gradients: nnx.State, limit: float) -> tuple[nnx.State, jax.Array]:
     """Gradients scaled to a global norm of at most `limit`, and the norm before."""
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     scale = clip_scale(norm, limit, jnp.minimum)
     return jax.tree.map(lambda gradient: gradient * scale.astype(gradient.dtype), gradients), norm
 

@@ -175,7 +175,7 @@ def checks(subject: Subject, fault: Fault | None = None, *, full: bool = False) 
     yield check_loss(variant, dtype, {"jax": reference.loss, "torch": run.loss})
     if with_gradients:
         gradients = {"jax": reference.gradients, "torch": run.gradients}
-        yield check_gradients(variant, dtype, subject.config, gradients)
+        yield check_gradients(variant, dtype, subject.config, gradients, forward_differs=divergence is not None)
     if dtype == "float64":
         trained = subject.torch_model()
         with planted(fault, trained):

@@ -27,7 +27,8 @@ _FIGURES = {
     "optimizer": ("Optimizer, leaf by leaf", "Update deltas and moments after the last AdamW step."),
     "losses": (
         "Training",
-        "Both loss curves (JAX wide and pale below, PyTorch thin above), and how far they are apart at each step.",
+        "Both loss curves (JAX wide and pale below, PyTorch thin above), and how far they are apart at each step; "
+        "gaps are steps at which they are exactly equal.",
     ),
 }
 

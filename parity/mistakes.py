@@ -194,7 +194,8 @@ def transposed_kernel(model: Model) -> None:
 
 def dropped_bias(model: Model) -> None:
     """One query bias gone."""
-    model.blocks[1].attention.query.bias = None
+    bias = model.blocks[1].attention.query.bias
+    bias.data = bias.data * 0
 
 
 def truncated_checkpoint(model: Model) -> None:

@@ -24,8 +24,10 @@ from parity.tolerances import TOLERANCE
 from parity.workers import Emit
 
 
-def run_checkpoint(path: Path, framework: str, dtype: DType, tokens: Array, batch: Batch | None = None) -> Run:
-    """Logits `[batch, time, vocab]` and named sites of a checkpoint; loss and gradients where a batch is given.
+def run_checkpoint(
+    path: Path, framework: str, dtype: DType, tokens: Array, batch: Batch | None = None, *, trace: bool = False
+) -> Run:
+    """Logits `[batch, time, vocab]` of a checkpoint; loss and gradients where a batch is given.
 
     Args:
         path: A checkpoint in any known format.
@@ -33,6 +35,7 @@ def run_checkpoint(path: Path, framework: str, dtype: DType, tokens: Array, batc
         dtype: What to compute in. In JAX, one process runs either float64 or the others.
         tokens: `[batch, time]`.
         batch: What the model should predict.
+        trace: Keep every named site.
 
     Raises:
         InputError: a bad checkpoint, or the framework is not installed.
@@ -40,7 +43,7 @@ def run_checkpoint(path: Path, framework: str, dtype: DType, tokens: Array, batc
     side = side_of(framework)
     side.prepare(dtype)
     checkpoint = open_checkpoint(path)
-    run: Run = side.run(side.build(checkpoint.config, checkpoint.read, dtype), tokens, batch)
+    run: Run = side.run(side.build(checkpoint.config, checkpoint.read, dtype), tokens, batch, trace=trace)
     return run
 
 
@@ -81,7 +84,7 @@ def record_checkpoint(
         raise InputError(f"--gradients: there is no bound for gradients in {dtype}; record in {' or '.join(known)}")
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
-    run = run_checkpoint(path, framework, dtype, tokens, next_tokens(tokens) if gradients else None)
+    run = run_checkpoint(path, framework, dtype, tokens, next_tokens(tokens) if gradients else None, trace=trace)
     # "logits" is the last site and stands in every record by itself.
     sites = [site for site in model_sites(config) if site != "logits"] if trace else []
     metadata = {

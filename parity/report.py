@@ -102,7 +102,7 @@ def print_table(
         show_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("variant")
+    table.add_column("variant", overflow="fold")
     if "weights" in checks:
         table.add_column("weights")
     for check in compared:

@@ -132,8 +132,8 @@ def rerun(case: Case, content: Content) -> str:
 
 
 def rerun_fault(fault: Case) -> str:
-    """The command that plants one fault and shows how it is found."""
-    variants = list(fault.get("variants") or [])[:1]
+    """The command that plants one fault where it got through, or else in the first variant where it bites."""
+    variants = [*(fault.get("missed_in") or []), *(fault.get("variants") or [])][:1]
     return shlex.join(["parity", "check", "--fault", fault["name"], *(["--variant", *variants] if variants else [])])
 
 

@@ -65,18 +65,21 @@ class Program:
         tokens: `[batch, time]`.
         batch: Targets and mask; None compiles the forward pass without a loss.
         gradients: Whether to differentiate the loss.
+        trace: Whether to keep every named intermediate.
 
     Raises:
         AssertionError: fp64 stands in the program of an fp32 or bf16 model.
     """
 
-    def __init__(self, model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True) -> None:
+    def __init__(
+        self, model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True, trace: bool = True
+    ) -> None:
         graph, state = nnx.split(model)
         self._inputs = _inputs(tokens, batch)
 
         def forward(state: nnx.State, ids: jax.Array) -> tuple[jax.Array, Taps]:
-            taps: Taps = {}
-            return nnx.merge(graph, state)(ids, taps=taps), taps
+            taps: Taps | None = {} if trace else None
+            return nnx.merge(graph, state)(ids, taps=taps), taps or {}
 
         def loss(state: nnx.State, ids: jax.Array, targets: jax.Array, mask: jax.Array) -> Any:
             logits, taps = forward(state, ids)
@@ -140,9 +143,9 @@ def canonical(state: nnx.State, model: GPT, convert: Callable[[jax.Array], Array
     return decode(arrays, model.config, spoke(model.config, scan_layers=model.scan_layers), "the JAX model")
 
 
-def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True) -> Run:
-    """Run a model once; loss and gradients where a batch says what to predict."""
-    return Program(model, tokens, batch, gradients=gradients)(model)
+def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True, trace: bool = True) -> Run:
+    """Run a model once; loss and gradients where a batch says what to predict, sites with `trace`."""
+    return Program(model, tokens, batch, gradients=gradients, trace=trace)(model)
 
 
 def prepare(dtype: DType) -> None:

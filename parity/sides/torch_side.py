@@ -48,12 +48,12 @@ def weights_of(model: GPT) -> Weights:
     return canonical(model, lambda parameter: parameter)
 
 
-def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True) -> Run:
-    """Run a model once; loss and gradients where a batch says what to predict."""
+def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True, trace: bool = True) -> Run:
+    """Run a model once; loss and gradients where a batch says what to predict, sites with `trace`."""
     with torch.set_grad_enabled(batch is not None and gradients):
-        taps: Taps = {}
+        taps: Taps | None = {} if trace else None
         logits = model(_tensor(model, tokens), taps=taps)
-        sites = {site: to_numpy(value).copy() for site, value in taps.items()}
+        sites = {site: to_numpy(value) for site, value in (taps or {}).items()}
         if batch is None:
             return Run(to_numpy(logits), sites)
         loss = loss_module.token_loss(logits, _tensor(model, batch.targets), _tensor(model, batch.mask))
@@ -79,8 +79,8 @@ def train(model: GPT, batches: Batches, config: AdamWConfig, rates: Sequence[flo
         losses=[loss.item() for loss in losses],
         norms=[norm.item() for norm in norms],
         weights=weights_of(model),
-        mu=canonical(model, lambda parameter: optimizer.state[parameter]["exp_avg"]),
-        nu=canonical(model, lambda parameter: optimizer.state[parameter]["exp_avg_sq"]),
+        mu=canonical(model, lambda parameter: optimizer.state[parameter].get("exp_avg")),
+        nu=canonical(model, lambda parameter: optimizer.state[parameter].get("exp_avg_sq")),
     )
 
 
@@ -89,7 +89,7 @@ def canonical(model: GPT, tensor_of: Callable[[torch.nn.Parameter], torch.Tensor
     arrays = {}
     for key, parameter in model.named_parameters():
         tensor = tensor_of(parameter)
-        # PyTorch leaves a gradient out where nothing depends on the parameter; its value is zero.
+        # PyTorch leaves gradient and moments out where nothing depends on the parameter; they are zero.
         arrays[key] = to_numpy(torch.zeros_like(parameter) if tensor is None else tensor).copy()
     return decode(arrays, model.config, SPOKE, "the PyTorch model")
 
