@@ -1,0 +1,56 @@
+"""Settings of all tests: environment before any framework is imported, shape checks, no network."""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+# One thread for each pytest worker: tests run side by side. Set before anybody imports JAX or PyTorch.
+# Programs are compiled more often than run here: optimising them costs more time than it saves.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+for flag in ("--xla_cpu_multi_thread_eigen=false", "--xla_backend_optimization_level=0"):
+    if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+# Every function of the twins is checked against the shapes and types that it declares.
+jaxtyping.install_import_hook(["jax_gpt", "torch_gpt"], "beartype.beartype")
+
+# For `numpy_gpt`, which tests share. At the end: a folder such as tests/jax_gpt must never hide a package.
+sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """fp64 in JAX for the length of one test; the setting is global in a process and must not leak."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Iterator[None]:
+    """Connections to anything but this machine fail."""
+    local = {"localhost", "127.0.0.1", "::1", socket.gethostname(), "", None}
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+
+    def guarded_connect(self: socket.socket, address: object) -> None:
+        if self.family in {socket.AF_INET, socket.AF_INET6} and address[0] not in local:
+            raise AssertionError(f"a test connects to {address}")
+        connect(self, address)
+
+    def guarded_look_up(host: object, *arguments: object, **options: object) -> object:
+        if host not in local:
+            raise AssertionError(f"a test looks up {host}")
+        return look_up(host, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded_connect)
+        patch.setattr(socket, "getaddrinfo", guarded_look_up)
+        yield

@@ -1,0 +1,48 @@
+import json
+from collections.abc import Callable
+
+import pytest
+
+from gpt_core import cli
+from gpt_core.errors import InputError
+
+
+def run(action: Callable[[], int]) -> int:
+    top = cli.parser("A program.", "  prog go", prog="prog")
+    top.add_subcommands(required=True, dest="subcommand").add_subcommand("go", cli.parser("Go.", "  prog go"))
+    return cli.run(top, {"go": lambda options: action()}, ["go"])
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def action() -> int:
+        raise error
+
+    return action
+
+
+def test_a_command_gives_its_own_exit_code() -> None:
+    assert run(lambda: 0) == 0
+    assert run(lambda: 1) == 1
+
+
+def test_wrong_input_is_one_line_on_standard_error_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(raising(InputError("/a/[bold]file: " + "long " * 60))) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("error: /a/[bold]file: long ")  # no markup, no wrapping
+    assert errors.count("\n") == 1
+
+
+def test_ctrl_c_is_exit_code_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(raising(KeyboardInterrupt())) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_defect_of_ours_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(raising(ZeroDivisionError()))
+
+
+def test_json_is_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.print_json({"passed": True, "path": "[red]"})
+    assert json.loads(capsys.readouterr().out) == {"passed": True, "path": "[red]"}

@@ -1,0 +1,76 @@
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from gpt_core.tokenizer import tokenizer_of
+from jax_gpt.checkpoint import load
+from jax_gpt.cli import main
+
+SMALL = "model: {n_layers: 1, n_heads: 2, embed_dim: 8, context_length: 8, vocab_size: "
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL + "50257}\n")
+    return path
+
+
+def test_init_writes_a_checkpoint_with_its_tokenizer(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", str(tmp_path / "out"), "--config", str(config), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    count = 50257 * 8 + 8 * 8 + 12 * 8 * 8 + 13 * 8 + 2 * 8
+    assert printed["parameters"] == count
+    model = load(tmp_path / "out")
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
+    assert model.config.to_dict() == printed["config"]
+    assert tokenizer_of(tmp_path / "out") is not None
+
+
+def test_init_writes_no_tokenizer_for_another_vocabulary(config: Path, tmp_path: Path) -> None:
+    config.write_text(SMALL + "100}\n")
+    assert main(["init", str(tmp_path / "out"), "--config", str(config)]) == 0
+    assert tokenizer_of(tmp_path / "out") is None
+
+
+def test_init_follows_its_seed(config: Path, tmp_path: Path) -> None:
+    config.write_text(SMALL + "100}\n")
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert main(["init", str(tmp_path / name), "--config", str(config), "--seed", seed]) == 0
+    a, b, c = (np.asarray(load(tmp_path / name).token_embedding[...]).tobytes() for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--config", "gpt3"], "unknown preset 'gpt3'"),
+        (["--config", "absent.yaml"], "absent.yaml: no such file"),
+    ],
+)
+def test_wrong_input_is_exit_code_2_and_writes_nothing(
+    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", str(tmp_path / "out"), *arguments]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_flag_is_exit_code_2(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["init", str(tmp_path / "out"), "--config", "gpt2", "--layers", "3"])
+    assert caught.value.code == 2
+
+
+def test_an_existing_folder_is_replaced_by_force_only(config: Path, tmp_path: Path) -> None:
+    config.write_text(SMALL + "100}\n")
+    arguments = ["init", str(tmp_path / "out"), "--config", str(config)]
+    assert main(arguments) == 0
+    assert main(arguments) == 2
+    assert main([*arguments, "--force"]) == 0
