@@ -3,17 +3,20 @@
 import json
 import os
 import sys
+import traceback
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, missing_framework
 
 SUCCESS, CHECK_FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+OUR_FAULT = 70  # an error in this program (EX_SOFTWARE), never to be mistaken for a check that failed
 
 Command = Callable[[Namespace], int]
 
@@ -34,7 +37,10 @@ def run(main_parser: ArgumentParser, commands: Mapping[str, Command], arguments:
     console = Console(stderr=True, highlight=False)
     try:
         parsed = main_parser.parse_args(arguments)
-        return commands[parsed.subcommand](parsed[parsed.subcommand])
+        try:
+            return commands[parsed.subcommand](parsed[parsed.subcommand])
+        except ModuleNotFoundError as error:
+            raise missing_framework(error) or error from None
     except InputError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return WRONG_INPUT
@@ -48,11 +54,20 @@ def run(main_parser: ArgumentParser, commands: Mapping[str, Command], arguments:
         if isinstance(stopped.__context__, BrokenPipeError):  # the same, seen by rich, which would end in 1
             return SUCCESS
         raise
+    except Exception:
+        traceback.print_exc()
+        return OUR_FAULT
 
 
 def print_json(content: Any) -> None:
     """Machine-readable output, alone on standard output."""
     print(json.dumps(content, indent=2))
+
+
+def status(text: str) -> AbstractContextManager[Any]:
+    """A line that says what is going on, for terminals only."""
+    console = Console(stderr=True)
+    return console.status(text) if console.is_terminal else nullcontext()
 
 
 def progress() -> Progress:

@@ -36,15 +36,19 @@ def write_orbax(
         tensors: What will be written; dots in a key separate the levels of the tree.
         read: Gives the array of a key, or one row of its first axis.
         split: Keys that are asked for and stored row by row: arrays with stacked blocks.
+
+    Raises:
+        OSError: the disk is full, or writing failed otherwise.
     """
+    place = folder.resolve()  # TensorStore refuses "..", and relative paths
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
     tree = {}
     for key, info in tensors.items():
         rows = info.shape[0] if key in split else 1
-        store = ts.open(
+        opening = ts.open(
             {
                 "driver": "zarr",
-                "kvstore": {"driver": "file", "path": f"{folder.absolute()}/{key}/"},
+                "kvstore": {"driver": "file", "path": f"{place}/{key}/"},
                 "dtype": info.dtype.name,
                 "metadata": {
                     "shape": list(info.shape),
@@ -57,10 +61,11 @@ def write_orbax(
             create=True,
             open=True,
             context=context,
-        ).result()
+        )
+        store = _written(opening)
         for row in range(rows):
             target, array = (store[row], read(key, row)) if key in split else (store, read(key, None))
-            target.write(np.ascontiguousarray(array), can_reference_source_data_indefinitely=True).result()
+            _written(target.write(np.ascontiguousarray(array), can_reference_source_data_indefinitely=True))
         path = key.split(".")
         tree[str(tuple(path))] = {
             "key_metadata": [{"key": part, "key_type": _DICT_KEY} for part in path],
@@ -88,6 +93,13 @@ def write_orbax(
             "custom_metadata": {},
         },
     )
+
+
+def _written(future: Any) -> Any:
+    try:
+        return future.result()
+    except _TENSORSTORE_ERRORS as error:
+        raise OSError(str(error).split(" [")[0]) from error
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -119,10 +131,10 @@ class OrbaxReader:
         opening = {}
         for path in paths:
             key = ".".join(path)
-            base = f"{folder.absolute()}/"
+            base = f"{folder.resolve()}/"
             spec = {
                 "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
-                "kvstore": {"driver": "ocdbt", "base": f"file://{base}", "path": f"{key}/"}
+                "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": base}, "path": f"{key}/"}
                 if use_ocdbt
                 else {"driver": "file", "path": f"{base}{key}/"},
                 "fill_missing_data_reads": False,  # or a chunk that is missing reads as zeros

@@ -9,11 +9,12 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from gpt_core.cli import CHECK_FAILED, SUCCESS, parser, print_json, progress, run
+from gpt_core.cli import CHECK_FAILED, SUCCESS, parser, print_json, progress, run, status
 from gpt_core.errors import InputError
+from gpt_core.files import refuse_existing
 from gpt_core.precision import DType
 from parity.checks import CheckResult
-from parity.convert import DTYPES, convert
+from parity.convert import DTYPES, conversion_parts, convert
 from parity.faults import fault_named
 from parity.formats import FORMATS
 from parity.variants import select
@@ -189,7 +190,18 @@ def _convert(options: Namespace) -> int:
     extra = {"unrolled": True} if options.unrolled else {}
     if extra and options.to != "jax":
         raise InputError("--unrolled belongs to --to jax; PyTorch blocks are always apart")
-    done = convert(options.source, options.destination, options.to, dtype=options.dtype, force=options.force, **extra)
+    refuse_existing(options.destination, force=options.force)
+    with progress() as bar:
+        task = bar.add_task("converting", total=conversion_parts(options.source))
+        done = convert(
+            options.source,
+            options.destination,
+            options.to,
+            dtype=options.dtype,
+            force=options.force,
+            advance=lambda parts: bar.advance(task, parts),
+            **extra,
+        )
     if options.json:
         print_json(done.to_dict())
     else:
@@ -213,7 +225,6 @@ def _inspect(options: Namespace) -> int:
 
 
 def _record(options: Namespace) -> int:
-    from gpt_core.files import refuse_existing
     from parity.formats import open_checkpoint
     from parity.record import record_checkpoint
     from parity.tokens import tokens_for
@@ -223,16 +234,17 @@ def _record(options: Namespace) -> int:
     os.environ.update(framework_environment(options.dtype, workers=1))
     config = open_checkpoint(options.checkpoint).config
     tokens = tokens_for(options.checkpoint, config, options.tokens, options.text)
-    metadata = record_checkpoint(
-        options.checkpoint,
-        options.out,
-        options.framework,
-        options.dtype,
-        tokens,
-        trace=options.trace,
-        gradients=options.gradients,
-        force=options.force,
-    )
+    with status(f"running {options.checkpoint} in {options.framework}"):
+        metadata = record_checkpoint(
+            options.checkpoint,
+            options.out,
+            options.framework,
+            options.dtype,
+            tokens,
+            trace=options.trace,
+            gradients=options.gradients,
+            force=options.force,
+        )
     logits = [*tokens.shape, config.vocab_size]
     if options.json:
         print_json({"out": str(options.out), "tokens": list(tokens.shape), "logits": logits} | metadata)

@@ -1,6 +1,7 @@
 """Converting a checkpoint from any format to any format, through the hub."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import numpy as np
 
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_directory
-from gpt_core.parameters import parameter_count, parameter_table
+from gpt_core.parameters import Parameter, parameter_count, parameter_table
 from gpt_core.tokenizer import tokenizer_of
 from parity.formats import format_of, open_checkpoint
 from parity.formats.base import Checkpoint
-from parity.weights import Source, cast
+from parity.weights import Array, Source, cast
 
 DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -46,7 +47,14 @@ class Conversion:
 
 
 def convert(
-    source: Path, destination: Path, to: str, *, dtype: str | None = None, force: bool = False, **options: Any
+    source: Path,
+    destination: Path,
+    to: str,
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+    advance: Callable[[int], None] = lambda parts: None,
+    **options: Any,
 ) -> Conversion:
     """Convert a checkpoint and verify what was written by reading it back, before it takes its name.
 
@@ -56,6 +64,7 @@ def convert(
         to: Format to write.
         dtype: Cast every weight to it; None keeps what is stored.
         force: Replace a destination that exists.
+        advance: Called after each part that is read; there are `conversion_parts` of them.
         options: Passed to the format's writer.
 
     Raises:
@@ -65,7 +74,7 @@ def convert(
     if destination.resolve() == source.resolve():
         raise InputError(f"{destination}: source and destination are the same folder")
     checkpoint = open_checkpoint(source)
-    read: Source = checkpoint.read
+    read = _counting(checkpoint.read, advance)
     dtypes = dict(checkpoint.dtypes)
     if dtype is not None:
         if dtype not in DTYPES:
@@ -90,6 +99,25 @@ def convert(
         write_seconds=written - started,
         verify_seconds=verified - written,
     )
+
+
+def conversion_parts(path: Path) -> int:
+    """How many times `convert` reads a part of this checkpoint: every block of every parameter, to write and to verify.
+
+    Raises:
+        InputError: a bad checkpoint.
+    """
+    table = parameter_table(open_checkpoint(path).config)
+    return 2 * sum(parameter.shape[0] if parameter.stacked else 1 for parameter in table.values())
+
+
+def _counting(read: Source, advance: Callable[[int], None]) -> Source:
+    def counted(parameter: Parameter) -> Array:
+        array = read(parameter)
+        advance(1)
+        return array
+
+    return counted
 
 
 def _verify(read: Source, copy: Checkpoint) -> None:

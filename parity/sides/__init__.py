@@ -6,7 +6,7 @@ Import a side by `side_of`, which says what to install when its framework is not
 import importlib
 from types import ModuleType
 
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, missing_framework
 
 FRAMEWORKS = ("jax", "torch")
 
@@ -22,7 +22,4 @@ def side_of(framework: str) -> ModuleType:
     try:
         return importlib.import_module(f"parity.sides.{framework}_side")
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in {"jax", "jaxlib", "flax", "optax", "orbax", "torch"}:
-            message = f"{error.name} is not installed: pip install 'twingpt[{framework}]'"
-            raise InputError(message) from None
-        raise
+        raise missing_framework(error) or error from None

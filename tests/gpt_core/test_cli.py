@@ -38,9 +38,21 @@ def test_ctrl_c_is_exit_code_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_a_defect_of_ours_is_not_hidden() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run(raising(ZeroDivisionError()))
+def test_a_defect_of_ours_is_not_hidden_nor_taken_for_a_failed_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(raising(ZeroDivisionError())) == 70
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("package", "extra"), [("jax", "jax"), ("flax.nnx", "jax"), ("torch", "torch")])
+def test_a_missing_framework_is_named_with_what_to_install(
+    package: str, extra: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(raising(ModuleNotFoundError(name=package))) == 2
+    assert f"pip install 'twingpt[{extra}]'" in capsys.readouterr().err
+
+
+def test_another_missing_module_is_a_defect_of_ours() -> None:
+    assert run(raising(ModuleNotFoundError(name="something_else"))) == 70
 
 
 def test_json_is_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,3 +202,21 @@ def test_a_damaged_database_of_orbax_is_refused(part: str, tmp_path: Path) -> No
         truncate(folder / part)
     with pytest.raises(InputError, match=str(folder)):
         OrbaxReader(folder).read("w")
+
+
+def test_a_path_may_go_up_and_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorStore takes neither; people type both."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write(Path("../there"), arrays(np.float32))
+    read = OrbaxReader(Path("../there")).read("token_embedding")
+    np.testing.assert_array_equal(read, arrays(np.float32)["token_embedding"])
+
+
+def test_a_place_that_cannot_be_written_is_an_operating_system_error(tmp_path: Path) -> None:
+    """So that whoever writes atomically reports it like any other full or read-only disk."""
+    (tmp_path / "file").write_text("in the way")
+    content = arrays(np.float32)
+    infos = {key: TensorInfo(array.shape, array.dtype) for key, array in content.items()}
+    with pytest.raises(OSError, match="file"):
+        write_orbax(tmp_path / "file" / "params", infos, lambda key, row: content[key])

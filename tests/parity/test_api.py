@@ -22,7 +22,7 @@ from parity.records import write_record
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "compare_convnets.py"
-PAGE = ROOT / "docs" / "records.md"
+PAGE = ROOT / "docs" / "parity.md"
 
 
 class FlaxMLP(nnx.Module):

@@ -471,3 +471,13 @@ class TestOtherPeoplesReaders:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((folder / "params").absolute(), tree)
         assert stored_bits(folder) == bits_of(weights)
+
+
+def test_progress_counts_every_part_once(write_checkpoint, tiny, tmp_path):
+    from parity.convert import conversion_parts, convert
+
+    source = write_checkpoint("torch", tiny)
+    for to in ("jax", "torch"):
+        parts = []
+        convert(source, tmp_path / f"to-{to}", to, advance=parts.append)
+        assert sum(parts) == conversion_parts(source)
