@@ -134,7 +134,7 @@ def _check(options: Namespace) -> int:
     if options.json:
         print_json(content)
     else:
-        console = Console(width=None if os.isatty(1) else 120)
+        console = Console(width=None if os.isatty(1) else 140)
         print_table(results, console, faults=content["faults"])
         print_verdict(results, seconds, console, faults=content["faults"])
         if written:
@@ -220,7 +220,7 @@ def _inspect(options: Namespace) -> int:
     if options.json:
         print_json(content)
     else:
-        print_inspection(content, Console(width=None if os.isatty(1) else 120, highlight=False))
+        print_inspection(content, Console(width=None if os.isatty(1) else 140, highlight=False))
     return SUCCESS
 
 
@@ -273,7 +273,7 @@ def _compare(options: Namespace) -> int:
     if options.json:
         print_json(content)
     else:
-        console = Console(width=None if os.isatty(1) else 120)
+        console = Console(width=None if os.isatty(1) else 140)
         print_comparison(results, console)
         print_verdict(results, seconds, console)
         if written:

@@ -22,7 +22,7 @@ from parity.records import write_record
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "compare_convnets.py"
-PAGE = ROOT / "docs" / "parity.md"
+PAGE, RECORDS_PAGE = ROOT / "docs" / "parity.md", ROOT / "docs" / "records.md"
 
 
 class FlaxMLP(nnx.Module):
@@ -314,7 +314,7 @@ def test_the_page_shows_the_example_as_it_is() -> None:
 
 
 def test_the_example_of_reading_a_record_runs_as_written(tmp_path: Path) -> None:
-    block = next(b for b in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "np.load(" in b)
+    block = next(b for b in re.findall(r"```python\n(.*?)```", RECORDS_PAGE.read_text(), re.DOTALL) if "np.load(" in b)
     arrays = {"tokens": np.ones((1, 2), np.int64), "logits": np.ones((1, 2, 3)), "site:embedding": np.ones((1, 2, 4))}
     write_record(tmp_path / "jax.npz", {"dtype": "float32", "config": {}}, arrays.items())
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=True)
