@@ -16,8 +16,9 @@ TOLERANCE: dict[tuple[str, str], float] = {
     ("activations", "float64"): 1e-12,
     ("logits", "float64"): 1e-12,
     ("loss", "float64"): 1e-12,
-    # The same in fp32, where one ulp is 6e-8 and sharp attention amplifies it over the layers. Seen: 1.3e-6.
-    ("activations", "float32"): 5e-6,
+    # The same in fp32, where one ulp is 6e-8 and sharp attention amplifies it over the layers. Seen: 2.5e-6 at single
+    # sites, 1.3e-6 in the logits.
+    ("activations", "float32"): 1e-5,
     ("logits", "float32"): 5e-6,
     # A mean over tokens: rounding errors of the logits average out. Seen: 2e-7.
     ("loss", "float32"): 2e-6,
