@@ -9,7 +9,9 @@ import importlib.metadata
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import tiktoken
+from numpy.typing import NDArray
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from gpt_core.errors import InputError
@@ -58,6 +60,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens in it are plain text."""
         return self._encoding.encode_ordinary(text)
+
+    def encode_array(self, text: str) -> NDArray[np.uint32]:
+        """The same ids as an array; other threads run meanwhile."""
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, tokens: list[int]) -> str:
         """The text of token ids; bytes that are no UTF-8 become replacement characters."""

@@ -1,0 +1,173 @@
+"""Batches: what a training step eats, and the order in which prepared tokens become batches."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+from jaxtyping import Bool, Int32, Integer
+
+from gpt_core.data.order import Split, key_of, permute
+from gpt_core.data.prepared import PreparedTokens, Tokens
+from gpt_core.errors import InputError
+
+
+class Batch(TypedDict):
+    """Rows of tokens.
+
+    Args:
+        tokens: What the model reads.
+        targets: The token that comes next at each position.
+        mask: Whether a position counts; False only in the padding at the end of an evaluation.
+    """
+
+    tokens: Int32[np.ndarray, "batch time"]
+    targets: Int32[np.ndarray, "batch time"]
+    mask: Bool[np.ndarray, "batch time"]
+
+
+class BatchSource(Protocol):
+    """Endless batches whose place can be saved. A state is a small dictionary that JSON can hold."""
+
+    def initial_state(self) -> dict[str, Any]:
+        """The state before the first batch."""
+        ...
+
+    def iterate(self, state: dict[str, Any]) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Batches from a state on, each with the state after it."""
+        ...
+
+
+class PreparedBatches:
+    """Batches of prepared tokens: each a pure function of the seed and its step.
+
+    The tokens are cut into windows of one context (each token is predicted once an epoch; up to one context at the
+    very end is left over). An epoch reads all windows in the order of a permutation of its own; epochs follow each
+    other without a gap, also within a batch.
+
+    Args:
+        folder: Written by `gpt-data prepare`.
+        split: Which split.
+        batch_size: Rows of the global batch.
+        context_length: Tokens of a row.
+        seed: Of the order.
+        rows: Rows of the global batch that this host reads; all by default.
+        verify: Whether to check checksums now.
+
+    Raises:
+        InputError: the folder is missing or damaged, or the split is shorter than one context.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: Split,
+        batch_size: int,
+        context_length: int,
+        seed: int,
+        rows: Sequence[int] | None = None,
+        *,
+        verify: bool = True,
+    ) -> None:
+        self.tokens = PreparedTokens(folder, split, verify=verify)
+        self._windows = (len(self.tokens) - 1) // context_length
+        if not self._windows:
+            raise InputError(
+                f"{folder}: the {split} split has {len(self.tokens)} tokens, fewer than one context of "
+                f"{context_length} and the token after it; use more text or a shorter context_length"
+            )
+        self._batch_size, self._context_length, self._seed = batch_size, context_length, seed
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+        self._identity = {
+            "tokens": self.tokens.index.identity,
+            "split": split,
+            "seed": seed,
+            "batch_size": batch_size,
+            "context_length": context_length,
+        }
+
+    def batch(self, step: int) -> Batch:
+        """The rows of this host in batch `step`, counted from 0."""
+        places = step * self._batch_size + self._rows
+        epochs, indices = np.divmod(places, self._windows)
+        windows = np.empty((len(places), self._context_length + 1), np.int32)
+        for epoch in np.unique(epochs):
+            chosen = np.flatnonzero(epochs == epoch)
+            key = key_of("windows", self._seed, int(epoch))
+            for row, window in zip(chosen, permute(indices[chosen], self._windows, key), strict=True):
+                windows[row] = self.tokens.read(int(window) * self._context_length, self._context_length + 1)
+        return next_token_batch(windows)
+
+    def initial_state(self) -> dict[str, Any]:
+        """The state before the first batch: step 0."""
+        return {"kind": "prepared", "step": 0, "identity": self._identity}
+
+    def iterate(self, state: dict[str, Any]) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Batches from a state on, each with the state after it.
+
+        Raises:
+            InputError: the state belongs to other data or settings.
+        """
+        check_identity(state, "prepared", self._identity)
+        for step in range(state["step"], 2**63):
+            yield self.batch(step), state | {"step": step + 1}
+
+
+def next_token_batch(windows: Integer[np.ndarray, "batch window"]) -> Batch:
+    """Rows of one token more than a context become tokens and their targets."""
+    windows = windows.astype(np.int32, copy=False)
+    tokens, targets = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+    return {"tokens": tokens, "targets": targets, "mask": np.ones(tokens.shape, bool)}
+
+
+def evaluation_batches(
+    chunks: Iterable[Tokens], batch_size: int, context_length: int, rows: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """Every token once, in order: windows of one context, the last ones padded and masked.
+
+    All hosts get the same number of batches; a host may get rows in which nothing counts.
+
+    Args:
+        chunks: The tokens, in pieces of any size.
+        batch_size: Rows of the global batch.
+        context_length: Tokens of a row.
+        rows: Rows of the global batch that this host reads; all by default.
+    """
+    chosen = np.arange(batch_size) if rows is None else np.asarray(rows)
+    need = batch_size * context_length + 1
+    held = np.empty(0, np.int32)
+    for chunk in chunks:
+        held = np.concatenate([held, chunk.astype(np.int32)])
+        while len(held) >= need:
+            yield _evaluation_batch(held[:need], context_length, chosen)
+            held = held[need - 1 :]
+    if len(held) > 1:
+        targets = len(held) - 1
+        yield _evaluation_batch(np.pad(held, (0, need - len(held))), context_length, chosen, targets)
+
+
+def _evaluation_batch(
+    tokens: Int32[np.ndarray, " n"], context_length: int, rows: Any, targets: int | None = None
+) -> Batch:
+    shape = (-1, context_length)
+    counts = np.arange(len(tokens) - 1) < (len(tokens) if targets is None else targets)
+    return {
+        "tokens": tokens[:-1].reshape(shape)[rows],
+        "targets": tokens[1:].reshape(shape)[rows],
+        "mask": counts.reshape(shape)[rows],
+    }
+
+
+def check_identity(state: dict[str, Any], kind: str, identity: dict[str, Any]) -> None:
+    """Refuse a state that was saved with other data or settings, naming what differs.
+
+    Raises:
+        InputError: it was.
+    """
+    if state.get("kind") != kind:
+        raise InputError(f"the saved state of the data is of {state.get('kind')} batches, these are {kind}")
+    theirs = state.get("identity", {})
+    changed = [name for name in identity if theirs.get(name) != identity[name]]
+    if changed:
+        differing = ", ".join(f"{name} {theirs.get(name)!r} against {identity[name]!r}" for name in changed)
+        raise InputError(f"the saved state of the data does not fit: {differing}; go on with the saved values")

@@ -1,0 +1,268 @@
+"""Turning text into prepared tokens: in parallel, resumable, the same bytes whatever the number of workers.
+
+One thread reads documents and deals them into shards by the size of their text; worker threads tokenize. (Threads, as
+tiktoken releases Python's lock: nothing has to be copied between processes.) Until all is done the shards lie in
+`DST.partial`, each with a record beside it; a later run reads the text again, which is fast, and tokenizes only the
+shards whose record does not tell the same text.
+"""
+
+import hashlib
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt_core.data.config import DataConfig
+from gpt_core.data.order import Split, split_of
+from gpt_core.data.prepared import INDEX_FILE, Index, Shard, Tokens, file_sha256
+from gpt_core.data.records import Reader
+from gpt_core.data.sources import File, find_files
+from gpt_core.errors import InputError
+from gpt_core.files import atomic_file, refuse_existing
+from gpt_core.tokenizer import Tokenizer, gpt2_tokenizer
+
+SHARD_BYTES = 64 << 20  # of text; about 32 MB of tokens
+_PIECE_BYTES = 1 << 20  # of text: what one worker takes at a time
+_PLAN_FILE = "plan.json"
+
+# Is told the megabytes of text read since the last call, and those in all where they are known.
+Progress = Callable[[float, float | None], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` did.
+
+    Args:
+        index: Of the folder.
+        text_bytes: Text that was read.
+        reused: Shards that an earlier, interrupted run had finished.
+        first_skipped: Where and why the first broken record was skipped.
+    """
+
+    index: Index
+    text_bytes: int
+    reused: int
+    first_skipped: str | None
+
+
+class _Text:
+    """The text of one shard to be, cut into pieces for the workers."""
+
+    def __init__(self, split: Split, number: int) -> None:
+        self.split, self.number = split, number
+        self.file = f"{split}-{number:05d}.npy"
+        self.documents = self.size = 0
+        self.tokens: list[Future[Tokens]] = []
+        self._digest = hashlib.sha256()
+        self._pieces: list[list[bytes]] = [[]]
+        self._piece_size = 0
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def add(self, document: bytes) -> bool:
+        """Take a document; tell whether that fills a piece."""
+        self._digest.update(len(document).to_bytes(8, "little"))
+        self._digest.update(document)
+        self.documents += 1
+        self.size += len(document)
+        self._pieces[-1].append(document)
+        self._piece_size += len(document)
+        if self._piece_size < _PIECE_BYTES:
+            return False
+        self._pieces.append([])
+        self._piece_size = 0
+        return True
+
+    def submit(self, pool: ThreadPoolExecutor, tokenizer: Tokenizer, *, last: bool) -> None:
+        """Hand the pieces that are full (and the last one) to the workers."""
+        ready = self._pieces if last else self._pieces[:-1]
+        self._pieces = self._pieces[len(ready) :]
+        self.tokens += [pool.submit(encode, tokenizer, piece) for piece in ready if piece]
+
+
+def prepare(
+    config: DataConfig,
+    destination: Path,
+    *,
+    workers: int = 1,
+    force: bool = False,
+    advance: Progress = lambda read, total: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Prepared:
+    """Tokenize a source into a folder that appears only when it is complete.
+
+    Args:
+        config: `source`, `text_field`, `on_error`, `validation_fraction` and `seed` are read.
+        destination: The folder to be.
+        workers: Threads that tokenize.
+        force: Replace a folder that exists, and start again where an interrupted run had other settings.
+        advance: Told how far reading is.
+        shard_bytes: Text of one shard.
+
+    Raises:
+        InputError: the source is wrong, the destination exists or cannot be written, or an interrupted run had other
+            settings.
+    """
+    refuse_existing(destination, force=force)
+    if destination.exists() and not (destination / INDEX_FILE).is_file():
+        raise InputError(f"{destination}: is no folder of prepared tokens, so --force does not replace it")
+    if workers < 1:
+        raise InputError(f"workers = {workers} must be a whole number of at least 1")
+    files = find_files(config.source)
+    settings = {
+        "source": config.source,
+        "text_field": config.text_field,
+        "on_error": config.on_error,
+        "validation_fraction": config.validation_fraction,
+        "seed": config.seed,
+        "tokenizer": "gpt2",
+    }
+    partial = destination.with_name(f"{destination.name}.partial")
+    _begin(partial, settings | {"shard_bytes": shard_bytes}, force=force)
+    tokenizer = gpt2_tokenizer()
+    reader = Reader(config.text_field, config.on_error)
+    text_bytes = reused = 0
+    splits: dict[Split, list[Shard]] = {split: [] for split in get_args(Split)}
+    pending: deque[_Text] = deque()
+
+    def finish_oldest() -> None:
+        text = pending.popleft()
+        splits[text.split].append(_write(partial, text))
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for text, whole in _shards(files, reader, config, shard_bytes, advance):
+            if not whole:
+                if not _record(partial, text).exists():  # otherwise its whole text tells whether it is done
+                    text.submit(pool, tokenizer, last=False)
+                continue
+            text_bytes += text.size
+            done = _finished(partial, text)
+            if done:
+                while pending:  # shards of a split stand in order
+                    finish_oldest()
+                splits[text.split].append(done)
+                reused += 1
+                continue
+            text.submit(pool, tokenizer, last=True)
+            pending.append(text)
+            while len(pending) > 2:
+                finish_oldest()
+        while pending:
+            finish_oldest()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if not any(splits.values()):
+        shutil.rmtree(partial)
+        raise InputError(
+            f"{config.source}: holds no text" + (f"; {reader.skipped} broken records" * bool(reader.skipped))
+        )
+    index = Index(settings, tokenizer.vocab_size, tokenizer.end_of_text, reader.skipped, splits)
+    _complete(partial, destination, index)
+    return Prepared(index, text_bytes, reused, reader.first_skipped)
+
+
+def encode(tokenizer: Tokenizer, documents: list[bytes]) -> Tokens:
+    """Token ids of documents, each followed by end-of-text, in the smallest type that holds the vocabulary."""
+    encoded = [tokenizer.encode_array(document.decode("utf-8")) for document in documents]
+    tokens: NDArray[Any] = np.empty(sum(map(len, encoded)) + len(encoded), np.min_scalar_type(tokenizer.vocab_size - 1))
+    position = 0
+    for ids in encoded:
+        tokens[position : position + len(ids)] = ids
+        position += len(ids) + 1
+        tokens[position - 1] = tokenizer.end_of_text
+    return tokens
+
+
+def _begin(partial: Path, plan: dict[str, Any], *, force: bool) -> None:
+    path = partial / _PLAN_FILE
+    before = None
+    if path.is_file():
+        with suppress(ValueError):
+            before = json.loads(path.read_text(encoding="utf-8"))
+    if before == plan:
+        return
+    if partial.exists() and not force:
+        theirs = before or {}
+        differing = ", ".join(name for name in plan if plan[name] != theirs.get(name))
+        raise InputError(
+            f"{partial}: left by an interrupted run with other settings ({differing}); repeat those to go on, or pass "
+            f"--force to start again"
+        )
+    shutil.rmtree(partial, ignore_errors=True)
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+
+
+def _shards(
+    files: list[File], reader: Reader, config: DataConfig, shard_bytes: int, advance: Progress
+) -> Iterator[tuple[_Text, bool]]:
+    """Each shard whenever a piece of it is full, and once more, with True, when it is whole."""
+    sizes = [file.size for file in files]
+    total = None if None in sizes else sum(size or 0 for size in sizes) / 1e6
+    growing: dict[Split, _Text] = {split: _Text(split, 0) for split in get_args(Split)}
+    for file in files:
+        for _, document in reader.documents(file):
+            text = growing[split_of(document, config.validation_fraction, config.seed)]
+            piece_full = text.add(document)
+            advance(len(document) / 1e6, total)
+            if text.size >= shard_bytes:
+                growing[text.split] = _Text(text.split, text.number + 1)
+                yield text, True
+            elif piece_full:
+                yield text, False
+    yield from ((text, True) for text in growing.values() if text.documents)
+
+
+def _record(partial: Path, text: _Text) -> Path:
+    return partial / f"{text.file}.json"
+
+
+def _finished(partial: Path, text: _Text) -> Shard | None:
+    """The shard of this text, if an earlier run wrote it whole."""
+    try:
+        shard = Shard(**json.loads(_record(partial, text).read_text(encoding="utf-8")))
+        same = shard.text_sha256 == text.sha256 and file_sha256(partial / shard.file) == shard.sha256
+    except (OSError, ValueError, TypeError):
+        return None
+    return shard if same else None
+
+
+def _write(partial: Path, text: _Text) -> Shard:
+    tokens = np.concatenate([piece.result() for piece in text.tokens])
+    path = partial / text.file
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        np.save(stream, tokens, allow_pickle=False)
+    shard = Shard(text.file, len(tokens), text.documents, path.stat().st_size, file_sha256(path), text.sha256)
+    with atomic_file(_record(partial, text)) as temporary:
+        temporary.write_text(json.dumps(asdict(shard)), encoding="utf-8")
+    return shard
+
+
+def _complete(partial: Path, destination: Path, index: Index) -> None:
+    """Give the finished folder its name; shards and records that the index does not know are removed."""
+    old = destination.with_name(f"{destination.name}.replaced")
+    keep = {shard.file for shards in index.splits.values() for shard in shards}
+    try:
+        index.write(partial)
+        if destination.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            destination.replace(old)
+        partial.replace(destination)
+        for path in destination.iterdir():
+            if path.name not in keep | {INDEX_FILE}:
+                path.unlink()
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"{destination}: cannot be written: {error.strerror}; run the same command again") from None

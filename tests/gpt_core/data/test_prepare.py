@@ -1,0 +1,209 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpt_core.data import prepare as module
+from gpt_core.data.config import DataConfig
+from gpt_core.data.prepare import prepare
+from gpt_core.data.prepared import Index, PreparedTokens, unigram_entropy, verify_shards
+from gpt_core.errors import InputError
+from gpt_core.tokenizer import gpt2_tokenizer
+
+SHARD = 20_000
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_splits_hold_every_document_once_with_its_end(prepared: Path, corpus: Path) -> None:
+    documents = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    found = []
+    for split in ("train", "validation"):
+        tokens = PreparedTokens(prepared, split)
+        everything = tokens.read(0, len(tokens)).tolist()
+        assert everything[-1] == gpt2_tokenizer().end_of_text
+        texts = gpt2_tokenizer().decode(everything).split("<|endoftext|>")[:-1]
+        assert len(texts) == sum(shard.documents for shard in tokens.index.splits[split])
+        assert texts == [document for document in documents if document in set(texts)]  # in the order of the source
+        found += texts
+    assert sorted(found) == sorted(documents)
+    assert len(Index.read(prepared).splits["train"]) > 3
+
+
+def test_tokens_are_small(prepared: Path) -> None:
+    assert PreparedTokens(prepared, "train").read(0, 5).dtype == np.uint16
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(prepared: Path, corpus: Path, tmp_path: Path) -> None:
+    prepare(DataConfig(source=str(corpus), validation_fraction=0.1), tmp_path / "tokens", workers=3, shard_bytes=SHARD)
+    assert files(tmp_path / "tokens") == files(prepared)
+
+
+class Stopped(BaseException):
+    """As KeyboardInterrupt: no error that anything may catch."""
+
+
+@pytest.mark.parametrize("shards_before", [0, 1, 3])
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    shards_before: int, prepared: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write: Callable[..., Any] = module._write
+    written: list[str] = []
+
+    def stop_before(limit: int) -> Callable[..., Any]:
+        def stopping(partial: Path, text: Any) -> Any:
+            if len(written) == limit:
+                raise Stopped
+            written.append(text.file)
+            return write(partial, text)
+
+        return stopping
+
+    config = DataConfig(source=str(corpus), validation_fraction=0.1)
+    destination = tmp_path / "tokens"
+    monkeypatch.setattr(module, "_write", stop_before(shards_before))
+    with pytest.raises(Stopped):
+        prepare(config, destination, workers=2, shard_bytes=SHARD)
+    assert not destination.exists()
+    before = list(written)
+    written.clear()
+    monkeypatch.setattr(module, "_write", stop_before(10**9))
+    done = prepare(config, destination, workers=2, shard_bytes=SHARD)
+    assert done.reused == shards_before
+    assert not set(before) & set(written)
+    assert files(destination) == files(prepared)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
+
+
+def interrupted(config: DataConfig, destination: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_complete", stop)
+        with pytest.raises(Stopped):
+            prepare(config, destination, shard_bytes=SHARD)
+    return destination.with_name(f"{destination.name}.partial")
+
+
+def test_a_finished_shard_that_was_damaged_meanwhile_is_made_again(
+    prepared: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(source=str(corpus), validation_fraction=0.1)
+    partial = interrupted(config, tmp_path / "tokens", monkeypatch)
+    shard = partial / "train-00001.npy"
+    shard.write_bytes(shard.read_bytes()[:-4] + b"\0\0\0\0")
+    prepare(config, tmp_path / "tokens", shard_bytes=SHARD)
+    assert files(tmp_path / "tokens") == files(prepared)
+
+
+def test_text_that_changed_meanwhile_is_tokenized_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "corpus.jsonl"
+    source.write_bytes(corpus.read_bytes())
+    config = DataConfig(source=str(source))
+    interrupted(config, tmp_path / "tokens", monkeypatch)
+    source.write_text(corpus.read_text().replace("Document 200.", "Changed."))
+    done = prepare(config, tmp_path / "tokens", shard_bytes=SHARD)
+    prepare(config, tmp_path / "fresh", shard_bytes=SHARD)
+    assert done.reused > 0
+    assert files(tmp_path / "tokens") == files(tmp_path / "fresh")
+
+
+def test_other_settings_are_not_mixed_into_an_interrupted_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(DataConfig(source=str(corpus)), tmp_path / "tokens", monkeypatch)
+    other = DataConfig(source=str(corpus), seed=1)
+    with pytest.raises(InputError, match=r"tokens.partial: left by an interrupted run with other settings \(seed\)"):
+        prepare(other, tmp_path / "tokens", shard_bytes=SHARD)
+    assert prepare(other, tmp_path / "tokens", shard_bytes=SHARD, force=True).reused == 0
+
+
+def test_an_existing_folder_is_replaced_only_by_force(corpus: Path, tmp_path: Path) -> None:
+    config = DataConfig(source=str(corpus))
+    prepare(config, tmp_path / "tokens")
+    with pytest.raises(InputError, match=r"exists already.*--force"):
+        prepare(config, tmp_path / "tokens")
+    prepare(DataConfig(source=str(corpus), seed=1), tmp_path / "tokens", force=True)
+    assert Index.read(tmp_path / "tokens").settings["seed"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
+
+
+def test_force_never_replaces_another_folder(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(InputError, match="is no folder of prepared tokens"):
+        prepare(DataConfig(source=str(corpus)), tmp_path, force=True)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"no": 1}\n')
+    with pytest.raises(InputError, match="holds no text; 1 broken records"):
+        prepare(DataConfig(source=str(tmp_path / "a.jsonl"), on_error="skip"), tmp_path / "tokens")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_an_empty_split_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a single document")
+    prepare(DataConfig(source=str(tmp_path / "a.txt"), validation_fraction=0), tmp_path / "tokens")
+    with pytest.raises(InputError, match=r"no document fell into the validation split.*--validation-fraction"):
+        PreparedTokens(tmp_path / "tokens", "validation")
+
+
+@pytest.fixture
+def copy(prepared: Path, tmp_path: Path) -> Path:
+    for name, content in files(prepared).items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def test_a_flipped_bit_is_found_by_its_checksum(copy: Path) -> None:
+    path = copy / "train-00002.npy"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"train-00002.npy: damaged: its checksum differs"):
+        PreparedTokens(copy, "train")
+    with pytest.raises(InputError, match=r"train-00002.npy: damaged"):
+        verify_shards(copy, Index.read(copy).splits["train"])
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_cut_or_missing_shard_is_found_at_once(verify: bool, copy: Path) -> None:
+    path = copy / "train-00001.npy"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(InputError, match=r"train-00001.npy"):
+        PreparedTokens(copy, "train", verify=verify)
+    path.unlink()
+    with pytest.raises(InputError, match=r"train-00001.npy: cannot be read.*prepare"):
+        PreparedTokens(copy, "train", verify=verify)
+
+
+def test_a_missing_or_damaged_index_is_named(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no prepared tokens here; make them: gpt-data prepare"):
+        Index.read(tmp_path / "nowhere")
+    for damaged in ('{"format": "twin', "[]", '{"format": "twingpt-tokens", "version": 1}'):
+        (copy / "index.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"index.json: damaged"):
+            Index.read(copy)
+
+
+def test_reading_crosses_shards(prepared: Path) -> None:
+    tokens = PreparedTokens(prepared, "train")
+    everything = np.concatenate([np.load(path) for path in sorted(prepared.glob("train-*.npy"))])
+    assert len(tokens) == len(everything)
+    first = tokens.index.splits["train"][0].tokens
+    for start, count in ((0, 10), (first - 3, 7), (first, 1), (first - 1, 3 * first), (len(tokens) - 2, 9)):
+        assert tokens.read(start, count).tolist() == everything[start : start + count].tolist()
+    assert np.concatenate(list(tokens.chunks(1000))).tolist() == everything.tolist()
+
+
+def test_unigram_entropy_of_equal_counts_is_their_logarithm() -> None:
+    assert unigram_entropy(np.array([5, 5, 0, 5, 5])) == pytest.approx(np.log(4))
