@@ -1,6 +1,6 @@
 """Planting every fault where it must bite, and seeing that the very check that guards against it fails."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
 from parity.checks.loss import check_loss
 from parity.checks.optimizer import check_optimizer
+from parity.compare import Array
 from parity.faults import FAULTS, Fault, planted
 from parity.grid import ADAMW, OPTIMIZER_STEPS, Subject
 from parity.tolerances import NOISE_RATIO, TOLERANCE
@@ -55,8 +56,10 @@ def fault_runs(subject: Subject, *, full: bool = False) -> Iterator[FaultRun]:
 def run_fault(fault: Fault, subject: Subject) -> FaultRun:
     """Plant one fault in a PyTorch twin of its own and run the check that must catch it."""
     model = subject.torch_model()
+    # Made before the fault is planted: the truth must be free of it.
+    truth = subject.truth.sites if fault.caught_by == "noise" else None
     with planted(fault, model):
-        result, site, hint = _caught_by(fault, subject, model)
+        result, site, hint = _caught_by(fault, subject, model, truth)
     bound = TOLERANCE.get((fault.caught_by, "float32"))
     if fault.caught_by == "noise":
         margin, margin32 = result.measures["noise_ratio"] / NOISE_RATIO, None
@@ -67,7 +70,9 @@ def run_fault(fault: Fault, subject: Subject) -> FaultRun:
     return FaultRun(fault.name, subject.case.variant, caught, margin, margin32, site, hint)
 
 
-def _caught_by(fault: Fault, subject: Subject, model: Any) -> tuple[CheckResult, str, str]:
+def _caught_by(
+    fault: Fault, subject: Subject, model: Any, truth: Mapping[str, Array] | None
+) -> tuple[CheckResult, str, str]:
     variant, dtype, reference = subject.case.variant, subject.dtype, subject.jax_run
     if fault.caught_by == "optimizer":
         trainings = {"jax": subject.jax_training, "torch": subject.train_torch(OPTIMIZER_STEPS, model)}
@@ -82,7 +87,7 @@ def _caught_by(fault: Fault, subject: Subject, model: Any) -> tuple[CheckResult,
         return result, result.measures.get("site", ""), ""
     if fault.caught_by == "noise":
         sites = {"jax": reference.sites, "torch": run.sites}
-        return check_activations(variant, dtype, sites, subject.truth.sites), "", ""
+        return check_activations(variant, dtype, sites, truth), "", ""
     logits = {"jax": reference.logits, "torch": run.logits}
     result = check_logits(variant, dtype, logits, probabilities=False)
     if not fault.site:

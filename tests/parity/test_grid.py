@@ -91,6 +91,7 @@ class TestFaults:
             *("check", "--variant", "rope-gqa-window", "learned-mha-full"),
             *("--dtype", "float64", "float32", "--faults", "--json"),
         )
+        assert called.code == 0, called.err
         rows = {row["name"]: row for row in json.loads(called.out)["faults"]}
         assert called.code == 0
         assert rows.keys() == {fault.name for fault in FAULTS}
