@@ -7,8 +7,10 @@ and what Orbax writes, OCDBT included, is read here.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def write_orbax(
     Args:
         folder: Folder to make; the caller renames the folder around it into place.
         tensors: What will be written; dots in a key separate the levels of the tree.
-        read: Gives the array of a key, or one row of its first axis.
+        read: Gives the array of a key, or one row of its first axis; called from several threads.
         split: Keys that are asked for and stored row by row: arrays with stacked blocks.
 
     Raises:
@@ -43,6 +45,7 @@ def write_orbax(
     place = folder.resolve()  # TensorStore refuses "..", and relative paths
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
     tree = {}
+    parts: list[tuple[ts.TensorStore, str, int | None]] = []
     for key, info in tensors.items():
         rows = info.shape[0] if key in split else 1
         opening = ts.open(
@@ -63,14 +66,25 @@ def write_orbax(
             context=context,
         )
         store = _written(opening)
-        for row in range(rows):
-            target, array = (store[row], read(key, row)) if key in split else (store, read(key, None))
-            _written(target.write(np.ascontiguousarray(array), can_reference_source_data_indefinitely=True))
+        parts += [(store[row], key, row) for row in range(rows)] if key in split else [(store, key, None)]
         path = key.split(".")
         tree[str(tuple(path))] = {
             "key_metadata": [{"key": part, "key_type": _DICT_KEY} for part in path],
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
         }
+
+    def write(part: tuple[ts.TensorStore, str, int | None]) -> None:
+        target, key, row = part
+        array = np.ascontiguousarray(read(key, row))
+        _written(target.write(array, can_reference_source_data_indefinitely=True))
+
+    # Reading and transposing take as long as writing: a few parts at a time, and no more of them in memory.
+    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    try:
+        for _ in pool.map(write, parts):
+            pass
+    finally:  # after an error or Ctrl-C, what has not begun never does
+        pool.shutdown(cancel_futures=True)
     now = time.time_ns()
     _write_json(
         folder / _METADATA_FILE,
