@@ -8,6 +8,7 @@ and what Orbax writes, OCDBT included, is read here.
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -74,16 +75,24 @@ def write_orbax(
         }
 
     def write(part: tuple[ts.TensorStore, str, int | None]) -> None:
+        if stopped.is_set():
+            return
         target, key, row = part
-        array = np.ascontiguousarray(read(key, row))
-        _written(target.write(array, can_reference_source_data_indefinitely=True))
+        try:
+            array = np.ascontiguousarray(read(key, row))
+            _written(target.write(array, can_reference_source_data_indefinitely=True))
+        except BaseException:
+            stopped.set()
+            raise
 
     # Reading and transposing take as long as writing: a few parts at a time, and no more of them in memory.
+    stopped = threading.Event()
     pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
     try:
         for _ in pool.map(write, parts):
             pass
     finally:  # after an error or Ctrl-C, what has not begun never does
+        stopped.set()
         pool.shutdown(cancel_futures=True)
     now = time.time_ns()
     _write_json(

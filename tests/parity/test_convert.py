@@ -11,7 +11,7 @@ import pytest
 from gpt_core.errors import InputError
 from gpt_core.parameters import parameter_table
 from gpt_core.tokenizer import gpt2_tokenizer, tokenizer_of
-from parity.convert import convert
+from parity.convert import conversion_parts, convert
 from parity.formats import open_checkpoint
 
 SHAPES = {
@@ -254,7 +254,7 @@ class TestHalfWay:
         monkeypatch.setattr(SafetensorsReader, "read", read_some)
         with pytest.raises(InputError if isinstance(reason, OSError) else type(reason)):
             convert(source, destination, to, force=True)
-        assert len(calls) == 6
+        assert 6 <= len(calls) < conversion_parts(source) // 2  # what was under way may end, the rest never begins
         self.assert_as_before(destination, existed)
 
     def test_ctrl_c_on_the_command_line_is_130_and_quiet(
@@ -474,8 +474,6 @@ class TestOtherPeoplesReaders:
 
 
 def test_progress_counts_every_part_once(write_checkpoint, tiny, tmp_path):
-    from parity.convert import conversion_parts, convert
-
     source = write_checkpoint("torch", tiny)
     for to in ("jax", "torch"):
         parts = []
