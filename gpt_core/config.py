@@ -6,14 +6,14 @@ sliding-window causal mask (Beltagy et al., 2020; Jiang et al., 2023).
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import yaml
 
 from gpt_core.errors import InputError
+from gpt_core.sections import from_mapping
 
 # Default of a field that follows another field unless given. It is filled in on creation, so readers of a
 # config always see a number.
@@ -145,18 +145,7 @@ class ModelConfig:
         Raises:
             InputError: `values` is no mapping, or has an unknown field or a bad value; names `source`.
         """
-        if not isinstance(values, Mapping):
-            raise InputError(f"{source}: expected a mapping of model fields, found {type(values).__name__}")
-        known = [field.name for field in fields(cls)]
-        unknown = [str(name) for name in values if name not in known]
-        if unknown:
-            raise InputError(
-                f"{source}: unknown model field {', '.join(map(repr, unknown))}; known are: {', '.join(known)}"
-            )
-        try:
-            return cls(**values)
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from None
+        return from_mapping(cls, values, "model", source)
 
     @classmethod
     def from_yaml(cls, path_or_preset: str | Path) -> Self:

@@ -1,7 +1,7 @@
 """Which number format is used where: the small policy object that both models read."""
 
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Literal, Self, cast, get_args
 
 from gpt_core.errors import InputError
 
@@ -41,5 +41,5 @@ class Precision:
         """The usual policy of a run "in" a dtype: bfloat16 computes in bf16 on fp32 parameters."""
         if dtype not in get_args(DType):
             raise InputError(f"dtype {dtype!r} must be one of: {', '.join(get_args(DType))}")
-        name: DType = dtype  # type: ignore[assignment]  # checked the line above
+        name = cast(DType, dtype)
         return cls(param_dtype="float32" if name == "bfloat16" else name, compute_dtype=name)

@@ -1,10 +1,10 @@
 """What to train on and in which order: the section `data` of a YAML file."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
 from gpt_core.errors import InputError
+from gpt_core.sections import from_mapping
 
 OnError = Literal["stop", "skip"]
 
@@ -69,15 +69,4 @@ class DataConfig:
         Raises:
             InputError: `values` is no mapping, or has an unknown field or a bad value; names `source`.
         """
-        if not isinstance(values, Mapping):
-            raise InputError(f"{source}: expected a mapping of data fields, found {type(values).__name__}")
-        known = [field.name for field in fields(cls)]
-        unknown = [str(name) for name in values if name not in known]
-        if unknown:
-            raise InputError(
-                f"{source}: unknown data field {', '.join(map(repr, unknown))}; known are: {', '.join(known)}"
-            )
-        try:
-            return cls(**values)
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from None
+        return from_mapping(cls, values, "data", source)
