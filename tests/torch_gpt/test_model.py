@@ -87,6 +87,19 @@ def test_logits_are_those_of_an_independent_model(run: Run) -> None:
     assert relative_error(run.logits, run.truth["logits"]) <= 1e-12
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_fused_kernel_is_the_same_model_in_double_precision(name: str) -> None:
+    """`sdpa` can be double, so it is held to the bound of the proof, in the whole model."""
+    config = VARIANTS[name]
+    weights = random_weights(config)
+    model = build(config, weights)
+    for block in model.blocks:
+        block.attention.implementation = "sdpa"
+    truth = numpy_gpt.forward(config, weights, random_tokens(config))["logits"]
+    logits = model(torch.tensor(random_tokens(config))).detach().numpy()
+    assert relative_error(logits, truth) <= 1e-12
+
+
 def test_taps_are_the_sites_in_order_with_the_values_of_an_independent_model(run: Run) -> None:
     assert list(run.taps) == model_sites(run.config) == list(run.truth)
     for site, value in run.taps.items():
