@@ -7,6 +7,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 
 CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
 MODEL_TYPE = "twingpt"
 _VERSION = 1
 
@@ -17,13 +18,19 @@ def write_checkpoint_config(folder: Path, config: ModelConfig) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def config_home(folder: Path) -> Path:
+    """Where a checkpoint's config and tokenizer lie: beside its weights or, for RUN/checkpoints/STEP, in RUN."""
+    of_run = folder.parent.name == CHECKPOINTS and not (folder / CONFIG_FILE).exists()
+    return folder.parent.parent if of_run else folder
+
+
 def read_checkpoint_config(folder: Path) -> ModelConfig:
-    """Read `config.json` of a checkpoint.
+    """Read `config.json` of a checkpoint, or of the run that the checkpoint belongs to.
 
     Raises:
         InputError: it is missing, broken, of another program or version, or has an unknown or bad field.
     """
-    path = folder / CONFIG_FILE
+    path = config_home(folder) / CONFIG_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gpt_core.errors import InputError, missing_framework
+from gpt_core.errors import InputError, RunFailedError, missing_framework
 
 SUCCESS, CHECK_FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 OUR_FAULT = 70  # an error in this program (EX_SOFTWARE), never to be mistaken for a check that failed
@@ -44,6 +44,9 @@ def run(main_parser: ArgumentParser, commands: Mapping[str, Command], arguments:
     except InputError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return WRONG_INPUT
+    except RunFailedError as error:
+        console.print(f"failed: {error}", style="red", markup=False, soft_wrap=True)
+        return CHECK_FAILED
     except KeyboardInterrupt:
         console.print("interrupted; nothing half written was left", style="yellow")
         return INTERRUPTED

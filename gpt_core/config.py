@@ -6,6 +6,7 @@ sliding-window causal mask (Beltagy et al., 2020; Jiang et al., 2023).
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -196,6 +197,14 @@ def find_config(path_or_preset: str | Path) -> Path:
     raise InputError(f"unknown preset {str(path_or_preset)!r}; known are: {', '.join(preset_names())}")
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 6e-4 as a number, as YAML 1.2 does; PyYAML's own rule (1.1) wants 6.0e-4 and makes a text of it."""
+
+
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping.
 
@@ -203,7 +212,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read, is no YAML, or is no mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:

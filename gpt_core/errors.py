@@ -1,4 +1,4 @@
-"""The one exception for wrong input."""
+"""Exceptions that commands turn into one line and an exit code: 2 for wrong input, 1 for a run that failed."""
 
 _EXTRA_OF = {
     "jax": "jax",
@@ -7,6 +7,7 @@ _EXTRA_OF = {
     "optax": "jax",
     "orbax": "jax",
     "torch": "torch",
+    "accelerate": "torch",
 }
 """Package -> the extra of this distribution that brings it."""
 
@@ -17,6 +18,10 @@ class InputError(ValueError):
     The message says what was wrong, where, and what to do. Commands print it without a traceback and
     exit with code 2.
     """
+
+
+class RunFailedError(RuntimeError):
+    """Training cannot go on although the input was right; the message says why. Commands exit with code 1."""
 
 
 def missing_framework(error: ModuleNotFoundError) -> InputError | None:

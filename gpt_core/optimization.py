@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from gpt_core.errors import InputError
@@ -41,10 +41,10 @@ class AdamWConfig:
             "weight_decay": ("a number of at least 0", lambda x: 0 <= x < math.inf),
             "clip_norm": ("a positive number", lambda x: x > 0),
         }
-        for field in fields(self):
-            what, allowed = ranges[field.name]
-            if not allowed(getattr(self, field.name)):
-                raise InputError(f"{field.name} = {getattr(self, field.name)!r} must be {what}")
+        for name, (what, allowed) in ranges.items():
+            value: Any = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not allowed(value):
+                raise InputError(f"{name} = {value!r} must be {what}")
 
 
 def clip_scale(norm: Any, limit: float, minimum: Callable[[Any, float], Scalar]) -> Scalar:

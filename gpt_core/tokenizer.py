@@ -14,6 +14,7 @@ import tiktoken
 from numpy.typing import NDArray
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
+from gpt_core.checkpoint_config import config_home
 from gpt_core.errors import InputError
 
 # Names under which a checkpoint keeps its vocabulary, as in Hugging Face's GPT-2.
@@ -98,7 +99,8 @@ def tokenizer_of(folder: Path) -> Tokenizer | None:
     Raises:
         InputError: there are tokenizer files, but not GPT-2's.
     """
-    merges, vocabulary = folder / MERGES_FILE, folder / VOCABULARY_FILE
+    home = config_home(folder)
+    merges, vocabulary = home / MERGES_FILE, home / VOCABULARY_FILE
     if not merges.exists() and not vocabulary.exists():
         return None
     return Tokenizer(merges=merges, vocabulary=vocabulary)

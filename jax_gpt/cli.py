@@ -7,14 +7,68 @@ from jsonargparse import ArgumentParser, Namespace
 from gpt_core.cli import SUCCESS, parser, print_json, run
 from gpt_core.config import ModelConfig
 from gpt_core.parameters import parameter_count
+from gpt_core.run_cli import eval_config, eval_parser, print_summary, train_config, train_parser
+from gpt_core.run_config import RunConfig
+from gpt_core.runs import find_checkpoint
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 2 the input was wrong."""
-    top = parser("The JAX twin.", "  jax-gpt init runs/jax --config gpt2", prog="jax-gpt")
+    top = parser("The JAX twin.", "  jax-gpt train --config tiny-cpu --out runs/tiny-cpu", prog="jax-gpt")
     commands = top.add_subcommands(required=True, dest="subcommand")
+    commands.add_subcommand("train", _train_parser(), help="train, or go on with a run that was interrupted")
+    commands.add_subcommand("eval", eval_parser("jax-gpt"), help="loss and perplexity of a checkpoint")
     commands.add_subcommand("init", _init_parser(), help="write a checkpoint with fresh weights")
-    return run(top, {"init": _init}, arguments)
+    return run(top, {"train": _train, "eval": _eval, "init": _init}, arguments)
+
+
+def _train_parser() -> ArgumentParser:
+    command = train_parser("jax-gpt")
+    command.add_argument("--coordinator", help="several processes: host:port of process 0, or 'auto' on TPU and SLURM")
+    command.add_argument("--processes", type=int, help="several processes: how many")
+    command.add_argument("--process-id", type=int, help="several processes: which one this is, from 0")
+    return command
+
+
+def _train(options: Namespace) -> int:
+    config, run = train_config(options)
+    _set_up(config, options)
+    from jax_gpt.train import train
+
+    summary, code = train(config, run)
+    if summary is not None:
+        print_summary(summary, run, as_json=options.json)
+    return code
+
+
+def _eval(options: Namespace) -> int:
+    checkpoint = find_checkpoint(options.checkpoint)
+    config = eval_config(options, checkpoint)
+    _set_up(config)
+    from jax_gpt.train import evaluate_checkpoint
+
+    result = evaluate_checkpoint(config, checkpoint)
+    if options.json:
+        print_json(result)
+    else:
+        print(
+            f"{checkpoint}: validation loss {result['validation_loss']:.4f} nats a token, perplexity "
+            f"{result['validation_perplexity']:.2f}, {result['tokens']:,} tokens"
+        )
+    return SUCCESS
+
+
+def _set_up(config: RunConfig, options: Namespace | None = None) -> None:
+    """What JAX must know before it is used."""
+    import jax
+
+    if config.train.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    if options is not None and (options.coordinator or options.processes):
+        from jax_gpt.distributed import connect
+
+        automatic = options.coordinator in {None, "auto"}
+        connect(None if automatic else options.coordinator, options.processes, options.process_id)
 
 
 def _init_parser() -> ArgumentParser:

@@ -25,6 +25,8 @@ from jax_gpt.attention import Implementation, attention
 Create = Callable[[Parameter], jax.Array]
 Table = Mapping[str, Parameter]
 Taps = dict[str, jax.Array]
+Layer = tuple[nnx.State, jax.Array | None]  # one block's parameters and dropout key
+BlockStep = Callable[[jax.Array, Layer], tuple[jax.Array, Taps]]
 
 
 class LayerNorm(nnx.Module):
@@ -174,6 +176,7 @@ class GPT(nnx.Module):
         implementation: Of attention; see `jax_gpt.attention`.
         scan_layers: Keep the blocks stacked and scan over them, so that compile time does not grow with depth.
             False keeps and runs one block after the other: the same function and the same numbers.
+        around_block: Wraps the function of one block, for rematerialisation and sharding; must not change its value.
     """
 
     def __init__(
@@ -184,6 +187,7 @@ class GPT(nnx.Module):
         precision: Precision = Precision(),
         implementation: Implementation = "reference",
         scan_layers: bool = True,
+        around_block: Callable[[BlockStep], BlockStep] = lambda step: step,
     ) -> None:
         table = parameter_table(config)
         self.token_embedding = nnx.Param(create(table["token_embedding"]))  # [vocab, embed]
@@ -202,6 +206,7 @@ class GPT(nnx.Module):
         self.config = config
         self.precision = precision
         self.scan_layers = scan_layers
+        self.around_block = around_block
 
     def __call__(
         self,
@@ -220,11 +225,16 @@ class GPT(nnx.Module):
         Raises:
             InputError: the sequence is longer than the table of learned positions.
         """
+        return tap(taps, "logits", self.unembed(self.hidden(tokens, taps, dropout_key)))
+
+    def hidden(
+        self, tokens: Int[jax.Array, "batch time"], taps: Taps | None = None, dropout_key: jax.Array | None = None
+    ) -> Float[jax.Array, "batch time embed"]:
+        """Everything but the head: the final norm's output. Arguments as for logits."""
         embed_key, blocks_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x = dropout(tap(taps, "embedding", self.embed(tokens)), self.config.dropout, embed_key)
         x = self.run_blocks(x, taps, blocks_key)
-        x = tap(taps, "final_norm", self.final_norm(x))
-        return tap(taps, "logits", self.unembed(x))
+        return tap(taps, "final_norm", self.final_norm(x))
 
     def embed(self, tokens: Int[jax.Array, "batch time"]) -> Float[jax.Array, "batch time embed"]:
         """Token embeddings, plus learned positions where the config has them."""
@@ -243,21 +253,21 @@ class GPT(nnx.Module):
         """All blocks, scanned or unrolled."""
         n_layers = self.config.n_layers
         keys = None if dropout_key is None else jax.random.split(dropout_key, n_layers)
-        if not self.scan_layers:
-            for layer, block in enumerate(self.blocks):
-                layer_taps: Taps | None = None if taps is None else {}
-                x = block(x, layer_taps, None if keys is None else keys[layer])
-                collect(taps, layer, layer_taps)
-            return x
-        graph, stacked = nnx.split(self.blocks)
+        graph, stacked = nnx.split(self.blocks if self.scan_layers else self.blocks[0])
 
-        def step(x: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, Taps]:
+        def step(x: jax.Array, layer: Layer) -> tuple[jax.Array, Taps]:
             parameters, key = layer
             layer_taps: Taps | None = None if taps is None else {}
             x = nnx.merge(graph, parameters)(x, layer_taps, key)
             return x, layer_taps or {}
 
-        x, stacked_taps = jax.lax.scan(step, x, (stacked, keys), length=n_layers)
+        run_block = self.around_block(step)
+        if not self.scan_layers:
+            for layer, block in enumerate(self.blocks):
+                x, layer_taps = run_block(x, (nnx.state(block), None if keys is None else keys[layer]))
+                collect(taps, layer, layer_taps)
+            return x
+        x, stacked_taps = jax.lax.scan(run_block, x, (stacked, keys), length=n_layers)
         sites = () if taps is None else block_sites(self.config)  # the scan gives dictionaries back in another order
         for layer in range(n_layers):
             collect(taps, layer, {site: stacked_taps[site][layer] for site in sites})

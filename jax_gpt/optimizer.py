@@ -1,5 +1,6 @@
 """AdamW with a global-norm clip. `torch_gpt/optimizer.py` is its twin; the rules stand in `gpt_core.optimization`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from flax import nnx
 
 from gpt_core.config import ModelConfig
 from gpt_core.optimization import AdamWConfig, canonical_name, clip_scale
-from gpt_core.parameters import parameter_table
+from gpt_core.parameters import Parameter, parameter_table
 
 
 def create_optimizer(config: AdamWConfig, model: ModelConfig) -> optax.GradientTransformation:
@@ -18,8 +19,8 @@ def create_optimizer(config: AdamWConfig, model: ModelConfig) -> optax.GradientT
 
     def decays(parameters: nnx.State) -> Any:
         def decay(path: tuple[Any, ...], _: jax.Array) -> bool:
-            key = ".".join(str(getattr(part, "key", "")) for part in path).removesuffix(".value").rstrip(".")
-            return table[canonical_name(key, table)].decay
+            row = table_row(path, table)
+            return row is not None and row.decay
 
         return jax.tree_util.tree_map_with_path(decay, parameters)
 
@@ -53,3 +54,9 @@ def update(
     changes, state = optimizer.update(gradients, state, parameters)
     stepped = jax.tree.map(lambda p, change: p - jnp.asarray(rate, p.dtype) * change, parameters, changes)
     return stepped, state, norm
+
+
+def table_row(path: tuple[Any, ...], table: Mapping[str, Parameter]) -> Parameter | None:
+    """The parameter that a leaf of a state, or of an optimizer's state, belongs to; None for counters and the like."""
+    key = ".".join(str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey))
+    return table[canonical_name(key, table)] if key else None

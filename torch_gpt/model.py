@@ -26,6 +26,7 @@ from torch_gpt.dtypes import torch_dtype
 Create = Callable[[Parameter], torch.Tensor]
 Table = Mapping[str, Parameter]
 Taps = dict[str, torch.Tensor]
+BlockStep = Callable[[torch.Tensor, Taps | None], torch.Tensor]
 
 
 class LayerNorm(nn.Module):
@@ -174,6 +175,7 @@ class GPT(nn.Module):
         create: Makes each parameter of the table; `initialiser(seed)` for fresh weights.
         precision: Number formats of storage and computation.
         implementation: Of attention; see `torch_gpt.attention`.
+        around_block: Wraps the function of one block, for rematerialisation; must not change its value.
     """
 
     def __init__(
@@ -183,6 +185,7 @@ class GPT(nn.Module):
         *,
         precision: Precision = Precision(),
         implementation: Implementation = "reference",
+        around_block: Callable[[BlockStep], BlockStep] = lambda step: step,
     ) -> None:
         super().__init__()
         table = parameter_table(config)
@@ -198,6 +201,7 @@ class GPT(nn.Module):
             self.head = Linear("head", table, create, precision)
         self.config = config
         self.precision = precision
+        self.around_block = around_block
 
     def forward(
         self, tokens: Int[torch.Tensor, "batch time"], *, taps: Taps | None = None
@@ -213,10 +217,15 @@ class GPT(nn.Module):
         Raises:
             InputError: the sequence is longer than the table of learned positions.
         """
+        return tap(taps, "logits", self.unembed(self.hidden(tokens, taps)))
+
+    def hidden(
+        self, tokens: Int[torch.Tensor, "batch time"], taps: Taps | None = None
+    ) -> Float[torch.Tensor, "batch time embed"]:
+        """Everything but the head: the final norm's output. Arguments as for logits."""
         x = dropout(tap(taps, "embedding", self.embed(tokens)), self.config.dropout, self.training)
         x = self.run_blocks(x, taps)
-        x = tap(taps, "final_norm", self.final_norm(x))
-        return tap(taps, "logits", self.unembed(x))
+        return tap(taps, "final_norm", self.final_norm(x))
 
     def embed(self, tokens: Int[torch.Tensor, "batch time"]) -> Float[torch.Tensor, "batch time embed"]:
         """Token embeddings, plus learned positions where the config has them."""
@@ -236,7 +245,7 @@ class GPT(nn.Module):
         """All blocks, one after the other."""
         for layer, block in enumerate(self.blocks):
             layer_taps: Taps | None = None if taps is None else {}
-            x = block(x, layer_taps)
+            x = self.around_block(block)(x, layer_taps)
             collect(taps, layer, layer_taps)
         return x
 

@@ -1,0 +1,102 @@
+"""The words and flags that `jax-gpt` and `torch-gpt` share for training and evaluating."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
+
+from gpt_core.cli import parser, print_json
+from gpt_core.config import find_config
+from gpt_core.run_config import RunConfig
+from gpt_core.runs import RUN_FILE, read_run
+
+
+class _FileOrPreset(ActionConfigFile):
+    """`--config` takes a path or the name of a shipped preset."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, str(find_config(values)), option_string)
+
+
+def train_parser(program: str) -> ArgumentParser:
+    """Of the subcommand `train`: a YAML file, and a flag for each of its fields."""
+    command = parser(
+        "Train a model, or go on with a run that was interrupted: the same command does both.",
+        f"  {program} train --config tiny-cpu --out runs/tiny-cpu\n"
+        f"  {program} train --config my-run.yaml --model.sliding_window 256 --train.steps 2000",
+    )
+    _add_run_arguments(command)
+    command.add_argument("--out", type=Path, help="folder of the run; default: runs/NAME_OF_THE_CONFIG")
+    command.add_argument("--json", action="store_true", help="print the summary as JSON")
+    return command
+
+
+def eval_parser(program: str) -> ArgumentParser:
+    """Of the subcommand `eval`: a checkpoint, and what to evaluate it on."""
+    command = parser(
+        "Loss and perplexity of a checkpoint on validation text.",
+        f"  {program} eval runs/tiny-cpu\n"
+        f"  {program} eval runs/tiny-cpu@best --data.prepared data/stdlib --train.evaluation_batches 100",
+    )
+    command.add_argument("checkpoint", help="RUN, RUN@STEP, RUN@best, RUN@last, or the folder of a model")
+    _add_run_arguments(command)
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    return command
+
+
+def _add_run_arguments(command: ArgumentParser) -> None:
+    command.add_argument("--config", action=_FileOrPreset, help="a YAML file, or the name of a preset")
+    for section in fields(RunConfig):
+        command.add_class_arguments(section.default_factory, section.name)
+
+
+def train_config(options: Namespace) -> tuple[RunConfig, Path]:
+    """The config and the folder that a command line of `train` means."""
+    files = options.config or []
+    name = Path(str(files[-1])).stem if files else "default"
+    return _run_config(options), options.out or Path("runs") / name
+
+
+def eval_config(options: Namespace, checkpoint: Path) -> RunConfig:
+    """The config that `eval` works with: that of the checkpoint's run, or the command line's.
+
+    Args:
+        options: Of the command line.
+        checkpoint: Folder of the checkpoint.
+    """
+    run = checkpoint.parent.parent
+    if options.config or not (run / RUN_FILE).is_file():
+        return _run_config(options)
+    saved, _ = read_run(run)
+    given = {name: getattr(options, name) for name in ("data", "train")}
+    defaults = {name: type(getattr(saved, name))() for name in given}
+    changed = {
+        name: {field: value for field, value in vars(section).items() if value != getattr(defaults[name], field)}
+        for name, section in given.items()
+    }
+    return replace(
+        saved,
+        data=replace(saved.data, **changed["data"]),
+        train=replace(saved.train, **changed["train"]),
+    )
+
+
+def _run_config(options: Namespace) -> RunConfig:
+    sections = {section.name: options[section.name].as_dict() for section in fields(RunConfig)}
+    return RunConfig.from_dict(sections, source="command line" if not options.config else str(options.config[-1]))
+
+
+def print_summary(summary: dict[str, Any], run: Path, *, as_json: bool) -> None:
+    """What a person wants to know of a run that has ended."""
+    if as_json:
+        print_json(summary)
+        return
+    loss, entropy = summary["validation_loss"], summary["unigram_entropy"]
+    print(
+        f"{run}: {summary['steps']:,} steps, {summary['tokens']:,} tokens, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s\n"
+        f"validation loss {loss:.4f} nats a token (perplexity {summary['validation_perplexity']:.2f}); knowing only "
+        f"how often each token occurs gives {entropy:.4f}\n"
+        f"curve: {run / 'loss.png'}"
+    )

@@ -1,0 +1,230 @@
+"""The folder of a training run: its files, its checkpoints, and which of them are kept.
+
+RUN/config.yaml     the run, every field            RUN/metrics.jsonl, summary.json, loss.png
+RUN/config.json     the model, as in any checkpoint, with the tokenizer beside it
+RUN/checkpoints/STEP/                               weights, optimizer and the record of one step
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+
+from gpt_core.checkpoint_config import CHECKPOINTS, write_checkpoint_config
+from gpt_core.config import read_yaml
+from gpt_core.errors import InputError
+from gpt_core.files import atomic_file
+from gpt_core.run_config import RunConfig
+from gpt_core.sections import from_mapping
+from gpt_core.tokenizer import Tokenizer
+
+Framework = Literal["jax", "torch"]
+
+RUN_FILE = "config.yaml"
+RECORD_FILE = "record/record.json"  # within a checkpoint; Orbax gives every part a folder
+
+# What may change when a run goes on. Anything else would make it another run.
+_FREE_SECTIONS = {"tracking", "torch"}
+_FREE_FIELDS = {
+    "jax": {"mesh", "remat", "attention", "loss_chunk"},
+    "data": {"verify", "prefetch", "source", "prepared"},  # where the text lies; what it is, the data's state holds
+    "train": {"steps", "accumulation", "log_every", "evaluate_every", "evaluation_batches", "checkpoint_every"}
+    | {"keep_last", "keep_best", "keep_every", "max_skipped"},
+}
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a checkpoint holds beside arrays: where the run stands.
+
+    Args:
+        step: Updates made.
+        tokens: Tokens trained on.
+        data: State of the data, merged over all hosts.
+        seed: Of weights and dropout.
+        skipped: Steps skipped so far because something was not finite.
+        validation_loss: Of this step, in nats a token; None where none was measured.
+        framework: Which trainer wrote it.
+        environment: Versions it was written with.
+    """
+
+    step: int
+    tokens: int
+    data: dict[str, Any]
+    seed: int
+    skipped: int
+    validation_loss: float | None
+    framework: str
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; `from_dict` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any, source: str) -> Self:
+        """Read a record.
+
+        Raises:
+            InputError: it is of another program or version.
+        """
+        try:
+            return from_mapping(cls, values, "record", source)
+        except TypeError as error:
+            raise InputError(f"{source}: the record of the step is incomplete: {error}") from None
+
+
+def open_run(
+    run: Path, config: RunConfig, framework: Framework, tokenizer: Tokenizer | None, *, primary: bool = True
+) -> None:
+    """Make a run's folder, or check that the one there is of the same run, so that it can go on.
+
+    Args:
+        run: The folder.
+        config: What is to run.
+        framework: Which trainer asks.
+        tokenizer: Written beside the model's config, so that checkpoints can be used with text.
+        primary: Whether this process writes; the others only check.
+
+    Raises:
+        InputError: the folder holds another run (the fields that differ are named), one of the other framework, or
+            something that is no run.
+    """
+    file = run / RUN_FILE
+    if file.exists():
+        _check_same_run(file, config, framework)
+    elif run.is_dir() and any(run.iterdir()):
+        raise InputError(f"{run}: is not empty and holds no run (no {RUN_FILE}); choose another folder with --out")
+    if not primary:
+        return
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_checkpoint_config(run, config.model)
+        if tokenizer is not None:
+            tokenizer.save(run)
+    except OSError as error:
+        raise InputError(f"{run}: cannot be written: {error.strerror or error}") from None
+    with atomic_file(file) as temporary:
+        content = {"framework": framework, "run": config.to_dict()}
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+def read_run(run: Path) -> tuple[RunConfig, str]:
+    """The config of a run's folder, and the framework that trains it.
+
+    Raises:
+        InputError: it is no run, or its config is damaged.
+    """
+    file = run / RUN_FILE
+    if not file.is_file():
+        raise InputError(f"{run}: holds no training run (no {RUN_FILE})")
+    content = read_yaml(file)
+    return RunConfig.from_dict(content.get("run"), source=str(file)), str(content.get("framework"))
+
+
+def _check_same_run(file: Path, config: RunConfig, framework: Framework) -> None:
+    saved, saved_framework = read_run(file.parent)
+    if saved_framework != framework:
+        raise InputError(
+            f"{file.parent}: this run is trained in {saved_framework}; `parity convert --state {file.parent} NEW_RUN "
+            f"--to {framework}` makes one that {framework} goes on with"
+        )
+    differing = differing_run_fields(saved, config)
+    if differing:
+        raise InputError(
+            f"{file.parent}: holds a run with another config, it differs in {differing}; go on with the saved values, "
+            f"or choose another folder with --out"
+        )
+
+
+def differing_run_fields(saved: RunConfig, ours: RunConfig) -> str:
+    """Fields that must not change within a run and do: "model.n_heads 12 against 16"; "" when there is none."""
+    a, b = saved.to_dict(), ours.to_dict()
+    return ", ".join(
+        f"{section}.{name} {a[section][name]} against {b[section][name]}"
+        for section in a
+        if section not in _FREE_SECTIONS
+        for name in a[section]
+        if name not in _FREE_FIELDS.get(section, set()) and a[section][name] != b[section][name]
+    )
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps with a complete checkpoint, in order."""
+    folder = run / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / CHECKPOINTS / str(step)
+
+
+def read_record(checkpoint: Path) -> StepRecord:
+    """The record of a checkpoint.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    file = checkpoint / RECORD_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from None
+    return StepRecord.from_dict(content, str(file))
+
+
+def kept_steps(losses: Mapping[int, float | None], *, last: int, best: int, every: int | None) -> set[int]:
+    """Which checkpoints stay: the newest, the best, and those at regular intervals.
+
+    Args:
+        losses: Validation loss of every checkpoint by step, None where none was measured.
+        last: How many of the newest.
+        best: How many of the lowest loss; of equal ones the newer.
+        every: All at multiples of this many steps, if given.
+    """
+    newest = sorted(losses)[-last:]
+    measured = {step: loss for step, loss in losses.items() if loss is not None}
+    lowest = sorted(measured, key=lambda step: (measured[step], -step))[:best]
+    regular = [step for step in losses if every is not None and step % every == 0]
+    return {*newest, *lowest, *regular}
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """The folder of a checkpoint by name: `RUN`, `RUN@STEP`, `RUN@best`, `RUN@last`; any other path is given back.
+
+    `RUN` alone is `RUN@last`. The best is that of the lowest validation loss.
+
+    Raises:
+        InputError: the run has no checkpoint, or not this one; those there are named.
+    """
+    text, _, which = str(name).rpartition("@") if "@" in Path(name).name else (str(name), "", "last")
+    run = Path(text)
+    if not (run / RUN_FILE).is_file():
+        if "@" in Path(name).name and not Path(name).exists():
+            raise InputError(f"{run}: holds no training run (no {RUN_FILE}), so there is no {name}")
+        return Path(name)
+    steps = saved_steps(run)
+    if not steps:
+        raise InputError(f"{run}: has no complete checkpoint yet")
+    step = _choose(run, which, steps)
+    return checkpoint_folder(run, step)
+
+
+def _choose(run: Path, which: str, steps: Sequence[int]) -> int:
+    if which == "last":
+        return steps[-1]
+    if which == "best":
+        losses = {step: read_record(checkpoint_folder(run, step)).validation_loss for step in steps}
+        measured = {step: loss for step, loss in losses.items() if loss is not None}
+        if not measured:
+            raise InputError(f"{run}: no checkpoint has a validation loss, so none is the best; use @last")
+        return min(measured, key=lambda step: (measured[step], -step))
+    if which.isdecimal() and int(which) in steps:
+        return int(which)
+    raise InputError(f"{run}: has no checkpoint @{which}; there are: {', '.join(map(str, steps))}, best, last")

@@ -1,0 +1,194 @@
+"""The checkpoints of a run: the whole state, saved by Orbax in the background, kept or deleted by rule.
+
+`torch_gpt/run_checkpoint.py` is its twin. `params/` of a checkpoint is what `jax_gpt.checkpoint` and `parity` read.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from gpt_core.checkpoint_config import CHECKPOINTS
+from gpt_core.errors import InputError
+from gpt_core.run_config import TrainConfig
+from gpt_core.runs import RECORD_FILE, StepRecord, checkpoint_folder, kept_steps, read_record, saved_steps
+from jax_gpt.checkpoint import PARAMS_FOLDER
+from jax_gpt.distributed import all_agree, is_primary, wait_for_all
+from jax_gpt.step import TrainState
+
+DAMAGED = "damaged"
+_OPTIMIZER = "optimizer"
+_DAMAGE = (ValueError, OSError, KeyError, TypeError)  # what Orbax and TensorStore raise for files that are not right
+
+
+class RunCheckpoints:
+    """Saves and restores the checkpoints of a run.
+
+    Args:
+        run: The run's folder.
+        config: How many are kept.
+        message: Told what a person should know.
+    """
+
+    def __init__(self, run: Path, config: TrainConfig, message: Callable[[str], None]) -> None:
+        self._run, self._message = run, message
+        record_file = Path(RECORD_FILE)
+        self._manager = ocp.CheckpointManager(
+            (run / CHECKPOINTS).absolute(),
+            item_handlers={
+                PARAMS_FOLDER: ocp.StandardCheckpointHandler(),
+                _OPTIMIZER: ocp.StandardCheckpointHandler(),
+                record_file.parent.name: ocp.JsonCheckpointHandler(filename=record_file.name),
+            },
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_Kept(run, config), cleanup_tmp_directories=True, create=True
+            ),
+        )
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, StepRecord] | None:
+        """The newest checkpoint that can be read, on the devices that `abstract` says; None when there is none.
+
+        One that is damaged is moved to `damaged/`, so that the run can save this step again.
+
+        Raises:
+            InputError: there are checkpoints and all are damaged.
+        """
+        reasons: dict[int, str] = {}
+        for step in reversed(saved_steps(self._run)):
+            try:
+                restored = self._restore(step, abstract)
+            except _DAMAGE as error:
+                restored, reasons[step] = None, str(error).splitlines()[0]
+            if all_agree(restored is not None) and restored is not None:
+                self._set_aside(reasons, step)
+                return restored
+            reasons.setdefault(step, "another process could not read it")
+        if reasons:
+            folder = self._run / CHECKPOINTS
+            raise InputError(
+                f"{folder}: no checkpoint can be read: {_listed(reasons)}; move the run's folder away to start again"
+            )
+        return None
+
+    def save(self, state: TrainState, record: StepRecord) -> None:
+        """Begin to save; the arrays are copied before this returns, files are written while training goes on.
+
+        Raises:
+            InputError: this or the save before it could not be written; older checkpoints are as they were.
+        """
+        self._written(
+            lambda: self._manager.save(
+                record.step,
+                args=ocp.args.Composite(
+                    **{
+                        PARAMS_FOLDER: ocp.args.StandardSave(nnx.to_pure_dict(state.parameters)),
+                        _OPTIMIZER: ocp.args.StandardSave(_optimizer_tree(state)),
+                        Path(RECORD_FILE).parent.name: ocp.args.JsonSave(record.to_dict()),
+                    }
+                ),
+            )
+        )
+
+    def wait(self) -> None:
+        """Until all that was saved is complete.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        self._written(self._manager.wait_until_finished)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, StepRecord]:
+        record = read_record(checkpoint_folder(self._run, step))
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    PARAMS_FOLDER: ocp.args.StandardRestore(nnx.to_pure_dict(abstract.parameters)),
+                    _OPTIMIZER: ocp.args.StandardRestore(_optimizer_tree(abstract)),
+                }
+            ),
+        )
+        return _filled(abstract, restored[PARAMS_FOLDER], restored[_OPTIMIZER]), record
+
+    def _set_aside(self, reasons: dict[int, str], restored: int) -> None:
+        if not reasons:
+            return
+        self._message(f"damaged: {_listed(reasons)}; going on from step {restored}")
+        if is_primary():
+            for step in reasons:
+                target = self._run / DAMAGED / str(step)
+                target.parent.mkdir(exist_ok=True)
+                shutil.rmtree(target, ignore_errors=True)
+                checkpoint_folder(self._run, step).rename(target)
+        wait_for_all("damaged checkpoints are aside")
+        self._manager.reload()
+
+    def _written(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except (OSError, ValueError) as error:
+            complete = saved_steps(self._run)
+            state = f"the checkpoint of step {complete[-1]} is complete" if complete else "there is none before it"
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{self._run / CHECKPOINTS}: a checkpoint cannot be written: {reason}; {state}. Make room, and the "
+                f"same command goes on from there"
+            ) from error
+
+
+class _Kept:
+    """Orbax's question which checkpoints stay, answered by `gpt_core.runs.kept_steps`."""
+
+    def __init__(self, run: Path, config: TrainConfig) -> None:
+        self._run, self._config = run, config
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        losses = {checkpoint.step: self._loss(checkpoint.step) for checkpoint in checkpoints}
+        config = self._config
+        kept = kept_steps(losses, last=config.keep_last, best=config.keep_best, every=config.keep_every)
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+    def _loss(self, step: int) -> float | None:
+        try:
+            return read_record(checkpoint_folder(self._run, step)).validation_loss
+        except InputError:  # still being written
+            return None
+
+
+def _optimizer_tree(state: TrainState) -> dict[str, Any]:
+    return {
+        "first_moment": nnx.to_pure_dict(optax.tree.get(state.moments, "mu")),
+        "second_moment": nnx.to_pure_dict(optax.tree.get(state.moments, "nu")),
+        "updates": optax.tree.get(state.moments, "count"),
+        "step": state.step,
+    }
+
+
+def _filled(abstract: TrainState, parameters: Any, optimizer: dict[str, Any]) -> TrainState:
+    def state(values: Any) -> nnx.State:
+        made = jax.tree.map(lambda leaf: leaf, abstract.parameters)
+        nnx.replace_by_pure_dict(made, values)
+        return made
+
+    moments = optax.tree.set(
+        abstract.moments,
+        mu=state(optimizer["first_moment"]),
+        nu=state(optimizer["second_moment"]),
+        count=optimizer["updates"],
+    )
+    return TrainState(state(parameters), moments, optimizer["step"])
+
+
+def _listed(reasons: dict[int, str]) -> str:
+    return ", ".join(f"step {step} ({reason})" for step, reason in reasons.items())

@@ -1,0 +1,182 @@
+"""Which device holds what, read off the axis names of the parameter table; the model never sees a mesh.
+
+A mesh has three axes (Rajbhandari et al., 2020; Shoeybi et al., 2019; Xu et al., 2021):
+    data    copies of the model: rows of the batch are dealt out
+    fsdp    rows are dealt out too, and the devices of a copy share parameters, gradients and moments
+    tensor  devices share heads, columns of the MLP and the vocabulary of the same rows
+"""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gpt_core.config import ModelConfig
+from gpt_core.data.batches import Batch
+from gpt_core.errors import InputError
+from gpt_core.parameters import Parameter, axis_sizes, parameter_table
+from gpt_core.run_config import MeshConfig, RunConfig
+from jax_gpt.model import BlockStep, Layer, Taps
+from jax_gpt.optimizer import table_row
+
+ROWS = PartitionSpec(("data", "fsdp"))  # of a batch and of activations: [batch, ...]
+
+_TENSOR_AXES = {"vocab", "heads", "kv_heads", "mlp"}
+# An axis for fsdp: the first that a parameter has and that divides.
+_FSDP_AXES = ("embed", "mlp", "vocab", "head_dim", "heads", "kv_heads")
+
+
+def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange devices as data x fsdp x tensor.
+
+    Args:
+        config: Sizes; one may be -1, for all devices that are left.
+        devices: All of all processes by default.
+
+    Raises:
+        InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {axis: len(devices) // known if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        asked = " x ".join(f"{axis} {getattr(config, axis)}" for axis in sizes)
+        raise InputError(
+            f"jax.mesh: {asked} does not multiply to the {len(devices)} device(s) there are; set one of them to -1"
+        )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * 3, devices=devices)
+
+
+def check_divides(config: RunConfig, mesh: Mesh) -> None:
+    """Refuse a model or batch that the mesh cannot share out evenly.
+
+    Raises:
+        InputError: an axis does not divide; the field is named.
+    """
+    sizes, tensor, fsdp = axis_sizes(config.model), mesh.shape["tensor"], mesh.shape["fsdp"]
+    fields = {"heads": "n_heads", "mlp": "mlp_dim"}
+    for axis, field in fields.items():
+        if sizes[axis] % tensor:
+            raise InputError(f"jax.mesh: tensor = {tensor} does not divide model.{field} = {sizes[axis]}")
+    if sizes["vocab"] % tensor:
+        raise InputError(
+            f"jax.mesh: tensor = {tensor} does not divide the vocabulary of {sizes['vocab']} rows; set "
+            f"model.pad_vocab_size_multiple to a multiple of {tensor}, such as 128"
+        )
+    kv_heads = sizes["kv_heads"]
+    if kv_heads % tensor and tensor % kv_heads:
+        raise InputError(
+            f"jax.mesh: tensor = {tensor} and model.n_kv_heads = {kv_heads} do not divide each other: kv heads can be "
+            f"shared out or copied whole"
+        )
+    if sizes["embed"] % fsdp:
+        raise InputError(f"jax.mesh: fsdp = {fsdp} does not divide model.embed_dim = {sizes['embed']}")
+    copies = mesh.shape["data"] * fsdp
+    rows = config.train.batch_size // config.train.accumulation
+    if rows % copies:
+        raise InputError(
+            f"jax.mesh: data x fsdp = {copies} devices do not divide the {rows} rows of a micro-batch "
+            f"(train.batch_size / train.accumulation)"
+        )
+
+
+def partition(parameter: Parameter, mesh: Mesh, within_copy: Collection[str] = ("tensor", "fsdp")) -> PartitionSpec:
+    """How a parameter, its gradient and its moments lie on a mesh.
+
+    Kv heads that the tensor axis does not divide are copied whole to every device of that axis.
+
+    Args:
+        parameter: A row of the table.
+        mesh: Of `create_mesh`.
+        within_copy: Mesh axes that share the parameter.
+    """
+    places: list[list[str]] = [[] for _ in parameter.axes]
+
+    def place(index: int, mesh_axis: str) -> bool:
+        shards = math.prod(mesh.shape[other] for other in places[index]) * mesh.shape[mesh_axis]
+        divides = parameter.shape[index] % shards == 0
+        if divides:
+            places[index].append(mesh_axis)
+        return divides
+
+    for index, axis in enumerate(parameter.axes):
+        if axis in _TENSOR_AXES and "tensor" in within_copy:
+            place(index, "tensor")
+    for axis in _FSDP_AXES if "fsdp" in within_copy else ():
+        if axis in parameter.axes and place(parameter.axes.index(axis), "fsdp"):
+            break
+    return PartitionSpec(*(tuple(names) or None for names in places))
+
+
+def state_shardings(state: Any, model: ModelConfig, mesh: Mesh) -> Any:
+    """A sharding for every leaf of a tree: those that belong to a parameter lie as it does, others on all devices.
+
+    Args:
+        state: Parameters, moments or both, abstract or real.
+    """
+    table = parameter_table(model)
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        row = table_row(path, table)
+        if row is None:
+            return NamedSharding(mesh, PartitionSpec())
+        of_block = row.stacked and len(leaf.shape) < len(row.shape)
+        return NamedSharding(mesh, partition(row.of_layer(0) if of_block else row, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def gathered(parameters: Any, model: ModelConfig, mesh: Mesh) -> Any:
+    """Parameters outside the blocks, whole along the fsdp axis, for use in a step (blocks are gathered one by one).
+
+    Without this the compiler looks tokens up in a table that is cut along `embed` and then moves the activations.
+    """
+    table = parameter_table(model)
+
+    def whole(path: tuple[Any, ...], leaf: Any) -> Any:
+        row = table_row(path, table)
+        if row is None or row.stacked:
+            return leaf
+        spec = partition(row, mesh, within_copy=("tensor",))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(whole, parameters)
+
+
+def rows_kept_apart(mesh: Mesh) -> Callable[[BlockStep], BlockStep]:
+    """For `GPT(around_block=...)`: the residual stream stays dealt out by rows from block to block."""
+    sharding = NamedSharding(mesh, ROWS)
+
+    def around(step: BlockStep) -> BlockStep:
+        def constrained(x: jax.Array, layer: Layer) -> tuple[jax.Array, Taps]:
+            x, taps = step(jax.lax.with_sharding_constraint(x, sharding), layer)
+            return jax.lax.with_sharding_constraint(x, sharding), taps
+
+        return constrained
+
+    return around
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Rows of a batch that the devices of this process hold, in order."""
+    places = NamedSharding(mesh, ROWS).addressable_devices_indices_map((batch_size,))
+    return sorted({int(row) for index in places.values() for row in np.arange(batch_size)[index]})
+
+
+def place_batch(batch: Batch, mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """The rows of this process (`local_rows`) as its part of the global batch."""
+    rows = local_rows(mesh, batch_size)
+    sharding = NamedSharding(mesh, ROWS)
+
+    def placed(local: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # every device holds some rows
+            return local[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
+
+    return {name: placed(array) for name, array in batch.items()}  # type: ignore[arg-type]  # a TypedDict's values

@@ -1,0 +1,149 @@
+"""Training and evaluating. `torch_gpt/train.py` is its twin."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from gpt_core.checkpoint_config import read_checkpoint_config
+from gpt_core.data.loader import training_batches
+from gpt_core.run_config import RunConfig
+from gpt_core.runs import open_run
+from gpt_core.tokenizer import gpt2_tokenizer
+from gpt_core.tracking import Tracker
+from gpt_core.training import Journal, StopRequest, check_vocabulary, evaluation_text, perplexity
+from jax_gpt.checkpoint import load
+from jax_gpt.device import peak_memory, total_peak_flops
+from jax_gpt.distributed import is_primary, merged_state, preempted, wait_for_all
+from jax_gpt.run_checkpoint import RunCheckpoints
+from jax_gpt.sharding import check_divides, create_mesh, local_rows, place_batch
+from jax_gpt.step import Program, create_program
+
+
+def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
+    """Train a run to its end, or go on with it from its newest checkpoint.
+
+    Args:
+        config: What to train.
+        run: Folder of the run; made where it is missing.
+
+    Returns:
+        The summary, None when the run was asked to stop early; and the exit code.
+
+    Raises:
+        InputError: config, data, mesh or the folder's content do not fit.
+        RunFailedError: the loss stopped being finite.
+    """
+    mesh = create_mesh(config.jax.mesh)
+    check_divides(config, mesh)
+    check_vocabulary(config)
+    tokenizer = gpt2_tokenizer() if config.model.vocab_size == gpt2_tokenizer().vocab_size else None
+    open_run(run, config, "jax", tokenizer, primary=is_primary())
+    wait_for_all("the run's folder is there")
+
+    program = create_program(config, mesh)
+    rows = local_rows(mesh, config.train.batch_size)
+    steps = config.train.steps
+    opening: list[str] = []
+    with StopRequest() as stop, RunCheckpoints(run, config.train, opening.append) as checkpoints:
+        restored = checkpoints.restore(program.state)
+        state, record = restored or (program.create(), None)
+        first = 0 if record is None else record.step
+        with (
+            Tracker(
+                run,
+                config.tracking,
+                run_config=config.to_dict(),
+                total_steps=steps,
+                step=first,
+                primary=is_primary(),
+            ) as tracker,
+            training_batches(config.data, config.train.batch_size, config.context_length, rows) as batches,
+        ):
+            for text in [*opening, *([f"going on after step {first}"] if first else [])]:
+                tracker.message(text)
+            if record is not None:
+                batches.restore(record.data)
+            journal = Journal(config, tracker, record, total_peak_flops(config.train.dtype))
+            following = place_batch(next(batches), mesh, config.train.batch_size) if first < steps else {}
+            waiting = None
+            for done in range(first + 1, steps + 1):
+                batch, data_state = following, batches.state()
+                rate = np.asarray(config.rate(done - 1), config.precision.wide_dtype)
+                state, metrics = program.step(state, batch, rate)
+                if done < steps:  # made while the devices work
+                    following = place_batch(next(batches), mesh, config.train.batch_size)
+                if waiting is not None:
+                    journal.note(*waiting)  # the step before: this one keeps the devices busy meanwhile
+                waiting = (done, metrics)
+
+                stopping = preempted(done, stop.signal is not None)
+                last = done == steps
+                evaluating = last or (done % config.train.evaluate_every == 0 and not stopping)
+                saving = last or stopping or done % config.train.checkpoint_every == 0
+                if not (evaluating or saving):
+                    continue
+                journal.note(*waiting)
+                waiting = None
+                if evaluating:
+                    journal.evaluated(done, evaluate(program, state.parameters, config, mesh))
+                if saving:
+                    checkpoints.save(state, journal.record(done, merged_state(data_state), "jax", evaluated=evaluating))
+                if stopping and not last:
+                    checkpoints.wait()
+                    tracker.message(f"stopped by a signal after step {done}, saved; the same command goes on from here")
+                    return None, stop.exit_code
+                journal.resume_clock()
+            checkpoints.wait()
+            if journal.validation_loss is None or math.isnan(journal.train_loss):  # it was complete already
+                journal.evaluated(steps, evaluate(program, state.parameters, config, mesh))
+            return (journal.finish(run, "jax", peak_memory()) if is_primary() else None), 0
+
+
+def evaluate(program: Program, parameters: nnx.State, config: RunConfig, mesh: Mesh) -> float:
+    """Mean loss over the validation text, or as much of it as `train.evaluation_batches` says, in nats a token."""
+    return _summed(program, parameters, config, mesh)[0]
+
+
+def evaluate_checkpoint(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
+    """Loss and perplexity of a saved model on the validation text of a config.
+
+    Args:
+        config: Names data, batches and precision; the model is the checkpoint's.
+        checkpoint: Folder with weights, of a run or of a model.
+
+    Returns:
+        `validation_loss` in nats a token, `validation_perplexity`, `tokens`.
+
+    Raises:
+        InputError: checkpoint, data or mesh do not fit.
+    """
+    config = replace(config, model=read_checkpoint_config(checkpoint))
+    mesh = create_mesh(config.jax.mesh)
+    check_divides(config, mesh)
+    check_vocabulary(config)
+    program = create_program(config, mesh)
+    model = load(checkpoint, precision=config.precision, scan_layers=config.jax.scan_layers)
+    places = jax.tree.map(lambda leaf: leaf.sharding, program.state.parameters)
+    loss, tokens = _summed(program, jax.device_put(nnx.state(model, nnx.Param), places), config, mesh)
+    return {"validation_loss": loss, "validation_perplexity": perplexity(loss), "tokens": tokens}
+
+
+def _summed(program: Program, parameters: nnx.State, config: RunConfig, mesh: Mesh) -> tuple[float, int]:
+    total, count = 0.0, 0
+    for batch in _placed(config, mesh):
+        loss, tokens = program.evaluate(parameters, batch)
+        total, count = total + float(loss), count + int(tokens)
+    return total / count, count
+
+
+def _placed(config: RunConfig, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+    size = config.train.batch_size
+    for batch in evaluation_text(config, local_rows(mesh, size)):
+        yield place_batch(batch, mesh, size)
