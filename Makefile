@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install parity test lint types imports format clean
+.PHONY: help install parity train test lint types imports format clean
 
 help: ## List the targets
 	@echo "Usage: make TARGET [PYTHON=python3.12] [ARGS='...']"
@@ -31,6 +31,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 parity: $(STAMP) ## Prove that both models are the same function; writes runs/parity/report.json (ARGS="--variant NAME")
 	$(BIN)/parity check --out runs/parity $(ARGS)
+
+train: $(STAMP) ## Train a small model on the interpreter's own library; writes runs/tiny-cpu/ (ARGS="--train.steps 1000")
+	@[ -e runs/data/stdlib ] || $(BIN)/gpt-data prepare stdlib runs/data/stdlib
+	$(BIN)/jax-gpt train --config tiny-cpu --data.prepared runs/data/stdlib --out runs/tiny-cpu $(ARGS)
 
 test: $(STAMP) ## Run the tests (ARGS="-k window", WORKERS=2)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

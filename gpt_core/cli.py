@@ -28,7 +28,11 @@ class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 def parser(description: str, example: str, prog: str | None = None) -> ArgumentParser:
     """A parser whose help ends with an example."""
     return ArgumentParser(
-        prog=prog, description=description, epilog=f"example:\n{example}", formatter_class=_HelpFormatter
+        prog=prog,
+        description=description,
+        epilog=f"example:\n{example}",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,  # --model.n_head is a mistake, not --model.n_heads
     )
 
 

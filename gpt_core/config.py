@@ -22,6 +22,9 @@ _FOLLOWS: Any = None
 
 Position = Literal["learned", "rope"]
 
+SWEEPS = "sweeps"
+"""Folder within `config_directory()` whose files are no presets; see `gpt_core.sweep`."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -177,7 +180,12 @@ def config_directory() -> Path:
 
 def preset_names() -> list[str]:
     """Names that `find_config` knows without a path."""
-    return sorted(path.stem for path in config_directory().rglob("*.yaml"))
+    return sorted(path.stem for path in _preset_files())
+
+
+def _preset_files() -> list[Path]:
+    folder = config_directory()
+    return [path for path in folder.rglob("*.yaml") if path.relative_to(folder).parts[0] != SWEEPS]
 
 
 def find_config(path_or_preset: str | Path) -> Path:
@@ -191,7 +199,7 @@ def find_config(path_or_preset: str | Path) -> Path:
         if path.is_file():
             return path
         raise InputError(f"{path}: no such file")
-    for candidate in config_directory().rglob("*.yaml"):
+    for candidate in _preset_files():
         if candidate.stem == str(path_or_preset):
             return candidate
     raise InputError(f"unknown preset {str(path_or_preset)!r}; known are: {', '.join(preset_names())}")

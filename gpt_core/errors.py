@@ -8,6 +8,7 @@ _EXTRA_OF = {
     "orbax": "jax",
     "torch": "torch",
     "accelerate": "torch",
+    "optuna": "sweep",
 }
 """Package -> the extra of this distribution that brings it."""
 

@@ -1,5 +1,6 @@
 """The words and flags that `jax-gpt` and `torch-gpt` share for training and evaluating."""
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,11 @@ def train_parser(program: str) -> ArgumentParser:
         f"  {program} train --config my-run.yaml --model.sliding_window 256 --train.steps 2000",
     )
     _add_run_arguments(command)
-    command.add_argument("--out", type=Path, help="folder of the run; default: runs/NAME_OF_THE_CONFIG")
+    command.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the run; default: runs/NAME_OF_THE_CONFIG, under `wandb agent` runs/sweeps/SWEEP/RUN",
+    )
     command.add_argument("--json", action="store_true", help="print the summary as JSON")
     return command
 
@@ -55,7 +60,13 @@ def train_config(options: Namespace) -> tuple[RunConfig, Path]:
     """The config and the folder that a command line of `train` means."""
     files = options.config or []
     name = Path(str(files[-1])).stem if files else "default"
-    return _run_config(options), options.out or Path("runs") / name
+    return _run_config(options), options.out or _default_folder(name)
+
+
+def _default_folder(config: str) -> Path:
+    # `wandb agent` runs the same command for every trial and says only here which one it is.
+    sweep, trial = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    return Path("runs") / "sweeps" / sweep / trial if sweep and trial else Path("runs") / config
 
 
 def eval_config(options: Namespace, checkpoint: Path) -> RunConfig:

@@ -175,10 +175,12 @@ class JaxConfig:
     loss_chunk: int = 512
 
     def __post_init__(self) -> None:
-        if isinstance(self.mesh, Mapping):
-            object.__setattr__(self, "mesh", from_mapping(MeshConfig, self.mesh, "mesh", "mesh"))
+        mesh: Any = self.mesh
+        if not isinstance(mesh, MeshConfig):
+            object.__setattr__(self, "mesh", from_mapping(MeshConfig, {} if mesh is None else mesh, "mesh", "mesh"))
         _require_one_of(self, "remat", get_args(Remat))
         _require_one_of(self, "attention", get_args(JaxAttention))
+        _require_flag(self, "scan_layers")
         _require_count(self, "loss_chunk")
 
 
@@ -207,6 +209,7 @@ class TorchConfig:
         _require_one_of(self, "strategy", get_args(Strategy))
         _require_one_of(self, "remat", ("none", "full"))
         _require_one_of(self, "attention", get_args(TorchAttention))
+        _require_flag(self, "compile")
         _require_count(self, "loss_chunk")
 
 
@@ -285,7 +288,7 @@ class RunConfig:
                 f"{source}: unknown section {', '.join(map(repr, unknown))}; known are: {', '.join(sections)}"
             )
         made: dict[str, Any] = {
-            name: from_mapping(make, values.get(name) or {}, name, f"{source}: {name}")
+            name: from_mapping(make, {} if values.get(name) is None else values[name], name, f"{source}: {name}")
             for name, make in sections.items()
         }
         try:
@@ -320,3 +323,9 @@ def _require_one_of(config: Any, name: str, allowed: tuple[str, ...]) -> None:
     value = getattr(config, name)
     if value not in allowed:
         raise InputError(f"{name} = {value!r} must be one of: {', '.join(allowed)}")
+
+
+def _require_flag(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, bool):
+        raise InputError(f"{name} = {value!r} must be true or false")

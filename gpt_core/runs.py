@@ -96,20 +96,20 @@ def open_run(
     file = run / RUN_FILE
     if file.exists():
         _check_same_run(file, config, framework)
-    elif run.is_dir() and any(run.iterdir()):
+    elif run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
         raise InputError(f"{run}: is not empty and holds no run (no {RUN_FILE}); choose another folder with --out")
     if not primary:
         return
+    # First of all: whatever a process that was killed here leaves behind is recognised as this run.
+    with atomic_file(file) as temporary:
+        content = {"framework": framework, "run": config.to_dict()}
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     try:
-        run.mkdir(parents=True, exist_ok=True)
         write_checkpoint_config(run, config.model)
         if tokenizer is not None:
             tokenizer.save(run)
     except OSError as error:
         raise InputError(f"{run}: cannot be written: {error.strerror or error}") from None
-    with atomic_file(file) as temporary:
-        content = {"framework": framework, "run": config.to_dict()}
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 def read_run(run: Path) -> tuple[RunConfig, str]:

@@ -1,5 +1,6 @@
 """The `jax-gpt` command. `torch_gpt/cli.py` is its twin: the same words and flags."""
 
+import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -10,6 +11,7 @@ from gpt_core.parameters import parameter_count
 from gpt_core.run_cli import eval_config, eval_parser, print_summary, train_config, train_parser
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import find_checkpoint
+from gpt_core.sweep import sweep_command, sweep_parser
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,8 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = top.add_subcommands(required=True, dest="subcommand")
     commands.add_subcommand("train", _train_parser(), help="train, or go on with a run that was interrupted")
     commands.add_subcommand("eval", eval_parser("jax-gpt"), help="loss and perplexity of a checkpoint")
+    commands.add_subcommand("sweep", sweep_parser("jax-gpt"), help="train with one setting after another")
     commands.add_subcommand("init", _init_parser(), help="write a checkpoint with fresh weights")
-    return run(top, {"train": _train, "eval": _eval, "init": _init}, arguments)
+    return run(top, {"train": _train, "eval": _eval, "sweep": _sweep, "init": _init}, arguments)
 
 
 def _train_parser() -> ArgumentParser:
@@ -56,6 +59,10 @@ def _eval(options: Namespace) -> int:
             f"{result['validation_perplexity']:.2f}, {result['tokens']:,} tokens"
         )
     return SUCCESS
+
+
+def _sweep(options: Namespace) -> int:
+    return sweep_command(options, [sys.executable, "-m", "jax_gpt"])
 
 
 def _set_up(config: RunConfig, options: Namespace | None = None) -> None:

@@ -1,6 +1,5 @@
 """AdamW with a global-norm clip. `torch_gpt/optimizer.py` is its twin; the rules stand in `gpt_core.optimization`."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,8 +8,9 @@ import optax
 from flax import nnx
 
 from gpt_core.config import ModelConfig
-from gpt_core.optimization import AdamWConfig, canonical_name, clip_scale
-from gpt_core.parameters import Parameter, parameter_table
+from gpt_core.optimization import AdamWConfig, clip_scale
+from gpt_core.parameters import parameter_table
+from jax_gpt.state_paths import table_row
 
 
 def create_optimizer(config: AdamWConfig, model: ModelConfig) -> optax.GradientTransformation:
@@ -54,9 +54,3 @@ def update(
     changes, state = optimizer.update(gradients, state, parameters)
     stepped = jax.tree.map(lambda p, change: p - jnp.asarray(rate, p.dtype) * change, parameters, changes)
     return stepped, state, norm
-
-
-def table_row(path: tuple[Any, ...], table: Mapping[str, Parameter]) -> Parameter | None:
-    """The parameter that a leaf of a state, or of an optimizer's state, belongs to; None for counters and the like."""
-    key = ".".join(str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey))
-    return table[canonical_name(key, table)] if key else None

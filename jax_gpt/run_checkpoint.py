@@ -6,7 +6,7 @@
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import optax
@@ -102,7 +102,7 @@ class RunCheckpoints:
         """
         self._written(self._manager.wait_until_finished)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunCheckpoints":
         return self
 
     def __exit__(self, *_: object) -> None:

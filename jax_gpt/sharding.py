@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt_core.config import ModelConfig
 from gpt_core.data.batches import Batch
@@ -20,7 +20,7 @@ from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, axis_sizes, parameter_table
 from gpt_core.run_config import MeshConfig, RunConfig
 from jax_gpt.model import BlockStep, Layer, Taps
-from jax_gpt.optimizer import table_row
+from jax_gpt.state_paths import table_row
 
 ROWS = PartitionSpec(("data", "fsdp"))  # of a batch and of activations: [batch, ...]
 
@@ -51,7 +51,7 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * 3, devices=devices)
 
 
-def check_divides(config: RunConfig, mesh: Mesh) -> None:
+def check_divides(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
     """Refuse a model or batch that the mesh cannot share out evenly.
 
     Raises:
@@ -84,7 +84,9 @@ def check_divides(config: RunConfig, mesh: Mesh) -> None:
         )
 
 
-def partition(parameter: Parameter, mesh: Mesh, within_copy: Collection[str] = ("tensor", "fsdp")) -> PartitionSpec:
+def partition(
+    parameter: Parameter, mesh: Mesh | AbstractMesh, within_copy: Collection[str] = ("tensor", "fsdp")
+) -> PartitionSpec:
     """How a parameter, its gradient and its moments lie on a mesh.
 
     Kv heads that the tensor axis does not divide are copied whole to every device of that axis.

@@ -3,6 +3,8 @@
 import os
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from parity.checks import CheckResult
 from parity.convert import DTYPES, conversion_parts, convert
 from parity.faults import fault_named
 from parity.formats import FORMATS
+from parity.sources import local_checkpoint
 from parity.variants import select
 
 _DTYPES: list[DType] = ["float64", "float32", "bfloat16"]
+_CHECKPOINT = "folder of a checkpoint, or a training run: RUN, RUN@STEP, RUN@best; here or at a remote address"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,9 +70,10 @@ def _convert_parser() -> ArgumentParser:
     command = parser(
         "Convert a checkpoint to another format, verify it by reading it back, then give it its name.",
         "  parity convert runs/jax runs/torch --to torch\n"
-        "  parity convert runs/torch runs/jax-bf16 --to jax --dtype bfloat16",
+        "  parity convert runs/torch runs/jax-bf16 --to jax --dtype bfloat16\n"
+        "  parity convert runs/tiny-cpu@best best --to torch",
     )
-    command.add_argument("source", type=Path, help="folder of a checkpoint in any known format")
+    command.add_argument("source", help=_CHECKPOINT)
     command.add_argument("destination", type=Path, help="folder to write")
     command.add_argument("--to", required=True, choices=list(FORMATS), help="format to write")
     command.add_argument("--dtype", type=str | None, default=None, choices=[*DTYPES, None], help="cast every weight")
@@ -80,7 +85,7 @@ def _convert_parser() -> ArgumentParser:
 
 def _inspect_parser() -> ArgumentParser:
     command = parser("Show format, config and parameters of a checkpoint.", "  parity inspect runs/torch")
-    command.add_argument("path", type=Path, help="folder of a checkpoint")
+    command.add_argument("path", help=_CHECKPOINT)
     command.add_argument("--json", action="store_true", help="print it as JSON")
     return command
 
@@ -90,7 +95,7 @@ def _record_parser() -> ArgumentParser:
         "Run a checkpoint in one framework and write what it computed, for `parity compare` on any machine.",
         "  parity record runs/jax jax.npz --framework jax --dtype float64 --trace --gradients",
     )
-    command.add_argument("checkpoint", type=Path, help="folder of a checkpoint in any known format")
+    command.add_argument("checkpoint", help=_CHECKPOINT)
     command.add_argument("out", type=Path, help=".npz file to write, or a folder for one .npy file an array")
     command.add_argument("--framework", required=True, choices=["jax", "torch"], help="what to run it in")
     _add_inputs(command)
@@ -148,8 +153,8 @@ def _check_two(options: Namespace) -> tuple[list[CheckResult], dict[str, Any]]:
     if options.variant or options.fault or options.faults or options.full:
         raise InputError("--variant, --fault, --faults and --full belong to the grid, not to two checkpoints")
     dtypes = _dtypes(options)
-    first, second = map(Path, options.checkpoints)
-    with progress() as bar:
+    with ExitStack() as stack, progress() as bar:
+        first, second = (stack.enter_context(local_checkpoint(str(name))) for name in options.checkpoints)
         task = bar.add_task("running checkpoints", total=2 * len({"float64", *dtypes}))
         return check_checkpoints(
             first, second, dtypes, lambda n: bar.advance(task, n), tokens=options.tokens, text=options.text
@@ -191,10 +196,10 @@ def _convert(options: Namespace) -> int:
     if extra and options.to != "jax":
         raise InputError("--unrolled belongs to --to jax; PyTorch blocks are always apart")
     refuse_existing(options.destination, force=options.force)
-    with progress() as bar:
-        task = bar.add_task("converting", total=conversion_parts(options.source))
+    with local_checkpoint(options.source) as source, progress() as bar:
+        task = bar.add_task("converting", total=conversion_parts(source))
         done = convert(
-            options.source,
+            source,
             options.destination,
             options.to,
             dtype=options.dtype,
@@ -202,6 +207,7 @@ def _convert(options: Namespace) -> int:
             advance=lambda parts: bar.advance(task, parts),
             **extra,
         )
+    done = replace(done, source=options.source)
     if options.json:
         print_json(done.to_dict())
     else:
@@ -216,7 +222,8 @@ def _convert(options: Namespace) -> int:
 def _inspect(options: Namespace) -> int:
     from parity.inspect import inspect, print_inspection
 
-    content = inspect(options.path)
+    with local_checkpoint(options.path) as path:
+        content = inspect(path)
     if options.json:
         print_json(content)
     else:
@@ -232,11 +239,14 @@ def _record(options: Namespace) -> int:
 
     refuse_existing(options.out, force=options.force)
     os.environ.update(framework_environment(options.dtype, workers=1))
-    config = open_checkpoint(options.checkpoint).config
-    tokens = tokens_for(options.checkpoint, config, options.tokens, options.text)
-    with status(f"running {options.checkpoint} in {options.framework}"):
+    with (
+        local_checkpoint(options.checkpoint) as checkpoint,
+        status(f"running {options.checkpoint} in {options.framework}"),
+    ):
+        config = open_checkpoint(checkpoint).config
+        tokens = tokens_for(checkpoint, config, options.tokens, options.text)
         metadata = record_checkpoint(
-            options.checkpoint,
+            checkpoint,
             options.out,
             options.framework,
             options.dtype,

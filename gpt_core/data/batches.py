@@ -146,6 +146,26 @@ def evaluation_batches(
         yield _evaluation_batch(np.pad(held, (0, need - len(held))), context_length, chosen, targets)
 
 
+def spread_batches(
+    tokens: PreparedTokens, batch_size: int, context_length: int, limit: int, rows: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """`limit` batches of windows that lie evenly over all of the tokens; fewer where there is no more text.
+
+    The first tokens alone may be one large file that is like no other. Arguments as `evaluation_batches`.
+    """
+    windows = (len(tokens) - 1) // context_length
+    if limit * batch_size >= windows:
+        yield from evaluation_batches(tokens.chunks(), batch_size, context_length, rows)
+        return
+    places = np.arange(limit * batch_size) * windows // (limit * batch_size)
+    for step in range(limit):
+        chosen = places[step * batch_size : (step + 1) * batch_size]
+        if rows is not None:
+            chosen = chosen[np.asarray(rows)]
+        parts = [tokens.read(int(place) * context_length, context_length + 1) for place in chosen]
+        yield next_token_batch(np.stack(parts))
+
+
 def _evaluation_batch(
     tokens: Int32[np.ndarray, " n"], context_length: int, rows: Any, targets: int | None = None
 ) -> Batch:

@@ -7,7 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self
 
-from gpt_core.data.batches import Batch, BatchSource, PreparedBatches, evaluation_batches
+from gpt_core.data.batches import Batch, BatchSource, PreparedBatches, evaluation_batches, spread_batches
 from gpt_core.data.config import DataConfig
 from gpt_core.data.order import Split
 from gpt_core.data.prepared import PreparedTokens
@@ -119,16 +119,21 @@ def validation_batches(
     """The validation text once, in order; the same for any number of hosts. Arguments as `training_batches`.
 
     Args:
-        limit: At most this many batches; all by default.
+        limit: At most this many batches: of prepared text windows that lie evenly over all of it, of streamed text the
+            first. All by default.
 
     Raises:
         InputError: the data is missing or damaged, or there is no validation text.
     """
     if config.prepared is not None:
-        chunks = PreparedTokens(Path(config.prepared), "validation", verify=config.verify).chunks()
+        tokens = PreparedTokens(Path(config.prepared), "validation", verify=config.verify)
+        if limit is None:
+            batches = evaluation_batches(tokens.chunks(), batch_size, context_length, rows)
+        else:
+            batches = spread_batches(tokens, batch_size, context_length, limit, rows)
     else:
         chunks = streamed_chunks(config, "validation")
-    batches = islice(evaluation_batches(chunks, batch_size, context_length, rows), limit)
+        batches = islice(evaluation_batches(chunks, batch_size, context_length, rows), limit)
     first = next(batches, None)
     if first is None:
         raise InputError(

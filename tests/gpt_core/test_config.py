@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gpt_core.checkpoint_config import read_checkpoint_config, write_checkpoint_config
-from gpt_core.config import ModelConfig, differing_fields, preset_names
+from gpt_core.config import ModelConfig, config_directory, differing_fields, preset_names
 from gpt_core.errors import InputError
 from gpt_core.parameters import parameter_count
 
@@ -126,8 +126,10 @@ def test_a_preset_has_its_published_number_of_parameters(preset: str, count: int
     assert parameter_count(ModelConfig.from_yaml(preset)) == count
 
 
-def test_presets_are_the_published_models_and_the_four_rows() -> None:
-    assert set(preset_names()) == set(GPT2_COUNTS) | set(ROWS)
+def test_models_are_the_published_ones_and_the_four_rows() -> None:
+    models = {path.stem for path in (config_directory() / "model").glob("*.yaml")}
+    assert models == set(GPT2_COUNTS) | set(ROWS)
+    assert models < set(preset_names())
     variants = {name: ModelConfig.from_yaml(name).variant for name in ROWS}
     assert variants == {
         "standard": "learned-mha-full",

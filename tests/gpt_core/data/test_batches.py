@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt_core.data.batches import Batch, BatchSource, PreparedBatches, evaluation_batches
+from gpt_core.data.batches import Batch, BatchSource, PreparedBatches, evaluation_batches, spread_batches
 from gpt_core.data.config import DataConfig
 from gpt_core.data.loader import BatchIterator, training_batches, validation_batches
 from gpt_core.data.order import host_rows
@@ -216,3 +216,24 @@ def test_broken_records_are_skipped_and_counted_while_streaming(tmp_path: Path) 
     assert batches.skipped > 0
     with pytest.raises(InputError, match=r"a.jsonl:1: not a JSON record"):
         take(StreamedBatches(DataConfig(source=str(source), streams=1), "train", 1, CONTEXT), 1)
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_limited_evaluation_reads_windows_from_all_over_the_text(prepared: Path, hosts: int) -> None:
+    tokens = PreparedTokens(prepared, "train")
+    windows = (len(tokens) - 1) // CONTEXT
+    limit = 2
+    parts = [
+        list(spread_batches(tokens, ROWS, CONTEXT, limit, list(host_rows(ROWS, host, hosts)))) for host in range(hosts)
+    ]
+    rows = np.concatenate([np.concatenate([part[step]["tokens"] for part in parts]) for step in range(limit)])
+    text = tokens.read(0, len(tokens))
+    expected = [text[(i * windows // (limit * ROWS)) * CONTEXT :][:CONTEXT] for i in range(limit * ROWS)]
+    assert windows > 2 * limit * ROWS
+    np.testing.assert_array_equal(rows, np.stack(expected))
+
+
+def test_a_limit_beyond_the_text_reads_all_of_it(prepared: Path) -> None:
+    tokens = PreparedTokens(prepared, "validation")
+    counted = sum(int(batch["mask"].sum()) for batch in spread_batches(tokens, ROWS, CONTEXT, 10**6))
+    assert counted == len(tokens) - 1

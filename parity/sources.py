@@ -1,0 +1,68 @@
+"""Checkpoints by name: a folder, a training run (`RUN@best`), or either of them at a remote address."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+
+from gpt_core.checkpoint_config import CHECKPOINTS
+from gpt_core.errors import InputError
+from gpt_core.runs import RECORD_FILE, find_checkpoint
+
+
+@contextmanager
+def local_checkpoint(name: str) -> Iterator[Path]:
+    """The folder of a checkpoint on this machine.
+
+    Args:
+        name: A folder; `RUN`, `RUN@STEP`, `RUN@best` or `RUN@last`; or one of these after an address that fsspec
+            reads, such as `gs://bucket/runs/RUN@best`. Of a remote run only the chosen checkpoint is fetched, into a
+            temporary folder that is removed in the end.
+
+    Raises:
+        InputError: there is no such checkpoint, or the address cannot be read.
+    """
+    if "://" not in name:
+        yield find_checkpoint(name)
+        return
+    address, at, which = name.rpartition("@") if "@" in PurePosixPath(name).name else (name, "", "")
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        # Named as the run is, for messages.
+        copy = Path(folder) / PurePosixPath(address).name
+        try:
+            system, root = fsspec.core.url_to_fs(address)
+            files = [PurePosixPath(path) for path in system.find(root)]
+            weights = [path for path in files if _of_step(path, root) and not str(path).endswith(RECORD_FILE)]
+            _fetch(system, root, [path for path in files if path not in set(weights)], copy)
+            # A folder for each step, so that those without weights here are found too.
+            for path in weights:
+                (copy / CHECKPOINTS / _of_step(path, root)).mkdir(parents=True, exist_ok=True)
+            found = find_checkpoint(f"{copy}{at}{which}")
+            _fetch(system, root, [path for path in weights if _of_step(path, root) == found.name], copy)
+        except InputError as error:
+            raise InputError(str(error).replace(str(copy), address)) from None
+        except (OSError, ImportError, ValueError) as error:
+            raise InputError(f"{address}: cannot be read: {error}") from None
+        if not any(copy.rglob("*")):
+            raise InputError(f"{address}: there is nothing at this address")
+        yield found
+
+
+def _of_step(path: PurePosixPath, root: str) -> str:
+    """The step that a file of a run's checkpoint belongs to, or ""."""
+    parts = _relative(path, root).parts
+    return parts[1] if len(parts) > 2 and parts[0] == CHECKPOINTS else ""
+
+
+def _relative(path: PurePosixPath, root: str) -> PurePosixPath:
+    return PurePosixPath("/" + str(path).lstrip("/")).relative_to("/" + root.strip("/"))
+
+
+def _fetch(system: Any, root: str, files: list[PurePosixPath], copy: Path) -> None:
+    for path in files:
+        target = copy / _relative(path, root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        system.get_file(str(path), str(target))

@@ -1,0 +1,88 @@
+import pytest
+
+from gpt_core.config import ModelConfig
+from gpt_core.flops import forward_flops_per_token, peak_flops, training_flops_per_token
+
+
+def visible_pairs(context_length: int, window: int | None) -> int:
+    """Pairs of a query and a key that it sees, counted one by one."""
+    return sum(
+        1
+        for query in range(context_length)
+        for key in range(context_length)
+        if key <= query and (window is None or query - key < window)
+    )
+
+
+def counted(config: ModelConfig, context_length: int) -> float:
+    """Multiplications and additions of every product of a row, divided by its tokens."""
+    width, queries = config.embed_dim, config.n_heads * config.head_dim
+    keys_and_values = 2 * config.n_kv_heads * config.head_dim
+    block = width * queries + width * keys_and_values + queries * width + 2 * width * config.mlp_dim
+    row = 2 * context_length * (config.n_layers * block + width * config.vocab_size)
+    for _ in range(config.n_layers * config.n_heads):
+        row += 2 * 2 * config.head_dim * visible_pairs(context_length, config.sliding_window)
+    return row / context_length
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("window", [None, 1, 5, 12, 13, 40])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_flops_are_those_of_every_product_and_visible_pair(position: str, window: int | None, n_kv_heads: int) -> None:
+    config = ModelConfig(
+        vocab_size=101,
+        context_length=40,
+        n_layers=3,
+        n_heads=4,
+        n_kv_heads=n_kv_heads,
+        embed_dim=24,
+        head_dim=10,
+        mlp_dim=50,
+        position=position,
+        sliding_window=window,
+        tied_embeddings=window is None,
+        pad_vocab_size_multiple=64,
+    )
+    for context_length in (1, 12, 13, 40):
+        assert forward_flops_per_token(config, context_length) == pytest.approx(
+            counted(config, context_length), rel=1e-12
+        )
+
+
+def test_gpt2_has_the_flops_counted_by_hand() -> None:
+    # 12 blocks of 12 x 768 x 768 weights and a head of 50257 x 768: 84,934,656 + 38,597,376, two operations each.
+    # 1024 queries see 512.5 keys on average: 4 x 12 x 768 x 512.5 operations.
+    assert forward_flops_per_token(ModelConfig(), 1024) == 247_064_064 + 18_892_800
+    assert training_flops_per_token(ModelConfig(), 1024) == 797_870_592
+
+
+@pytest.mark.parametrize(
+    ("device", "bfloat16", "float32"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12, 156e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12, 494.7e12),
+        ("NVIDIA H100 PCIe", 756e12, 378e12),
+        ("NVIDIA H100 NVL", 835e12, 417.5e12),
+        ("NVIDIA H200", 989.4e12, 494.7e12),
+        ("TPU v4", 275e12, None),
+        ("TPU v5 lite", 197e12, None),
+        ("TPU v5", 459e12, None),
+        ("TPU v6 lite", 918e12, None),
+    ],
+)
+def test_peaks_are_dense_and_of_the_right_card(device: str, bfloat16: float, float32: float | None) -> None:
+    assert peak_flops(device, "bfloat16") == bfloat16
+    assert peak_flops(device, "float32") == float32
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", "float32"),
+        ("NVIDIA GeForce RTX 4090", "bfloat16"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16"),
+        ("NVIDIA H100 80GB HBM3", "float64"),
+    ],
+)
+def test_what_is_unknown_has_no_peak(device: str, dtype: str) -> None:
+    assert peak_flops(device, dtype) is None

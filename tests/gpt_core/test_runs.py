@@ -1,0 +1,269 @@
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gpt_core.checkpoint_config import read_checkpoint_config
+from gpt_core.errors import InputError
+from gpt_core.run_config import RunConfig
+from gpt_core.runs import (
+    RECORD_FILE,
+    RUN_FILE,
+    StepRecord,
+    checkpoint_folder,
+    find_checkpoint,
+    kept_steps,
+    open_run,
+    read_record,
+    read_run,
+    saved_steps,
+)
+from gpt_core.tokenizer import gpt2_tokenizer
+
+CONFIG = RunConfig.from_dict(
+    {
+        "model": {"n_layers": 2, "n_heads": 4, "embed_dim": 64, "context_length": 32},
+        "train": {"steps": 100, "batch_size": 8},
+    }
+)
+
+
+def changed(section: str, **values: Any) -> RunConfig:
+    return replace(CONFIG, **{section: replace(getattr(CONFIG, section), **values)})
+
+
+def add_checkpoint(run: Path, step: int, validation_loss: float | None) -> Path:
+    folder = checkpoint_folder(run, step)
+    (folder / RECORD_FILE).parent.mkdir(parents=True)
+    record = StepRecord(step, 256 * step, {"step": step}, 0, 0, validation_loss, "jax", {"python": "3.11"})
+    (folder / RECORD_FILE).write_text(json.dumps(record.to_dict()))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with checkpoints of four steps."""
+    run = tmp_path / "run"
+    open_run(run, CONFIG, "jax", None)
+    for step, loss in ((9, 4.0), (10, 3.0), (20, 3.0), (100, None)):
+        add_checkpoint(run, step, loss)
+    return run
+
+
+# -------------------------------------------------------------------------------------------------- which are kept
+
+
+@pytest.mark.parametrize(
+    ("last", "best", "every", "kept"),
+    [
+        (1, 0, None, {50}),
+        (2, 0, None, {40, 50}),
+        (9, 0, None, {10, 20, 30, 40, 50}),
+        (1, 1, None, {50, 40}),  # 20 and 40 are equally good: the newer
+        (1, 2, None, {50, 40, 20}),
+        (1, 9, None, {50, 10, 20, 40}),  # 30 was not evaluated
+        (1, 0, 20, {50, 20, 40}),
+        (1, 1, 10, {10, 20, 30, 40, 50}),
+    ],
+)
+def test_the_newest_the_best_and_regular_ones_are_kept(last: int, best: int, every: int | None, kept: set[int]) -> None:
+    losses = {10: 5.0, 20: 3.0, 30: None, 40: 3.0, 50: 6.0}
+    shuffled = {step: losses[step] for step in (30, 50, 10, 40, 20)}
+    assert kept_steps(losses, last=last, best=best, every=every) == kept
+    assert kept_steps(shuffled, last=last, best=best, every=every) == kept
+
+
+def test_of_nothing_nothing_is_kept() -> None:
+    assert kept_steps({}, last=2, best=1, every=10) == set()
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+def test_saved_steps_are_numbers_in_order_and_nothing_else(run: Path) -> None:
+    (run / "checkpoints" / "30.orbax-checkpoint-tmp-1").mkdir()
+    (run / "checkpoints" / "40").touch()
+    assert saved_steps(run) == [9, 10, 20, 100]
+    assert saved_steps(run / "nothing") == []
+
+
+@pytest.mark.parametrize(("suffix", "step"), [("", 100), ("@last", 100), ("@best", 20), ("@9", 9), ("@100", 100)])
+def test_a_checkpoint_is_found_by_name(suffix: str, step: int, run: Path) -> None:
+    found = find_checkpoint(f"{run}{suffix}")
+    assert found == run / "checkpoints" / str(step)
+    assert read_record(found).step == step
+
+
+def test_a_folder_that_is_no_run_is_given_back(run: Path, tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path) == tmp_path
+    assert find_checkpoint(run / "checkpoints" / "9") == run / "checkpoints" / "9"
+    odd = tmp_path / "mail@home"
+    odd.mkdir()
+    assert find_checkpoint(odd) == odd
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("run@30", "has no checkpoint @30; there are: 9, 10, 20, 100, best, last"),
+        ("run@newest", "has no checkpoint @newest"),
+        ("run@", "has no checkpoint @"),
+        ("nowhere@best", "holds no training run"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(name: str, told: str, run: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        find_checkpoint(run.parent / name)
+    assert told in str(caught.value)
+
+
+def test_a_run_without_checkpoints_or_losses_says_so(run: Path) -> None:
+    for step in (9, 10, 20):
+        shutil.rmtree(checkpoint_folder(run, step))
+    with pytest.raises(InputError, match="no checkpoint has a validation loss, so none is the best; use @last"):
+        find_checkpoint(f"{run}@best")
+    shutil.rmtree(checkpoint_folder(run, 100))
+    with pytest.raises(InputError, match="has no complete checkpoint yet"):
+        find_checkpoint(run)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 3}', '{"setp": 3}'])
+def test_a_damaged_record_is_refused_by_name(content: str, run: Path) -> None:
+    folder = checkpoint_folder(run, 9)
+    (folder / RECORD_FILE).write_text(content)
+    with pytest.raises(InputError, match=r"record\.json"):
+        read_record(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------- opening
+
+
+def test_a_new_run_has_its_config_its_model_and_the_tokenizer(tmp_path: Path) -> None:
+    run = tmp_path / "a" / "run"
+    tokenizer = gpt2_tokenizer()
+    open_run(run, CONFIG, "torch", tokenizer)
+    assert read_run(run) == (CONFIG, "torch")
+    assert read_checkpoint_config(run) == CONFIG.model
+    assert {path.name for path in run.iterdir()} == {RUN_FILE, "config.json", "vocab.json", "merges.txt"}
+
+
+@pytest.mark.parametrize("left", [[], [RUN_FILE], [RUN_FILE, "config.json"], [f".{RUN_FILE}.123.tmp"]])
+def test_what_a_killed_start_leaves_behind_can_be_opened(left: list[str], tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    open_run(whole, CONFIG, "jax", None)
+    run.mkdir()
+    for name in left:
+        if (whole / name).exists():
+            shutil.copy(whole / name, run)
+        else:
+            (run / name).touch()
+    open_run(run, CONFIG, "jax", None)
+    assert read_run(run) == (CONFIG, "jax")
+    assert read_checkpoint_config(run) == CONFIG.model
+
+
+def test_a_start_that_is_killed_while_it_writes_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gpt_core.runs.write_checkpoint_config", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_run(tmp_path / "run", CONFIG, "jax", None)
+    open_run(tmp_path / "run", CONFIG, "jax", None)
+    assert read_checkpoint_config(tmp_path / "run") == CONFIG.model
+
+
+def test_only_the_primary_process_writes(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", CONFIG, "jax", None, primary=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "told"),
+    [
+        ("model", {"n_heads": 8, "head_dim": None}, "model.n_heads 4 against 8"),
+        ("model", {"sliding_window": 16}, "model.sliding_window None against 16"),
+        ("optimizer", {"learning_rate": 0.1}, "optimizer.learning_rate 0.0006 against 0.1"),
+        ("train", {"batch_size": 16}, "train.batch_size 8 against 16"),
+        ("train", {"seed": 1}, "train.seed 0 against 1"),
+        ("train", {"dtype": "bfloat16"}, "train.dtype float32 against bfloat16"),
+        ("data", {"seed": 1}, "data.seed 0 against 1"),
+        ("jax", {"scan_layers": False}, "jax.scan_layers True against False"),
+    ],
+)
+@pytest.mark.parametrize("primary", [True, False])
+def test_another_run_in_the_folder_is_refused_with_the_fields_that_differ(
+    section: str, values: dict[str, Any], told: str, primary: bool, run: Path
+) -> None:
+    before = (run / RUN_FILE).read_text()
+    with pytest.raises(InputError) as caught:
+        open_run(run, changed(section, **values), "jax", None, primary=primary)
+    assert told in str(caught.value)
+    assert "--out" in str(caught.value)
+    assert (run / RUN_FILE).read_text() == before
+
+
+def test_all_fields_that_differ_are_named(run: Path) -> None:
+    other = replace(changed("train", seed=3), optimizer=replace(CONFIG.optimizer, beta1=0.5))
+    with pytest.raises(InputError, match=r"optimizer\.beta1 0\.9 against 0\.5, train\.seed 0 against 3;"):
+        open_run(run, other, "jax", None)
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("train", {"steps": 200, "log_every": 1, "evaluate_every": 7, "checkpoint_every": 9, "accumulation": 4}),
+        ("train", {"keep_last": 5, "keep_best": 0, "keep_every": 3, "max_skipped": 1, "evaluation_batches": None}),
+        ("tracking", {"wandb": "offline", "tensorboard": True}),
+        ("jax", {"remat": "full", "attention": "xla"}),
+        ("torch", {"strategy": "fsdp2", "compile": True}),
+        ("data", {"source": "elsewhere.txt", "prefetch": 9, "verify": False}),
+    ],
+)
+def test_free_fields_may_change_when_a_run_goes_on(section: str, values: dict[str, Any], run: Path) -> None:
+    open_run(run, changed(section, **values), "jax", None)
+    saved, _ = read_run(run)
+    assert {name: asdict(getattr(saved, section))[name] for name in values} == values
+
+
+def test_a_run_of_the_other_framework_is_refused_with_what_to_do(run: Path) -> None:
+    with pytest.raises(InputError, match=r"is trained in jax; .*parity convert --state"):
+        open_run(run, CONFIG, "torch", None)
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        open_run(tmp_path, CONFIG, "jax", None)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("content", ["", "- 1", "framework: jax", "framework: jax\nrun: {trian: {}}", "run: [\n"])
+def test_a_damaged_run_file_is_refused_by_name(content: str, run: Path) -> None:
+    (run / RUN_FILE).write_text(content)
+    with pytest.raises(InputError, match=r"config\.yaml"):
+        open_run(run, CONFIG, "jax", None)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no training run"):
+        read_run(tmp_path)
+
+
+def test_a_run_file_is_plain_yaml(run: Path) -> None:
+    content = yaml.safe_load((run / RUN_FILE).read_text())
+    assert content["framework"] == "jax"
+    assert content["run"]["train"]["steps"] == 100
+
+
+def test_a_run_is_refused_where_a_file_stands(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(InputError, match="run"):
+        open_run(tmp_path / "run", CONFIG, "jax", None)

@@ -1,0 +1,67 @@
+"""Not a test: run by `test_sharding.py` in a process of its own, where eight devices can be made of one CPU.
+
+Prints, for each mesh, the losses of 20 steps and the share of the parameters' bytes that a device holds.
+"""
+
+import json
+import os
+import sys
+
+request = json.loads(sys.argv[1])
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Compiling fast instead of well changes rounding only, and alike on every mesh.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
+import jax  # noqa: E402  # the flags come first
+import numpy as np  # noqa: E402
+
+from gpt_core.run_config import RunConfig  # noqa: E402
+from jax_gpt.sharding import check_divides, create_mesh, local_rows, place_batch  # noqa: E402
+from jax_gpt.step import create_program  # noqa: E402
+
+BATCH, TIME, VOCAB, STEPS = 16, 21, 61, 20
+
+
+def batches() -> list[dict[str, np.ndarray]]:
+    """Text with a pattern to learn, and masks that differ from row to row."""
+    random = np.random.default_rng(0)
+    made = []
+    for _ in range(STEPS):
+        rows = random.integers(0, VOCAB, (BATCH, TIME + 1)).astype(np.int32)
+        rows[:, 1::2] = (rows[:, 0:-1:2] + 1) % VOCAB
+        mask = random.random((BATCH, TIME)) < np.linspace(0.2, 1, BATCH)[:, None]
+        made.append({"tokens": rows[:, :-1].copy(), "targets": rows[:, 1:].copy(), "mask": mask})
+    return made
+
+
+def run(model: dict[str, object], mesh_sizes: dict[str, int] | None) -> dict[str, object]:
+    config = RunConfig.from_dict(
+        {
+            "model": model,
+            "train": {"dtype": request["dtype"], "steps": STEPS, "batch_size": BATCH, "context_length": TIME}
+            | request["train"],
+            "data": {"streams": 1},
+            "optimizer": {"learning_rate": 1e-2, "warmup_steps": 3, "clip_norm": 0.5},
+            "jax": {"mesh": mesh_sizes or {"data": 1}, "loss_chunk": 32},
+        }
+    )
+    mesh = create_mesh(config.jax.mesh, jax.devices()[: None if mesh_sizes else 1])
+    check_divides(config, mesh)
+    assert local_rows(mesh, BATCH) == list(range(BATCH))
+    program = create_program(config, mesh)
+    state = program.create()
+    losses = []
+    for step, batch in enumerate(batches()):
+        rate = np.asarray(config.rate(step), config.precision.wide_dtype)
+        state, metrics = program.step(state, place_batch(batch, mesh, BATCH), rate)  # type: ignore[arg-type]
+        losses.append(float(metrics["loss"]))
+    leaves = jax.tree.leaves(state.parameters)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    return {"losses": losses, "share": held / sum(leaf.nbytes for leaf in leaves)}
+
+
+jax.config.update("jax_enable_x64", request["dtype"] == "float64")
+print(json.dumps({name: run(request["model"], mesh) for name, mesh in request["meshes"].items()}))

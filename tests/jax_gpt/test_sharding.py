@@ -1,0 +1,130 @@
+"""Sharding changes where numbers are, not what they are."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from gpt_core.config import ModelConfig
+from gpt_core.errors import InputError
+from gpt_core.parameters import parameter_table
+from gpt_core.run_config import MeshConfig, RunConfig
+from jax_gpt.sharding import check_divides, create_mesh, partition
+
+MODEL: dict[str, Any] = {
+    "vocab_size": 61,
+    "pad_vocab_size_multiple": 64,
+    "context_length": 32,
+    "n_layers": 2,
+    "n_heads": 8,
+    "embed_dim": 64,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mha": {},
+    "gqa": {"n_kv_heads": 4, "position": "rope"},  # fewer kv heads than the tensor axis has devices
+    "mqa": {"n_kv_heads": 1, "tied_embeddings": False},
+    "window": {"n_kv_heads": 2, "position": "rope", "sliding_window": 5},
+}
+ALL_MESHES = {
+    "one": None,
+    "data": {"data": 8},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "tensor": {"data": 1, "tensor": 8},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+def losses(dtype: str, model: dict[str, Any], meshes: dict[str, Any], **train: Any) -> dict[str, Any]:
+    request = {"dtype": dtype, "model": MODEL | model, "meshes": meshes, "train": train}
+    script = Path(__file__).with_name("mesh_losses.py")
+    done = subprocess.run([sys.executable, script, json.dumps(request)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_mesh_gives_the_losses_of_one_device_in_fp64(variant: str) -> None:
+    found = losses("float64", VARIANTS[variant], ALL_MESHES)
+    expected = np.array(found["one"]["losses"])
+    assert expected[-1] < expected[0] - 0.3, "nothing was learned, so nothing was compared"
+    for mesh in ("data", "fsdp", "tensor", "all"):
+        np.testing.assert_allclose(found[mesh]["losses"], expected, rtol=1e-10, atol=0, err_msg=mesh)
+    assert found["fsdp"]["share"] <= 1.05 / 8
+    assert found["one"]["share"] == 1
+
+
+@pytest.mark.slow
+def test_meshes_give_the_losses_of_one_device_in_fp32() -> None:
+    found = losses("float32", VARIANTS["window"], {name: ALL_MESHES[name] for name in ("one", "fsdp", "all")})
+    for mesh in ("fsdp", "all"):
+        np.testing.assert_allclose(found[mesh]["losses"], found["one"]["losses"], rtol=1e-5, atol=0, err_msg=mesh)
+
+
+@pytest.mark.slow
+def test_accumulation_and_dropout_do_not_depend_on_the_mesh() -> None:
+    meshes = {name: ALL_MESHES[name] for name in ("one", "all")}
+    found = losses("float64", {"dropout": 0.2}, meshes, accumulation=2)
+    np.testing.assert_allclose(found["all"]["losses"], found["one"]["losses"], rtol=1e-10, atol=0)
+
+
+def sizes(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh without devices."""
+    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "expected"),
+    [
+        ("token_embedding", sizes(fsdp=4, tensor=2), P("tensor", "fsdp")),
+        ("blocks.attention.query.kernel", sizes(fsdp=4, tensor=2), P(None, "fsdp", "tensor", None)),
+        ("blocks.attention.key.kernel", sizes(tensor=4), P(None, "fsdp", "tensor", None)),
+        ("blocks.attention.key.kernel", sizes(tensor=8), P(None, "fsdp", None, None)),  # 4 kv heads: copied
+        ("blocks.attention.output.kernel", sizes(fsdp=2, tensor=2), P(None, "tensor", None, "fsdp")),
+        ("blocks.mlp.up.bias", sizes(fsdp=2, tensor=2), P(None, ("tensor", "fsdp"))),
+        ("blocks.mlp_norm.scale", sizes(fsdp=8), P(None, "fsdp")),
+    ],
+)
+def test_rules_read_axis_names(name: str, mesh: AbstractMesh, expected: P) -> None:
+    table = parameter_table(ModelConfig(**MODEL | {"n_kv_heads": 4}))
+    assert partition(table[name], mesh) == expected
+
+
+def config(**sections: Any) -> RunConfig:
+    return RunConfig.from_dict({"model": MODEL, "train": {"batch_size": 8}} | sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "mesh", "named"),
+    [
+        ({"model": MODEL | {"n_heads": 4}}, sizes(tensor=8), "model.n_heads = 4"),
+        ({"model": MODEL | {"mlp_dim": 36}}, sizes(tensor=8), "model.mlp_dim = 36"),
+        ({"model": MODEL | {"pad_vocab_size_multiple": 1}}, sizes(tensor=2), "pad_vocab_size_multiple"),
+        ({"model": MODEL | {"n_heads": 24, "n_kv_heads": 12, "head_dim": 8}}, sizes(tensor=8), "n_kv_heads = 12"),
+        ({}, sizes(fsdp=3), "embed_dim = 64"),
+        ({"train": {"batch_size": 8, "accumulation": 2}}, sizes(data=8), "4 rows of a micro-batch"),
+    ],
+)
+def test_what_does_not_divide_is_named(sections: dict[str, Any], mesh: AbstractMesh, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        check_divides(config(**sections), mesh)
+
+
+def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused() -> None:
+    with pytest.raises(InputError, match=r"data 3 x fsdp 1 x tensor 1 does not multiply to the 1 device"):
+        create_mesh(MeshConfig(data=3), jax.devices()[:1])
+
+
+def test_minus_one_takes_the_devices_that_are_left() -> None:
+    assert dict(create_mesh(MeshConfig(data=1, fsdp=-1), jax.devices()[:1]).shape) == {
+        "data": 1,
+        "fsdp": 1,
+        "tensor": 1,
+    }
