@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jaxtyping
+import numpy as np
 import pytest
+import yaml
 
 # One thread for each pytest worker: tests run side by side. Set before anybody imports JAX or PyTorch.
 # Programs are compiled more often than run here: optimising them costs more time than it saves.
@@ -54,3 +56,41 @@ def no_network() -> Iterator[None]:
         patch.setattr(socket.socket, "connect", guarded_connect)
         patch.setattr(socket, "getaddrinfo", guarded_look_up)
         yield
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config file of a run of seconds: a narrow model, twelve steps, a text with a pattern."""
+    folder = tmp_path_factory.mktemp("run")
+    text = "the a window of keys and one query sees its own past but never what comes after it in time"
+    words = text.split()
+    random = np.random.default_rng(0)
+    for number in range(24):
+        text = " ".join(words[int(place)] for place in random.integers(0, len(words), 400))
+        (folder / f"{number}.txt").write_text(text)
+    content = {
+        "model": {
+            "vocab_size": 50257,
+            "pad_vocab_size_multiple": 8,
+            "context_length": 16,
+            "n_layers": 2,
+            "n_heads": 4,
+            "n_kv_heads": 2,
+            "embed_dim": 16,
+            "position": "rope",
+        },
+        "data": {"source": str(folder / "*.txt"), "streams": 4, "validation_fraction": 0.2},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+        "train": {
+            "steps": 12,
+            "batch_size": 8,
+            "log_every": 1,
+            "evaluate_every": 6,
+            "evaluation_batches": 2,
+            "checkpoint_every": 4,
+            "keep_last": 3,
+        },
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path

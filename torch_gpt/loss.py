@@ -1,10 +1,12 @@
 """The training loss. `jax_gpt/loss.py` is its twin."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch.utils.checkpoint import checkpoint
+
+Unembed = Callable[[Float[torch.Tensor, "batch chunk embed"]], Float[torch.Tensor, "batch chunk vocab"]]
 
 
 def token_loss(
@@ -34,7 +36,8 @@ def summed_loss(
 
 
 def chunked_loss(
-    unembed: Callable[[Float[torch.Tensor, "batch chunk embed"]], Float[torch.Tensor, "batch chunk vocab"]],
+    unembed: Unembed,
+    parameters: Sequence[torch.Tensor],
     hidden: Float[torch.Tensor, "batch time embed"],
     targets: Int[torch.Tensor, "batch time"],
     mask: Bool[torch.Tensor, "batch time"],
@@ -42,12 +45,54 @@ def chunked_loss(
 ) -> Float[torch.Tensor, ""]:
     """`summed_loss` of `unembed(hidden)`, with the logits of `chunk` positions of each row in memory at a time.
 
-    The backward pass makes them again, which costs one more product with the head and saves `[batch, time, vocab]`.
+    Each chunk's gradients are taken while its logits are there, so that nothing is computed twice and no
+    `[batch, time, vocab]` is held.
+
+    Args:
+        unembed: From hidden states to logits.
+        parameters: All that `unembed` reads and that is trained.
+        hidden: The final norm's output.
+        targets: The token that should come next.
+        mask: True where a position counts.
+        chunk: Positions of each row.
     """
+    if torch.is_grad_enabled():
+        loss: torch.Tensor = _ChunkedLoss.apply(unembed, hidden, targets, mask, chunk, *parameters)
+        return loss
+    return torch.stack([summed_loss(unembed(part), *rest) for part, *rest in _cut(hidden, targets, mask, chunk)]).sum()
 
-    def of_chunk(hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return summed_loss(unembed(hidden), targets, mask)
 
-    parts = zip(hidden.split(chunk, 1), targets.split(chunk, 1), mask.split(chunk, 1), strict=True)
-    losses = [checkpoint(of_chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    return torch.stack(losses).sum()
+def _cut(
+    hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, chunk: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    return zip(hidden.split(chunk, 1), targets.split(chunk, 1), mask.split(chunk, 1), strict=True)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        unembed: Unembed,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        mask: torch.Tensor,
+        chunk: int,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        losses, of_hidden = [], []
+        of_parameters = [torch.zeros_like(parameter) for parameter in parameters]
+        for part, *rest in _cut(hidden, targets, mask, chunk):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                loss = summed_loss(unembed(part), *rest)
+                gradients = torch.autograd.grad(loss, (part, *parameters))
+            losses.append(loss.detach())
+            of_hidden.append(gradients[0])
+            torch._foreach_add_(of_parameters, gradients[1:])
+        ctx.save_for_backward(torch.cat(of_hidden, 1), *of_parameters)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_hidden, *of_parameters = (saved * gradients[0].to(saved.dtype) for saved in ctx.saved_tensors)
+        return (None, of_hidden, None, None, None, *of_parameters)

@@ -18,7 +18,7 @@ from torch import nn
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, block_table, parameter_table
-from gpt_core.precision import Precision
+from gpt_core.precision import DType, Precision
 from gpt_core.rotary import rotary_angles
 from torch_gpt.attention import Implementation, attention
 from torch_gpt.dtypes import torch_dtype
@@ -263,11 +263,15 @@ def rotate(
 ) -> Float[torch.Tensor, "batch time heads head_dim"]:
     """Rotary positions, half-split: dimension d is paired with d + head_dim / 2 (Su et al., 2021)."""
     wide = precision.wide_dtype
-    tables = rotary_angles(config, x.shape[1], wide)
-    cosine, sine = (torch.tensor(table, device=x.device)[:, None] for table in tables)  # [time, 1, head_dim / 2]
+    cosine, sine = _angles(config, x.shape[1], wide, x.device)  # [time, 1, head_dim / 2]
     first, second = x.to(torch_dtype(wide)).chunk(2, dim=-1)  # [batch, time, heads, head_dim / 2]
     rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     return rotated.to(x.dtype)
+
+
+@torch.compiler.assume_constant_result  # or the compiler would translate NumPy's fp64 arithmetic
+def _angles(config: ModelConfig, time: int, dtype: DType, device: torch.device) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor(table, device=device)[:, None] for table in rotary_angles(config, time, dtype))
 
 
 def dropout(x: Float[torch.Tensor, "..."], rate: float, training: bool) -> Float[torch.Tensor, "..."]:

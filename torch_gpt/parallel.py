@@ -33,7 +33,9 @@ class Objective(nn.Module):
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         hidden = self.model.hidden(tokens)
-        return chunked_loss(self.model.unembed, hidden, targets, mask, self.chunk)
+        tied = self.model.config.tied_embeddings
+        head = [self.model.token_embedding] if tied else list(self.model.head.parameters())
+        return chunked_loss(self.model.unembed, head, hidden, targets, mask, self.chunk)
 
 
 def check_divides(config: RunConfig) -> None:
@@ -55,7 +57,7 @@ def shared_out(objective: Objective, config: TorchConfig, accelerator: Accelerat
     if config.compile:
         for block in objective.model.blocks:
             # Block by block: one compilation serves them all, and the hooks of FSDP stay outside.
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     if process_count() == 1:
         return objective
     if config.strategy == "ddp":

@@ -1,0 +1,190 @@
+"""Runs of either framework as people start them: interrupted, damaged, and asked for nonsense."""
+
+import importlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpt_core.runs import saved_steps
+from gpt_core.tracking import read_metrics
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", params=["jax", "torch"])
+def framework(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def main(framework: str, *words: str) -> int:
+    return int(importlib.import_module(f"{framework}_gpt.cli").main(list(words)))
+
+
+def train(framework: str, config: Path, run: Path, *more: str) -> int:
+    return main(framework, "train", "--config", str(config), "--out", str(run), *more)
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {record["step"]: record["train_loss"] for record in read_metrics(run) if "train_loss" in record}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(framework: str, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(framework, config, run) == 0
+    return run
+
+
+def test_a_run_learns_and_leaves_what_the_contract_says(framework: str, undisturbed: Path) -> None:
+    found = losses(undisturbed)
+    assert list(found) == list(range(1, 13))
+    assert found[12] < found[1] - 1
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["steps"] == 12
+    assert summary["tokens"] == 12 * 8 * 16
+    assert summary["validation_perplexity"] == pytest.approx(np.exp(summary["validation_loss"]))
+    assert summary["train_loss"] == found[12]
+    assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert saved_steps(undisturbed) == [4, 8, 12]
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(framework: str, config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for step in (8, 12):
+        shutil.rmtree(run / "checkpoints" / str(step))  # killed after step 12, before 8 and 12 were complete
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "train_lo')
+    assert train(framework, config, run) == 0
+    assert losses(run) == losses(undisturbed)
+
+
+def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_taken(
+    framework: str, config: Path, undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    weights = {"jax": "params/**/d/*", "torch": "model.safetensors"}[framework]
+    data = [path for path in (run / "checkpoints/12").glob(weights) if path.is_file()]
+    assert data
+    for path in data:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (run / "checkpoints/8/record/record.json").unlink()
+    assert train(framework, config, run) == 0
+    assert "step 12" in (said := capfd.readouterr().err)
+    assert "going on from step 4" in said
+    assert sorted(path.name for path in (run / "damaged").iterdir()) == ["12", "8"]
+    assert losses(run) == losses(undisturbed)
+
+
+def test_all_checkpoints_damaged_is_no_reason_to_start_from_nothing(
+    framework: str, config: Path, undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for step in saved_steps(run):
+        (run / f"checkpoints/{step}" / {"jax": "params/_METADATA", "torch": "model.safetensors"}[framework]).unlink()
+        (run / f"checkpoints/{step}/record/record.json").write_text("{")
+    assert train(framework, config, run) == 2
+    assert "no checkpoint can be read" in capfd.readouterr().err
+    assert saved_steps(run) == [4, 8, 12]
+
+
+def test_another_model_is_refused_by_field(
+    framework: str, config: Path, undisturbed: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train(framework, config, undisturbed, "--model.n_layers", "3", "--optimizer.learning_rate", "0.1") == 2
+    said = capfd.readouterr().err
+    assert "model.n_layers 2 against 3" in said
+    assert "optimizer.learning_rate 0.01 against 0.1" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--data.source", "missing-*.txt"], "missing-"),
+        (["--model.vocab_size", "100"], "50257"),
+        (["--train.accumulation", "3"], "accumulation = 3"),
+        (["--train.context_length", "100000", "--model.position", "learned"], "context_length"),
+        (["--data.streams", "9"], "data.streams = 9"),
+        (["--train.dtype", "float16"], "dtype"),
+    ],
+)
+def test_wrong_input_ends_with_one_line_and_code_2(
+    framework: str, config: Path, tmp_path: Path, flags: list[str], named: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = train(framework, config, tmp_path / "run", *flags)
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    said = capfd.readouterr().err
+    assert code == 2
+    assert named in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "checkpoints" / "1").exists()
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_ends_the_run_in_time(
+    framework: str, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--optimizer.learning_rate", "1e38", "--optimizer.weight_decay", "1e3", "--train.max_skipped", "3"]
+    assert train(framework, config, tmp_path / "run", *flags) == 1
+    said = capfd.readouterr().err
+    assert said.count("skipped, nothing was changed") == 3
+    assert "3 steps in a row" in said
+
+
+def test_sigterm_saves_and_ends_well(framework: str, config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", f"{framework}_gpt", "train", "--config", str(config), "--out", str(run)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0
+    steps = saved_steps(run)
+    if "stopped by a signal" in said:  # it may have been faster than the signal
+        assert steps[-1] < 12
+        assert not (run / "summary.json").exists()
+    assert train(framework, config, run) == 0
+    assert losses(run) == losses(undisturbed)
+
+
+def test_a_disk_that_fills_up_during_a_save_leaves_the_last_good_checkpoint(
+    framework: str, config: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for step in (8, 12):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    # No file may grow beyond this, as if there were no room: the embedding alone has 3.2 MB.
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)); "
+    limited += f"from {framework}_gpt.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", limited, "train", "--config", str(config), "--out", str(run)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "a checkpoint cannot be written" in done.stderr
+    assert "the checkpoint of step 4 is complete" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert saved_steps(run) == [4]
+    assert train(framework, config, run) == 0
+    assert losses(run) == losses(undisturbed)
+
+
+def test_eval_reads_a_run_and_gives_the_loss_that_training_saw(
+    framework: str, undisturbed: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    summary: dict[str, Any] = json.loads((undisturbed / "summary.json").read_text())
+    assert main(framework, "eval", f"{undisturbed}@last", "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["validation_loss"] == pytest.approx(summary["validation_loss"], rel=1e-6)
