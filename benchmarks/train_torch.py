@@ -31,12 +31,14 @@ def ours(dtype: str, compiled: bool) -> Callable[[int], float]:
     from gpt_core.data.batches import next_token_batch
     from gpt_core.run_config import RunConfig
     from torch_gpt.distributed import connect
+    from torch_gpt.memory import keep_freed_memory
     from torch_gpt.parallel import place_batch
     from torch_gpt.step import create_program
 
+    keep_freed_memory()  # as `torch-gpt train` does
     config = RunConfig.from_dict(
         {
-            "model": {"vocab_size": VOCAB, "context_length": 1024},
+            "model": {"vocab_size": VOCAB, "pad_vocab_size_multiple": 128, "context_length": 1024},  # as gpt2-124m
             "train": {"batch_size": BATCH, "context_length": TIME, "dtype": dtype, "steps": 1000},
             "data": {"streams": 1},
             "torch": {"compile": compiled, "loss_chunk": CHUNK},

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 
-Unembed = Callable[[Float[torch.Tensor, "batch chunk embed"]], Float[torch.Tensor, "batch chunk vocab"]]
+LossOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def token_loss(
@@ -36,30 +36,30 @@ def summed_loss(
 
 
 def chunked_loss(
-    unembed: Unembed,
+    loss_of: LossOf,
     parameters: Sequence[torch.Tensor],
     hidden: Float[torch.Tensor, "batch time embed"],
     targets: Int[torch.Tensor, "batch time"],
     mask: Bool[torch.Tensor, "batch time"],
     chunk: int,
 ) -> Float[torch.Tensor, ""]:
-    """`summed_loss` of `unembed(hidden)`, with the logits of `chunk` positions of each row in memory at a time.
+    """The summed loss of hidden states, with the logits of `chunk` positions of each row in memory at a time.
 
     Each chunk's gradients are taken while its logits are there, so that nothing is computed twice and no
     `[batch, time, vocab]` is held.
 
     Args:
-        unembed: From hidden states to logits.
-        parameters: All that `unembed` reads and that is trained.
+        loss_of: `summed_loss` of the logits of hidden states: (hidden, targets, mask) -> loss.
+        parameters: All that `loss_of` reads and that is trained.
         hidden: The final norm's output.
         targets: The token that should come next.
         mask: True where a position counts.
         chunk: Positions of each row.
     """
     if torch.is_grad_enabled():
-        loss: torch.Tensor = _ChunkedLoss.apply(unembed, hidden, targets, mask, chunk, *parameters)
+        loss: torch.Tensor = _ChunkedLoss.apply(loss_of, hidden, targets, mask, chunk, *parameters)
         return loss
-    return torch.stack([summed_loss(unembed(part), *rest) for part, *rest in _cut(hidden, targets, mask, chunk)]).sum()
+    return torch.stack([loss_of(*part) for part in _cut(hidden, targets, mask, chunk)]).sum()
 
 
 def _cut(
@@ -72,7 +72,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        unembed: Unembed,
+        loss_of: LossOf,
         hidden: torch.Tensor,
         targets: torch.Tensor,
         mask: torch.Tensor,
@@ -80,19 +80,23 @@ class _ChunkedLoss(torch.autograd.Function):
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         losses, of_hidden = [], []
-        of_parameters = [torch.zeros_like(parameter) for parameter in parameters]
+        of_parameters: list[torch.Tensor] = []
         for part, *rest in _cut(hidden, targets, mask, chunk):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
-                loss = summed_loss(unembed(part), *rest)
-                gradients = torch.autograd.grad(loss, (part, *parameters))
+                loss = loss_of(part, *rest)
+                gradient, *gradients = torch.autograd.grad(loss, (part, *parameters))
             losses.append(loss.detach())
-            of_hidden.append(gradients[0])
-            torch._foreach_add_(of_parameters, gradients[1:])
+            of_hidden.append(gradient)
+            if of_parameters:
+                torch._foreach_add_(of_parameters, gradients)
+            else:
+                of_parameters = gradients
         ctx.save_for_backward(torch.cat(of_hidden, 1), *of_parameters)
         return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        of_hidden, *of_parameters = (saved * gradients[0].to(saved.dtype) for saved in ctx.saved_tensors)
+        # In place: a training step goes back once, and these are as large as the table of tokens.
+        of_hidden, *of_parameters = (saved.mul_(gradients[0].to(saved.dtype)) for saved in ctx.saved_tensors)
         return (None, of_hidden, None, None, None, *of_parameters)

@@ -19,7 +19,7 @@ from gpt_core.data.order import host_rows
 from gpt_core.errors import InputError
 from gpt_core.run_config import RunConfig, TorchConfig
 from torch_gpt.distributed import process_count, process_index
-from torch_gpt.loss import chunked_loss
+from torch_gpt.loss import chunked_loss, summed_loss
 from torch_gpt.model import GPT
 
 
@@ -32,10 +32,13 @@ class Objective(nn.Module):
         self.chunk = chunk
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        hidden = self.model.hidden(tokens)
         tied = self.model.config.tied_embeddings
         head = [self.model.token_embedding] if tied else list(self.model.head.parameters())
-        return chunked_loss(self.model.unembed, head, hidden, targets, mask, self.chunk)
+        return chunked_loss(self.loss_of, head, self.model.hidden(tokens), targets, mask, self.chunk)
+
+    def loss_of(self, hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Summed loss of the logits of hidden states."""
+        return summed_loss(self.model.unembed(hidden), targets, mask)
 
 
 def check_divides(config: RunConfig) -> None:
@@ -58,6 +61,7 @@ def shared_out(objective: Objective, config: TorchConfig, accelerator: Accelerat
         for block in objective.model.blocks:
             # Block by block: one compilation serves them all, and the hooks of FSDP stay outside.
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        objective.loss_of = torch.compile(objective.loss_of, dynamic=False)  # type: ignore[method-assign]
     if process_count() == 1:
         return objective
     if config.strategy == "ddp":

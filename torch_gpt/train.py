@@ -18,6 +18,7 @@ from gpt_core.training import Journal, StopRequest, check_vocabulary, evaluation
 from torch_gpt.checkpoint import load
 from torch_gpt.device import peak_memory, total_peak_flops
 from torch_gpt.distributed import connect, is_primary, merged_state, preempted, wait_for_all
+from torch_gpt.memory import keep_freed_memory
 from torch_gpt.parallel import check_divides, like, local_rows, place_batch
 from torch_gpt.run_checkpoint import RunCheckpoints
 from torch_gpt.step import Program, create_program
@@ -37,6 +38,7 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
         InputError: config, data, processes or the folder's content do not fit.
         RunFailedError: the loss stopped being finite.
     """
+    keep_freed_memory()
     accelerator = connect()
     check_divides(config)
     check_vocabulary(config)
