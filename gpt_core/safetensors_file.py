@@ -62,11 +62,15 @@ def write_safetensors(
 class SafetensorsReader:
     """A safetensors file; data is read when asked for.
 
+    Args:
+        path: The file.
+        ignored: Whether a key is no weight (a mask that was saved along, for one) and is left out, whatever its dtype.
+
     Raises:
         InputError: the file is missing, truncated, no safetensors file, or holds something that is no float.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ignored: Callable[[str], bool] = lambda key: False) -> None:
         self.path = path
         try:
             with safe_open(str(path), framework="np"):
@@ -79,6 +83,7 @@ class SafetensorsReader:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        header = {key: entry for key, entry in header.items() if not ignored(key)}
         foreign = next(((key, entry["dtype"]) for key, entry in header.items() if entry["dtype"] not in _DTYPES), None)
         if foreign:
             raise InputError(f"{path}: {foreign[0]} is of dtype {foreign[1]}; weights are of {', '.join(_DTYPES)}")

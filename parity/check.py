@@ -16,8 +16,7 @@ from parity.checks.logits import check_logits
 from parity.checks.weights import check_weights
 from parity.compare import Array
 from parity.fault_runs import FaultRun, summarise
-from parity.formats import open_checkpoint
-from parity.formats.base import Checkpoint
+from parity.formats import Checkpoint, open_checkpoint
 from parity.grid import GridOptions
 from parity.tokens import require_fitting, tokens_for
 from parity.variants import select

@@ -13,8 +13,7 @@ from gpt_core.errors import InputError
 from gpt_core.files import atomic_directory
 from gpt_core.parameters import Parameter, parameter_count, parameter_table
 from gpt_core.tokenizer import tokenizer_of
-from parity.formats import format_of, open_checkpoint
-from parity.formats.base import Checkpoint
+from parity.formats import Checkpoint, format_of, open_checkpoint
 from parity.weights import Array, Source, cast
 
 DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

@@ -14,8 +14,7 @@ from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.precision import DType
 from gpt_core.sites import model_sites
 from parity.compare import Array
-from parity.formats import open_checkpoint
-from parity.formats.base import Checkpoint
+from parity.formats import Checkpoint, open_checkpoint
 from parity.records import hash_array, hash_tokens, write_record
 from parity.report import machine
 from parity.sides import side_of

@@ -10,13 +10,13 @@ from flax import nnx
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
+from gpt_core.formats.orbax_jax import spoke
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
 from jax_gpt.attention import Implementation
 from jax_gpt.loss import token_loss
 from jax_gpt.model import GPT, Taps, initialiser
 from jax_gpt.optimizer import create_optimizer, update
-from parity.formats.orbax_jax import spoke
 from parity.sides.runs import Batch, Batches, Run, Training
 from parity.weights import Array, Source, Weights, decode
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from gpt_core.config import ModelConfig
+from gpt_core.formats.safetensors_torch import SPOKE
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
-from parity.formats.safetensors_torch import SPOKE
 from parity.sides.runs import Batch, Batches, Run, Training
 from parity.weights import Array, Source, Weights, decode, slots
 from torch_gpt import loss as loss_module

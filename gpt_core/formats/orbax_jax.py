@@ -13,7 +13,7 @@ from gpt_core.orbax_file import OrbaxReader, write_orbax
 from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.tensor_info import TensorInfo
 from gpt_core.tokenizer import Tokenizer
-from parity.weights import Array, DType, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
+from gpt_core.weights import Array, DType, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
 
 PARAMS_FOLDER = "params"
 

@@ -8,7 +8,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.parameters import Parameter
 from gpt_core.tensor_info import TensorInfo
 from gpt_core.tokenizer import Tokenizer
-from parity.weights import Array, DType, Source
+from gpt_core.weights import Array, DType, Source
 
 
 class Checkpoint(Protocol):

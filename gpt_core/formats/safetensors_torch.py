@@ -13,7 +13,7 @@ from gpt_core.parameters import Parameter
 from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
 from gpt_core.tensor_info import TensorInfo
 from gpt_core.tokenizer import Tokenizer
-from parity.weights import Array, DType, Source, parameter_dtypes, require_keys, slots, source_of
+from gpt_core.weights import Array, DType, Source, parameter_dtypes, require_keys, slots, source_of
 
 WEIGHTS_FILE = "model.safetensors"
 
