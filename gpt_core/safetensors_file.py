@@ -93,7 +93,12 @@ class SafetensorsReader:
         self._offsets = {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items()}
 
     def read(self, key: str) -> Array:
-        """The array of a key. (The library maps the file and copies, which holds every byte twice.)"""
+        """The array of a key, read-only: its part of the file is mapped, so that pages are read when they are used.
+
+        (The library maps the file and copies, which holds every byte twice.)
+        """
         info = self.tensors[key]
-        raw = np.fromfile(self.path, np.uint8, count=info.nbytes, offset=self._offsets[key])
-        return raw.view(info.dtype).reshape(info.shape)
+        if not info.nbytes:
+            return np.empty(info.shape, info.dtype)
+        raw = np.memmap(self.path, np.uint8, "r", offset=self._offsets[key], shape=(info.nbytes,))
+        return raw.view(np.ndarray).view(info.dtype).reshape(info.shape)

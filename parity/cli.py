@@ -14,16 +14,20 @@ from rich.console import Console
 from gpt_core.cli import CHECK_FAILED, SUCCESS, parser, print_json, progress, run, status
 from gpt_core.errors import InputError
 from gpt_core.files import refuse_existing
+from gpt_core.formats import FORMATS, is_hugging_face
+from gpt_core.formats.targets import HUGGING_FACE, TARGETS
 from gpt_core.precision import DType
 from parity.checks import CheckResult
 from parity.convert import DTYPES, conversion_parts, convert
 from parity.faults import fault_named
-from parity.formats import FORMATS
 from parity.sources import local_checkpoint
 from parity.variants import select
 
 _DTYPES: list[DType] = ["float64", "float32", "bfloat16"]
-_CHECKPOINT = "folder of a checkpoint, or a training run: RUN, RUN@STEP, RUN@best; here or at a remote address"
+_CHECKPOINT = (
+    "folder of a checkpoint, or a training run: RUN, RUN@STEP, RUN@best; here or at a remote address; or a name on the "
+    "Hugging Face hub"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,13 +75,20 @@ def _convert_parser() -> ArgumentParser:
         "Convert a checkpoint to another format, verify it by reading it back, then give it its name.",
         "  parity convert runs/jax runs/torch --to torch\n"
         "  parity convert runs/torch runs/jax-bf16 --to jax --dtype bfloat16\n"
-        "  parity convert runs/tiny-cpu@best best --to torch",
+        "  parity convert runs/tiny-cpu@best best --to torch\n"
+        "  parity convert runs/jax export --to hf            the architecture of transformers that fits\n"
+        "  parity convert openai-community/gpt2 runs/gpt2 --to jax",
     )
     command.add_argument("source", help=_CHECKPOINT)
     command.add_argument("destination", type=Path, help="folder to write")
-    command.add_argument("--to", required=True, choices=list(FORMATS), help="format to write")
+    command.add_argument("--to", required=True, choices=list(TARGETS), help="format to write; hf picks one that fits")
     command.add_argument("--dtype", type=str | None, default=None, choices=[*DTYPES, None], help="cast every weight")
     command.add_argument("--unrolled", action="store_true", help="jax: keep blocks apart instead of stacked")
+    command.add_argument(
+        "--allow-remote-code", action="store_true", help="hf: bring modelling code along where no architecture fits"
+    )
+    command.add_argument("--max-shard-size", type=int | None, default=None, metavar="BYTES", help="hf: of one file")
+    command.add_argument("--report", type=Path | None, default=None, metavar="FILE", help="hf: for the model card")
     command.add_argument("--force", action="store_true", help="replace a destination that exists")
     command.add_argument("--json", action="store_true", help="print what was done as JSON")
     return command
@@ -192,9 +203,21 @@ def _dtypes(options: Namespace) -> list[DType]:
 
 
 def _convert(options: Namespace) -> int:
-    extra = {"unrolled": True} if options.unrolled else {}
+    from gpt_core.formats.hf_folder import parity_result
+
+    hugging_face = is_hugging_face(options.to) or options.to == HUGGING_FACE
+    extra: dict[str, Any] = {"unrolled": True} if options.unrolled else {}
     if extra and options.to != "jax":
-        raise InputError("--unrolled belongs to --to jax; PyTorch blocks are always apart")
+        raise InputError("--unrolled belongs to --to jax; other formats keep blocks apart anyway")
+    of_hugging_face = {"--report": options.report, "--max-shard-size": options.max_shard_size}
+    given = [flag for flag, value in of_hugging_face.items() if value is not None]
+    given += ["--allow-remote-code"] if options.allow_remote_code else []
+    if given and not hugging_face:
+        raise InputError(f"{given[0]} belongs to --to hf or one of: {', '.join(filter(is_hugging_face, FORMATS))}")
+    if options.max_shard_size is not None:
+        if options.max_shard_size < 1:
+            raise InputError(f"--max-shard-size {options.max_shard_size} must be at least 1 byte")
+        extra["max_shard_size"] = options.max_shard_size
     refuse_existing(options.destination, force=options.force)
     with local_checkpoint(options.source) as source, progress() as bar:
         task = bar.add_task("converting", total=conversion_parts(source))
@@ -204,18 +227,25 @@ def _convert(options: Namespace) -> int:
             options.to,
             dtype=options.dtype,
             force=options.force,
+            allow_remote_code=options.allow_remote_code,
+            name=options.destination.resolve().name,
+            parity=parity_result(options.report) if options.report else "",
             advance=lambda parts: bar.advance(task, parts),
             **extra,
         )
     done = replace(done, source=options.source)
     if options.json:
         print_json(done.to_dict())
-    else:
-        print(
-            f"{done.source} ({done.source_format}) -> {done.destination} ({done.destination_format}): "
-            f"{done.parameters:,} parameters, written in {done.write_seconds:.1f} s, "
-            f"read back and equal in {done.verify_seconds:.1f} s"
-        )
+        return SUCCESS
+    print(
+        f"{done.source} ({done.source_format}) -> {done.destination} ({done.destination_format}): "
+        f"{done.parameters:,} parameters, written in {done.write_seconds:.1f} s, "
+        f"read back and equal in {done.verify_seconds:.1f} s"
+    )
+    if done.reason:
+        print(f"{done.destination_format}: {done.reason}")
+    for notice in done.notices:
+        print(f"note: {notice}")
     return SUCCESS
 
 

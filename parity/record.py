@@ -1,21 +1,20 @@
 """Running one checkpoint in one framework and keeping what it computed, for a comparison elsewhere."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.files import refuse_existing
-from gpt_core.parameters import Parameter, parameter_table
+from gpt_core.hashing import hash_weights, unpadded
+from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType
 from gpt_core.sites import model_sites
 from parity.compare import Array
-from parity.formats import Checkpoint, open_checkpoint
-from parity.records import hash_array, hash_tokens, write_record
+from parity.formats import open_checkpoint
+from parity.records import hash_tokens, write_record
 from parity.report import machine
 from parity.sides import side_of
 from parity.sides.runs import Batch, Run
@@ -128,26 +127,6 @@ def next_tokens(tokens: Array) -> Batch:
     mask = np.ones(tokens.shape, bool)
     mask[:, -1] = False
     return Batch(np.roll(tokens, -1, axis=1), mask)
-
-
-def hash_weights(checkpoint: Checkpoint) -> str:
-    """SHA-256 of a checkpoint's weights by value, the same in every format that holds them.
-
-    Parameters are hashed in the order of the table and in its axes, stacked ones block by block, by `hash_array`;
-    the rows that pad the vocabulary are left out. So an exact cast keeps the hash, and a lossy one changes it.
-    """
-    digest = hashlib.sha256()
-    for parameter in parameter_table(checkpoint.config).values():
-        rows = [parameter.of_layer(i) for i in range(parameter.shape[0])] if parameter.stacked else [parameter]
-        for row in rows:
-            name = row.name if row.layer is None else f"{row.name}[{row.layer}]"
-            hash_array(digest, name, unpadded(checkpoint.read(row), row, checkpoint.config))
-    return digest.hexdigest()
-
-
-def unpadded(array: Array, parameter: Parameter, config: ModelConfig) -> Array:
-    """A parameter (or its gradient) without the rows that pad the vocabulary."""
-    return array[tuple(slice(config.vocab_size) if axis == "vocab" else slice(None) for axis in parameter.axes)]
 
 
 def worker(emit: Emit, path: Path, framework: str, dtypes: list[DType], tokens: Array) -> None:

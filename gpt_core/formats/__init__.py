@@ -12,20 +12,30 @@ from gpt_core.formats.base import Checkpoint, Format
 FORMATS = {
     "jax": "gpt_core.formats.orbax_jax",
     "torch": "gpt_core.formats.safetensors_torch",
+    "hf-gpt2": "gpt_core.formats.hf_gpt2",
+    "hf-gpt_bigcode": "gpt_core.formats.hf_gpt_bigcode",
+    "hf-gpt_neo": "gpt_core.formats.hf_gpt_neo",
+    "hf-starcoder2": "gpt_core.formats.hf_starcoder2",
+    "hf-twingpt": "gpt_core.formats.hf_twingpt",
 }
-"""Name on the command line -> module with `matches`, `open_checkpoint` and `write`."""
+"""Name on the command line -> module with `matches`, `open_checkpoint`, `adapt_config` and `write`."""
 
 
 def format_of(name: str) -> Format:
     """The module of a format.
 
     Raises:
-        InputError: the format is unknown, or needs a framework that is not installed.
+        InputError: the format is unknown.
     """
     if name not in FORMATS:
         raise InputError(f"unknown format {name!r}; known are: {', '.join(FORMATS)}")
     module: Format = importlib.import_module(FORMATS[name])
     return module
+
+
+def is_hugging_face(name: str) -> bool:
+    """Whether a format is one that transformers loads."""
+    return name.startswith("hf-")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -48,6 +58,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"with the program that wrote them"
         )
     raise InputError(
-        f"{path}: no known checkpoint; expected model.safetensors (torch) or an Orbax folder named params (jax), "
-        f"with config.json beside it"
+        f"{path}: no known checkpoint; expected model.safetensors (torch, or shards for transformers) or an Orbax "
+        f"folder named params (jax), with config.json beside it"
     )

@@ -23,6 +23,9 @@ BOOKKEEPING = frozenset(
     }
 )
 
+HUGGING_FACE_TYPES = frozenset({"gpt2", "gpt_bigcode", "gpt_neo", "starcoder2", "twingpt_remote"})
+"""What `model_type` says in the folders that our spokes for transformers read."""
+
 _MISSING: Any = object()
 
 

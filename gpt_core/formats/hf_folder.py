@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt_core.checkpoint_config import CONFIG_FILE
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
+from gpt_core.files import atomic_file
 from gpt_core.formats.hf_fields import read_json
 from gpt_core.parameters import parameter_count
 from gpt_core.tokenizer import MERGES_FILE, VOCABULARY_FILE, Tokenizer, gpt2_tokenizer
@@ -21,6 +23,8 @@ _TOKENIZER_FILES = (
 )
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _END_OF_TEXT = "<|endoftext|>"
+CARD_FILE = "README.md"
+PARITY_ROW = "parity"
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 def token_ids(source: Path | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Begin, end and padding for config.json: GPT-2's, or those of the folder that the model came from."""
     if source is not None:
-        content = read_json(source / "config.json")
+        content = read_json(source / CONFIG_FILE)
         return {name: content.get(name) for name in _TOKEN_IDS}
     end = None if tokenizer is None else tokenizer.end_of_text
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
@@ -131,49 +135,50 @@ def write_card(
     folder: Path,
     config: ModelConfig,
     *,
-    class_name: str,
-    source: str,
+    name: str,
+    variant: str,
+    training: str,
+    parity: str,
     notices: Sequence[str],
-    parity: str | None,
     sha256: str,
-    remote_code: bool,
 ) -> None:
     """Write the model card `README.md`.
 
     Args:
-        folder: The exported folder.
+        folder: The exported folder, whose config.json is there.
         config: The model under which it is stored.
-        class_name: The class of transformers that reads it.
-        source: Name of the checkpoint it was made from.
-        notices: How it differs from that checkpoint.
-        parity: What the parity report says, when there is one.
+        name: Of the model.
+        variant: The attention variant that was trained, which may be stored as another one of the same function.
+        training: One line on the training run, or "".
+        parity: One line of a parity report, or "".
+        notices: How what is stored differs from what was trained.
         sha256: Of the weights by value, as in the records of `parity record`.
-        remote_code: Whether the folder brings its own modelling code.
     """
-    window = "full" if config.sliding_window is None else f"each token sees {config.sliding_window} keys"
+    content = read_json(folder / CONFIG_FILE)
+    window = "" if config.sliding_window is None else f", each token sees {config.sliding_window} keys"
     rows = [
-        ("class", f"`{class_name}`"),
-        ("attention variant", f"{config.variant} ({window})"),
+        ("class", f"`{content['architectures'][0]}`"),
+        ("attention variant", f"{variant}{window}"),
         ("parameters", f"{parameter_count(config):,}"),
         ("context", f"{config.context_length:,} tokens"),
-        ("source", f"`{source}`"),
+        ("training run", training or "not known"),
+        (PARITY_ROW, parity or "not checked yet"),
         ("weights, SHA-256 by value", f"`{sha256}`"),
-        ("parity report", parity or "none was given"),
     ]
-    more = ", trust_remote_code=True" if remote_code else ""
+    more = ", trust_remote_code=True" if "auto_map" in content else ""
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags: [gpt2, twingpt]",
         "---",
-        f"# {source}",
+        f"# {name}",
         "",
         "Written by TwinGPT and read back: every weight is equal, bit by bit, to what was converted.",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows),
+        *(f"| {title} | {value} |" for title, value in rows),
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",
@@ -183,7 +188,23 @@ def write_card(
     ]
     if notices:
         lines += ["", "## What the conversion changed", *(f"- {notice}" for notice in notices)]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_parity_into_card(folder: Path, parity: str) -> None:
+    """Put the result of a check into the model card of an exported folder.
+
+    Raises:
+        InputError: the folder has no card of ours.
+    """
+    card = folder / CARD_FILE
+    lines = card.read_text(encoding="utf-8").split("\n") if card.is_file() else []
+    places = [number for number, line in enumerate(lines) if line.startswith(f"| {PARITY_ROW} | ")]
+    if len(places) != 1:
+        raise InputError(f"{card}: is no model card of TwinGPT, so it has no place for the result")
+    lines[places[0]] = f"| {PARITY_ROW} | {parity} |"
+    with atomic_file(card) as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
 
 
 def parity_result(report: Path) -> str:

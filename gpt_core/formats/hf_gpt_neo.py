@@ -36,11 +36,13 @@ SPOKE: Spoke = {
 
 def _read(fields: Fields) -> ModelConfig:
     embed, n_layers = fields.take("hidden_size"), fields.take("num_layers")
+    positions = fields.take("max_position_embeddings")
+    fields.same("n_ctx", positions, "max_position_embeddings")
     fields.activation("activation_function", "gelu_new")
     window = fields.take("window_size", 256)
     return ModelConfig(
         vocab_size=fields.take("vocab_size"),
-        context_length=fields.take("max_position_embeddings"),
+        context_length=positions,
         n_layers=n_layers,
         n_heads=fields.take("num_heads"),
         embed_dim=embed,

@@ -49,6 +49,7 @@ class Architecture:
         write: Translates a config that `adapt` has returned.
         adapt: The config under which this architecture holds a model; an InputError says why it cannot.
         extra_files: Writes files that the architecture needs besides; most need none.
+        format: Name of the format, unless it is "hf-" and the model type.
     """
 
     model_type: str
@@ -61,6 +62,7 @@ class Architecture:
     write: Callable[[ModelConfig], dict[str, Any]]
     adapt: Callable[[ModelConfig], Adaptation]
     extra_files: Callable[[Path], None] = lambda folder: None
+    format: str = ""
 
 
 class HuggingFaceCheckpoint:
@@ -73,7 +75,7 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, path: Path, architecture: Architecture) -> None:
         self.path = path
-        self.format = f"hf-{architecture.model_type}"
+        self.format = architecture.format or f"hf-{architecture.model_type}"
         fields = Fields(path / CONFIG_FILE, read_json(path / CONFIG_FILE))
         try:
             self.config = architecture.read(fields)
