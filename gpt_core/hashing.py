@@ -8,7 +8,7 @@ import numpy as np
 from gpt_core.config import ModelConfig
 from gpt_core.formats.base import Checkpoint
 from gpt_core.parameters import Parameter, parameter_table
-from gpt_core.tensor_info import Array
+from gpt_core.tensor_info import Array, contiguous, pieces
 
 
 def hash_array(digest: "hashlib._Hash", name: str, array: Array) -> None:
@@ -25,7 +25,8 @@ def hash_array(digest: "hashlib._Hash", name: str, array: Array) -> None:
         if array.dtype.itemsize > 4 and not np.array_equal(values, array, equal_nan=True):
             values = array.astype("<f8", copy=False)
     digest.update(f"{name} {values.dtype.name} {'x'.join(map(str, values.shape))}\n".encode())
-    digest.update(np.ascontiguousarray(values).data.cast("B") if values.size else b"")
+    for piece in pieces(contiguous(values)):
+        digest.update(piece.view(np.uint8))
 
 
 class WeightsHash:

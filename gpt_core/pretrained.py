@@ -24,7 +24,7 @@ from gpt_core.formats.targets import HUGGING_FACE, Target, choose_target
 from gpt_core.hashing import WeightsHash, parts
 from gpt_core.hub import local_folder
 from gpt_core.parameters import Parameter
-from gpt_core.tensor_info import Array
+from gpt_core.tensor_info import Array, contiguous, pieces
 from gpt_core.tokenizer import Tokenizer
 from gpt_core.weights import DType, Source
 
@@ -159,8 +159,7 @@ def _verify(read: Source, config: ModelConfig, copy: Checkpoint) -> tuple[str, t
 
     def compared(part: Parameter) -> Array:
         wanted, found = read(part), copy.read(part)
-        # Bytes, not values: NaN is a value like another here, and -0 is not 0.
-        if wanted.dtype != found.dtype or not np.array_equal(_bits(wanted), _bits(found)):
+        if wanted.dtype != found.dtype or not _same_bits(wanted, found):
             raise InputError(f"{part.name} differs from what was written")
         return found
 
@@ -176,12 +175,15 @@ def _verify(read: Source, config: ModelConfig, copy: Checkpoint) -> tuple[str, t
             if following is not None:
                 running.append((following, pool.submit(compared, following)))
             digest.add(part, found)
-            if not np.isfinite(found).all():
+            if not all(np.isfinite(piece).all() for piece in pieces(contiguous(found))):
                 strange.append(part.name if part.layer is None else f"{part.name}, layer {part.layer}")
             del found
     warnings = () if not strange else (f"{len(strange)} tensors hold NaN or infinity, such as {strange[0]}",)
     return digest.hexdigest(), warnings
 
 
-def _bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+def _same_bits(a: Array, b: Array) -> bool:
+    """Whether two arrays are of the same bytes: NaN is a value like another here, and -0 is not 0."""
+    bits = f"u{a.dtype.itemsize}"
+    both = zip(pieces(contiguous(a)), pieces(contiguous(b)), strict=True)
+    return all(np.array_equal(one.view(bits), other.view(bits)) for one, other in both)

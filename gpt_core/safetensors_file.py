@@ -5,6 +5,7 @@ written here as a stream. The library checks each header.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gpt_core.errors import InputError
-from gpt_core.tensor_info import Array, TensorInfo
+from gpt_core.tensor_info import Array, TensorInfo, contiguous, mapped, pieces
+from gpt_core.threads import for_each
 
 _NAMES: dict[np.dtype[Any], str] = {
     np.dtype(np.float64): "F64",
@@ -31,12 +33,12 @@ def write_safetensors(
     read: Callable[[str], Array],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors one after the other, asking for each when its turn comes.
+    """Write tensors, asking for each when its turn comes: a few at a time.
 
     Args:
         path: File to write; the caller renames it into place.
         tensors: What will be written, in this order.
-        read: Gives the array of a key.
+        read: Gives the array of a key; called from several threads.
         metadata: Strings for the header.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -50,13 +52,29 @@ def write_safetensors(
         offset += info.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for key, info in tensors.items():
-            array = np.asarray(read(key), order="C")
-            assert (array.shape, array.dtype) == (info.shape, info.dtype), f"{key} is not what was announced"
-            file.write(array.reshape(-1).view(np.uint8).data)
+    start = 8 + len(encoded)
+
+    def write(key: str) -> None:
+        info, array = tensors[key], contiguous(np.asarray(read(key)))
+        assert (array.shape, array.dtype) == (info.shape, info.dtype), f"{key} is not what was announced"
+        place = position = start + header[key]["data_offsets"][0]
+        for piece in pieces(array):
+            left = piece.view(np.uint8).data
+            while left:
+                written = os.pwrite(descriptor, left, position)
+                left, position = left[written:], position + written
+        _begin_writeback(descriptor, place, info.nbytes)
+
+    with path.open("wb", buffering=0) as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        descriptor = file.fileno()
+        for_each(tensors, write)
+
+
+def _begin_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+    """Have the disk begin with what was written, and give its memory back: the sync at the end finds little left."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 class SafetensorsReader:
@@ -97,8 +115,4 @@ class SafetensorsReader:
 
         (The library maps the file and copies, which holds every byte twice.)
         """
-        info = self.tensors[key]
-        if not info.nbytes:
-            return np.empty(info.shape, info.dtype)
-        raw = np.memmap(self.path, np.uint8, "r", offset=self._offsets[key], shape=(info.nbytes,))
-        return raw.view(np.ndarray).view(info.dtype).reshape(info.shape)
+        return mapped(self.path, self._offsets[key], self.tensors[key])

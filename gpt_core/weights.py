@@ -18,8 +18,8 @@ import numpy.typing as npt
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, axis_sizes, parameter_table
+from gpt_core.tensor_info import Array, contiguous
 
-Array = npt.NDArray[Any]
 DType = np.dtype[Any]
 Weights = dict[str, Array]
 """Canonical name -> array, blocks stacked on the leading `layers` axis."""
@@ -63,7 +63,7 @@ class Slot:
 
     def encode(self, *arrays: Array) -> Array:
         """From canonical axes to the format's; one array for each of `parameters`."""
-        array = np.concatenate(arrays, self._position) if self.joined else arrays[0]
+        array = np.concatenate([contiguous(part) for part in arrays], self._position) if self.joined else arrays[0]
         return einops.rearrange(array, f"{' '.join(self.parameter.axes)} -> {self.pattern}")
 
     def decode(self, array: Array, index: int = 0) -> Array:

@@ -1,10 +1,7 @@
 """Weights of a Hugging Face folder: one safetensors file, or several with an index that says what lies where."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +90,6 @@ def write_shards(
 ) -> None:
     """Write tensors in order, into as few files of at most `max_shard_size` bytes of data as their order allows.
 
-    While one tensor is written the next is read, so two are in memory.
-
     Raises:
         OSError: the disk is full, or writing failed otherwise.
     """
@@ -109,27 +104,10 @@ def write_shards(
     names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [WEIGHTS_FILE]
-    with _ahead(list(tensors), read) as read_ahead:
-        for name, keys in zip(names, shards, strict=True):
-            write_safetensors(folder / name, {key: tensors[key] for key in keys}, read_ahead)
+    for name, keys in zip(names, shards, strict=True):
+        write_safetensors(folder / name, {key: tensors[key] for key in keys}, read)
     if len(shards) > 1:
         total = sum(info.nbytes for info in tensors.values())
         places = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         content: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _ahead(keys: list[str], read: Callable[[str], Array]) -> Iterator[Callable[[str], Array]]:
-    """A `read` for keys in this order that has the next one under way when one is asked for."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: dict[str, Future[Array]] = {keys[0]: pool.submit(read, keys[0])}
-        following = dict(pairwise(keys))
-
-        def next_one(key: str) -> Array:
-            array = waiting.pop(key).result()
-            if key in following:
-                waiting[following[key]] = pool.submit(read, following[key])
-            return array
-
-        yield next_one

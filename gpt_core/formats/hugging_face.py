@@ -173,7 +173,7 @@ class HuggingFaceFormat:
 
         def read(key: str) -> Array:
             slot = expected[key]
-            return np.ascontiguousarray(slot.encode(*(source(parameter) for parameter in slot.parameters)))
+            return slot.encode(*(source(parameter) for parameter in slot.parameters))
 
         write_shards(path, tensors, read, max_shard_size)
         # One dtype for all in config.json: the widest, so that no reader narrows.
