@@ -26,7 +26,7 @@ Outcome = tuple[list[CheckResult], dict[str, Any]]
 Progress = Callable[[int], None]
 
 
-def _groups(dtypes: list[DType]) -> list[list[DType]]:
+def dtype_groups(dtypes: list[DType]) -> list[list[DType]]:
     """Dtypes that may share a process: fp64 alone, and the others."""
     proof: list[DType] = ["float64"] if "float64" in dtypes else []
     others: list[DType] = [dtype for dtype in dtypes if dtype != "float64"]
@@ -48,7 +48,7 @@ def check_grid(options: GridOptions, advance: Progress) -> Outcome:
         InputError: an unknown variant, or a framework that is not installed.
     """
     names = [case.variant for case in select(options.variants)]
-    groups = _groups(options.dtypes)
+    groups = dtype_groups(options.dtypes)
     jobs = [
         Job(
             "parity.grid:worker",
@@ -111,7 +111,7 @@ def check_checkpoints(
     logits: dict[tuple[str, DType], Array] = {}
     environment: dict[str, Any] = {"config_differences": differing_fields(config_a, config_b)}
     wanted: list[DType] = ["float64", *(dtype for dtype in dtypes if dtype != "float64")]
-    for group in _groups(wanted):
+    for group in dtype_groups(wanted):
         jobs = [_job(checkpoint, group, ids) for checkpoint in opened.values()]
 
         def on_event(index: int, event: Any) -> None:

@@ -75,6 +75,7 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, path: Path, architecture: Architecture) -> None:
         self.path = path
+        self.architecture = architecture
         self.format = architecture.format or f"hf-{architecture.model_type}"
         fields = Fields(path / CONFIG_FILE, read_json(path / CONFIG_FILE))
         try:

@@ -148,6 +148,13 @@ def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: boo
     return Program(model, tokens, batch, gradients=gradients, trace=trace)(model)
 
 
+def logits_function(model: GPT) -> Callable[[Array], Array]:
+    """Token ids `[batch, time]` to logits `[batch, time, vocab]`, compiled once for each shape."""
+    graph, state = nnx.split(model)
+    compiled = jax.jit(lambda state, ids: nnx.merge(graph, state)(ids))
+    return lambda tokens: np.asarray(compiled(state, jnp.asarray(tokens, jnp.int32)))
+
+
 def prepare(dtype: DType) -> None:
     """Set what is global in JAX for a process that runs in this dtype."""
     jax.config.update("jax_enable_x64", dtype == "float64")

@@ -65,6 +65,11 @@ def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: boo
     return Run(to_numpy(logits), sites, loss.item(), found)
 
 
+def logits_function(model: GPT) -> Callable[[Array], Array]:
+    """Token ids `[batch, time]` to logits `[batch, time, vocab]`."""
+    return lambda tokens: run(model, tokens, trace=False).logits
+
+
 def train(model: GPT, batches: Batches, config: AdamWConfig, rates: Sequence[float]) -> Training:
     """AdamW steps, one for each batch and its rate; changes the model."""
     optimizer = optimization.create_optimizer(config, model)
