@@ -14,7 +14,8 @@ import numpy as np
 
 from gpt_core.config import ModelConfig, differing_fields
 from gpt_core.parameters import Parameter, parameter_table
-from gpt_core.weights import Array, DType, Source
+from gpt_core.tensor_info import Array
+from gpt_core.weights import DType, Source
 
 _QUERY = ("blocks.attention.query.kernel", "blocks.attention.query.bias")
 _FREE = {"dropout", "init_std"}  # no part of the function of trained weights

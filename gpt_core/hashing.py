@@ -26,7 +26,7 @@ def hash_array(digest: "hashlib._Hash", name: str, array: Array) -> None:
             values = array.astype("<f8", copy=False)
     digest.update(f"{name} {values.dtype.name} {'x'.join(map(str, values.shape))}\n".encode())
     for piece in pieces(contiguous(values)):
-        digest.update(piece.view(np.uint8))
+        digest.update(piece.view(np.uint8).data)
 
 
 class WeightsHash:

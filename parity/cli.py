@@ -25,6 +25,7 @@ from parity.variants import select
 
 _DTYPES: list[DType] = ["float64", "float32", "bfloat16"]
 _PEER_DTYPES: list[DType] = ["float64", "float32"]
+_PEER_TITLE = "Ours against transformers: relative errors in float64, float32"
 _CHECKPOINT = (
     "folder of a checkpoint, or a training run: RUN, RUN@STEP, RUN@best; here or at a remote address; or a name on the "
     "Hugging Face hub"
@@ -167,10 +168,13 @@ def _check(options: Namespace) -> int:
         results, found = _check_two(options)
     else:
         results, found = (_check_hugging_face if options.hugging_face else _check_the_grid)(options)
-    return _report(options, results, found, time.perf_counter() - started)
+    title = _PEER_TITLE if options.hugging_face else ""
+    return _report(options, results, found, time.perf_counter() - started, title)
 
 
-def _report(options: Namespace, results: list[CheckResult], found: dict[str, Any], seconds: float) -> int:
+def _report(
+    options: Namespace, results: list[CheckResult], found: dict[str, Any], seconds: float, title: str = ""
+) -> int:
     """Write and print what checks found; the exit code says whether all passed."""
     from parity.report import print_table, print_verdict, report, write_report
 
@@ -180,7 +184,7 @@ def _report(options: Namespace, results: list[CheckResult], found: dict[str, Any
         print_json(content)
     else:
         console = Console(width=None if os.isatty(1) else 140)
-        print_table(results, console, faults=content["faults"])
+        print_table(results, console, faults=content["faults"], title=title)
         print_verdict(results, seconds, console, faults=content["faults"])
         if written:
             console.print(f"report: {written}", markup=False, soft_wrap=True)
@@ -317,7 +321,7 @@ def _verify(options: Namespace) -> int:
         )
         if options.card:
             write_parity_into_card(folder, verdict(results))
-    return _report(options, results, found | {"faults": []}, time.perf_counter() - started)
+    return _report(options, results, found, time.perf_counter() - started, _PEER_TITLE)
 
 
 def _inspect(options: Namespace) -> int:

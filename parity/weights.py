@@ -1,7 +1,7 @@
 """The hub of all weight formats, where it was before both models could read and write it: see `gpt_core.weights`."""
 
+from gpt_core.tensor_info import Array
 from gpt_core.weights import (
-    Array,
     DType,
     Slot,
     Source,

@@ -12,9 +12,9 @@ from gpt_core.checkpoint_config import read_checkpoint_config, write_checkpoint_
 from gpt_core.config import ModelConfig
 from gpt_core.orbax_file import OrbaxReader, write_orbax
 from gpt_core.parameters import Parameter, parameter_table
-from gpt_core.tensor_info import TensorInfo
+from gpt_core.tensor_info import Array, TensorInfo
 from gpt_core.tokenizer import Tokenizer, tokenizer_of
-from gpt_core.weights import Array, DType, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
+from gpt_core.weights import DType, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
 
 PARAMS_FOLDER = "params"
 

@@ -13,9 +13,9 @@ from gpt_core.config import ModelConfig
 from gpt_core.formats.hf_fields import HUGGING_FACE_TYPES, model_type_of
 from gpt_core.parameters import Parameter
 from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
-from gpt_core.tensor_info import TensorInfo
+from gpt_core.tensor_info import Array, TensorInfo
 from gpt_core.tokenizer import Tokenizer, tokenizer_of
-from gpt_core.weights import Array, DType, Source, parameter_dtypes, require_keys, slots, source_of
+from gpt_core.weights import DType, Source, parameter_dtypes, require_keys, slots, source_of
 
 WEIGHTS_FILE = "model.safetensors"
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
-from gpt_core.formats.hugging_face import HuggingFaceCheckpoint
+from gpt_core.formats.hugging_face import Architecture, HuggingFaceCheckpoint
 from gpt_core.precision import DType
 from gpt_core.weights import Weights, decode, slots
 from parity.compare import Array
@@ -90,9 +90,9 @@ class Peer:
             raise InputError(
                 f"{path}: runs the modelling code that lies in it; pass --trust-remote-code if you trust its source"
             )
-        self.architecture = checkpoint.architecture
+        self.architecture: Architecture = checkpoint.architecture
         self.config: ModelConfig = checkpoint.config
-        self._double = dtype == "float64"
+        self._double: bool = dtype == "float64"
         with self._computing():
             # from_pretrained is generic over classes that exist at run time alone
             self.model: Any = AutoModelForCausalLM.from_pretrained(
