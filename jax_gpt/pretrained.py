@@ -1,7 +1,7 @@
 """A model out of a checkpoint of any format, and into one: the methods that `GPT` has from here."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +15,8 @@ from gpt_core.tokenizer import Tokenizer
 from gpt_core.weights import slots, source_of
 from jax_gpt.attention import Implementation
 
+Model = TypeVar("Model", bound="Pretrained")
+
 
 class Pretrained:
     """Loading from and saving to every format, those of Hugging Face included."""
@@ -24,13 +26,13 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Model],
         path_or_name: str | Path,
         *,
         precision: Precision = Precision(),
         implementation: Implementation = "reference",
         scan_layers: bool = True,
-    ) -> Self:
+    ) -> Model:
         """Load a checkpoint of any format; weights are cast to `precision.param_dtype`.
 
         Args:
@@ -44,7 +46,7 @@ class Pretrained:
         """
         checkpoint = open_pretrained(path_or_name)
         constructor: Any = cls
-        model: Self = constructor(
+        model: Model = constructor(
             checkpoint.config,
             lambda parameter: jnp.array(checkpoint.read(parameter), dtype=precision.param_dtype, copy=True),
             precision=precision,

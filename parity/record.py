@@ -16,7 +16,7 @@ from parity.compare import Array
 from parity.formats import open_checkpoint
 from parity.records import hash_tokens, write_record
 from parity.report import machine
-from parity.sides import side_of
+from parity.sides import TRANSFORMERS, side_of
 from parity.sides.runs import Batch, Run
 from parity.tolerances import TOLERANCE
 from parity.workers import Emit
@@ -29,7 +29,7 @@ def run_checkpoint(
 
     Args:
         path: A checkpoint in any known format.
-        framework: "jax" or "torch".
+        framework: "jax", "torch", or "transformers" for a folder of Hugging Face.
         dtype: What to compute in. In JAX, one process runs either float64 or the others.
         tokens: `[batch, time]`.
         batch: What the model should predict.
@@ -40,6 +40,9 @@ def run_checkpoint(
     """
     side = side_of(framework)
     side.prepare(dtype)
+    if framework == TRANSFORMERS:  # which reads the folder itself
+        peer_run: Run = side.Peer(path, dtype).run(tokens, batch, trace=trace)
+        return peer_run
     checkpoint = open_checkpoint(path)
     run: Run = side.run(side.build(checkpoint.config, checkpoint.read, dtype), tokens, batch, trace=trace)
     return run

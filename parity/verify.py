@@ -13,15 +13,12 @@ import numpy as np
 
 from gpt_core.errors import InputError
 from gpt_core.formats import format_of, is_hugging_face, open_checkpoint
-from gpt_core.formats.base import Checkpoint
-from gpt_core.formats.targets import REMOTE_CODE, choose_target
-from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType
 from gpt_core.weights import weights_source
 from parity.check import Outcome, Progress, dtype_groups
 from parity.checks import CheckResult
 from parity.checks.peer import check_decode, check_runs, greedy
-from parity.checks.weights import check_weights
+from parity.checks.weights import check_export
 from parity.compare import Array
 from parity.convert import convert
 from parity.record import next_tokens
@@ -73,7 +70,7 @@ def verify_folder(
     ids = tokens_for(folder, checkpoint.config, tokens, text)
     if ids.shape[1] < 2:
         raise InputError("rows of one token have no next token to predict; give longer ones")
-    results = [] if against is None else [_stored(folder.resolve().name, open_checkpoint(against), checkpoint)]
+    results = [] if against is None else [check_export(folder.resolve().name, open_checkpoint(against), checkpoint)]
     shared = {"path": folder, "tokens": ids, "new_tokens": new_tokens, "trust_remote_code": trust_remote_code}
     jobs = [
         Job(
@@ -197,7 +194,7 @@ def grid_worker(emit: Emit, variants: list[str], dtypes: list[DType]) -> None:
                 if dtype == dtypes[0]:
                     convert(export, back, "jax")
                     convert(back, again, "hf", allow_remote_code=True)
-                    results.insert(0, _stored(name, open_checkpoint(again), open_checkpoint(export)))
+                    results.insert(0, check_export(name, open_checkpoint(again), open_checkpoint(export)))
                 emit(results)
     emit({"environment": _describe(sides)})
 
@@ -248,21 +245,6 @@ def _prompt(tokens: Array, context_length: int, new: int) -> tuple[Array, int]:
     """A prompt that leaves room for new tokens in the context, and for how many."""
     new = min(new, context_length - 1)
     return tokens[:, : max(1, min(tokens.shape[1], context_length - new))], new
-
-
-def _stored(variant: str, source: Checkpoint, folder: Checkpoint) -> CheckResult:
-    """Weights of a checkpoint as the folder's format holds them, against the folder's, bit by bit."""
-    if is_hugging_face(source.format) and source.format != folder.format:
-        raise InputError(f"{source.path}: is {source.format} and {folder.path} is {folder.format}; give their source")
-    target = choose_target(folder.format, source.config, allow_remote_code=folder.format == REMOTE_CODE)
-    read = target.adaptation.source(source.read, source.dtypes)
-    table = parameter_table(folder.config)
-    rows = parameter_table(target.adaptation.after)
-    wanted = {name: read(row) for name, row in rows.items()}
-    found = {name: folder.read(row) for name, row in table.items()}
-    dtypes = {array.dtype.name for array in found.values()}
-    result = check_weights(variant, dtypes.pop() if len(dtypes) == 1 else "float32", wanted, {folder.format: found})
-    return replace(result, origin=source.format)
 
 
 def _prepared(dtype: DType) -> list[str]:

@@ -1,7 +1,7 @@
 """A model out of a checkpoint of any format, and into one: the methods that `GPT` has from here."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from torch_gpt.arrays import from_numpy, to_numpy
 from torch_gpt.attention import Implementation
 from torch_gpt.dtypes import torch_dtype
 
+Model = TypeVar("Model", bound="Pretrained")
+
 
 class Pretrained:
     """Loading from and saving to every format, those of Hugging Face included."""
@@ -23,12 +25,12 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Model],
         path_or_name: str | Path,
         *,
         precision: Precision = Precision(),
         implementation: Implementation = "reference",
-    ) -> Self:
+    ) -> Model:
         """Load a checkpoint of any format; weights are cast to `precision.param_dtype`.
 
         Args:
@@ -47,7 +49,7 @@ class Pretrained:
             precision=precision,
             implementation=implementation,
         )
-        loaded: Self = model.eval()
+        loaded: Model = model.eval()
         return loaded
 
     def save_pretrained(
