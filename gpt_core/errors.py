@@ -8,6 +8,8 @@ _EXTRA_OF = {
     "orbax": "jax",
     "torch": "torch",
     "accelerate": "torch",
+    "transformers": "hub",
+    "huggingface_hub": "hub",
     "optuna": "sweep",
 }
 """Package -> the extra of this distribution that brings it."""

@@ -58,6 +58,16 @@ def atomic_file(destination: Path, *, force: bool = True) -> Iterator[Path]:
                 temporary.unlink()
 
 
+def sync_directory(folder: Path) -> None:
+    """Have the disk hold every file of a folder, so that what takes its name afterwards is there after a crash too."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def refuse_existing(destination: Path, *, force: bool) -> None:
     """Refuse a destination that is there, unless forced.
 

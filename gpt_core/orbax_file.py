@@ -7,11 +7,8 @@ and what Orbax writes, OCDBT included, is read here.
 """
 
 import json
-import os
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,8 @@ import numpy as np
 import tensorstore as ts
 
 from gpt_core.errors import InputError
-from gpt_core.tensor_info import Array, TensorInfo
+from gpt_core.tensor_info import Array, TensorInfo, contiguous, mapped
+from gpt_core.threads import for_each
 
 _METADATA_FILE = "_METADATA"
 _DICT_KEY = 2  # Orbax's number for "a key of a dictionary" in a tree's path
@@ -75,25 +73,11 @@ def write_orbax(
         }
 
     def write(part: tuple[ts.TensorStore, str, int | None]) -> None:
-        if stopped.is_set():
-            return
         target, key, row = part
-        try:
-            array = np.ascontiguousarray(read(key, row))
-            _written(target.write(array, can_reference_source_data_indefinitely=True))
-        except BaseException:
-            stopped.set()
-            raise
+        array = contiguous(read(key, row))
+        _written(target.write(array, can_reference_source_data_indefinitely=True))
 
-    # Reading and transposing take as long as writing: a few parts at a time, and no more of them in memory.
-    stopped = threading.Event()
-    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-    try:
-        for _ in pool.map(write, parts):
-            pass
-    finally:  # after an error or Ctrl-C, what has not begun never does
-        stopped.set()
-        pool.shutdown(cancel_futures=True)
+    for_each(parts, write)
     now = time.time_ns()
     _write_json(
         folder / _METADATA_FILE,
@@ -168,6 +152,7 @@ class OrbaxReader:
             key: TensorInfo(tuple(store.shape), np.dtype(store.dtype.numpy_dtype))
             for key, store in self._stores.items()
         }
+        self._chunks = {} if use_ocdbt or metadata.get("use_zarr3") else {key: self._raw_chunks(key) for key in opening}
 
     def read(self, key: str, row: int | None = None) -> Array:
         """The array of a key, or one row of its first axis.
@@ -175,8 +160,34 @@ class OrbaxReader:
         Raises:
             InputError: its data is missing or truncated.
         """
+        mapped_row = self._mapped(key, row)
+        if mapped_row is not None:
+            return mapped_row
         store = self._stores[key] if row is None else self._stores[key][row]
         return np.asarray(self._result(key, store.read()))
+
+    def _mapped(self, key: str, row: int | None) -> Array | None:
+        """What is asked for, where it is one uncompressed chunk in a file of its own; TensorStore would copy it."""
+        info, chunks = self.tensors[key], self._chunks.get(key)
+        wanted = info.shape if row is None else (1, *info.shape[1:])
+        if chunks is None or chunks != wanted:
+            return None
+        place = ".".join(map(str, (row or 0, *(0 for _ in info.shape[1:])))) or "0"
+        file = self.path / key / place
+        part = TensorInfo(info.shape if row is None else info.shape[1:], info.dtype)
+        if not file.is_file() or file.stat().st_size != part.nbytes:
+            return None  # and TensorStore says what is wrong with it
+        return mapped(file, 0, part)
+
+    def _raw_chunks(self, key: str) -> tuple[int, ...] | None:
+        """Shape of the chunks of an array of uncompressed files; None where it is stored otherwise."""
+        try:
+            header = json.loads((self.path / key / ".zarray").read_text(encoding="utf-8"))
+            plain = header["compressor"] is None and not header["filters"] and header["order"] == "C"
+            plain = plain and header.get("dimension_separator", ".") == "." and not header["dtype"].startswith(">")
+            return tuple(header["chunks"]) if plain else None
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return None
 
     def _result(self, key: str, future: Any) -> Any:
         try:

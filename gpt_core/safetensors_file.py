@@ -5,6 +5,7 @@ written here as a stream. The library checks each header.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gpt_core.errors import InputError
-from gpt_core.tensor_info import Array, TensorInfo
+from gpt_core.tensor_info import Array, TensorInfo, contiguous, mapped, pieces
+from gpt_core.threads import for_each
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 FIRST_MOMENT, SECOND_MOMENT = "first_moment", "second_moment"
@@ -37,12 +39,12 @@ def write_safetensors(
     read: Callable[[str], Array],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors one after the other, asking for each when its turn comes.
+    """Write tensors, asking for each when its turn comes: a few at a time.
 
     Args:
         path: File to write; the caller renames it into place.
         tensors: What will be written, in this order.
-        read: Gives the array of a key.
+        read: Gives the array of a key; called from several threads.
         metadata: Strings for the header.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -56,23 +58,43 @@ def write_safetensors(
         offset += info.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for key, info in tensors.items():
-            array = np.asarray(read(key), order="C")
-            assert (array.shape, array.dtype) == (info.shape, info.dtype), f"{key} is not what was announced"
-            file.write(array.reshape(-1).view(np.uint8).data)
+    start = 8 + len(encoded)
+
+    def write(key: str) -> None:
+        info, array = tensors[key], contiguous(np.asarray(read(key)))
+        assert (array.shape, array.dtype) == (info.shape, info.dtype), f"{key} is not what was announced"
+        place = position = start + header[key]["data_offsets"][0]
+        for piece in pieces(array):
+            left = piece.view(np.uint8).data
+            while left:
+                written = os.pwrite(descriptor, left, position)
+                left, position = left[written:], position + written
+        _begin_writeback(descriptor, place, info.nbytes)
+
+    with path.open("wb", buffering=0) as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        descriptor = file.fileno()
+        for_each(tensors, write)
+
+
+def _begin_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+    """Have the disk begin with what was written, and give its memory back: the sync at the end finds little left."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 class SafetensorsReader:
     """A safetensors file; data is read when asked for.
 
+    Args:
+        path: The file.
+        ignored: Whether a key is no weight (a mask that was saved along, for one) and is left out, whatever its dtype.
+
     Raises:
         InputError: the file is missing, truncated, no safetensors file, or holds something that is no float.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ignored: Callable[[str], bool] = lambda key: False) -> None:
         self.path = path
         try:
             with safe_open(str(path), framework="np"):
@@ -85,6 +107,7 @@ class SafetensorsReader:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        header = {key: entry for key, entry in header.items() if not ignored(key)}
         foreign = next(((key, entry["dtype"]) for key, entry in header.items() if entry["dtype"] not in _DTYPES), None)
         if foreign:
             raise InputError(f"{path}: {foreign[0]} is of dtype {foreign[1]}; weights are of {', '.join(_DTYPES)}")
@@ -94,7 +117,8 @@ class SafetensorsReader:
         self._offsets = {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items()}
 
     def read(self, key: str) -> Array:
-        """The array of a key. (The library maps the file and copies, which holds every byte twice.)"""
-        info = self.tensors[key]
-        raw = np.fromfile(self.path, np.uint8, count=info.nbytes, offset=self._offsets[key])
-        return raw.view(info.dtype).reshape(info.shape)
+        """The array of a key, read-only: its part of the file is mapped, so that pages are read when they are used.
+
+        (The library maps the file and copies, which holds every byte twice.)
+        """
+        return mapped(self.path, self._offsets[key], self.tensors[key])

@@ -21,6 +21,7 @@ from gpt_core.precision import Precision
 from gpt_core.rotary import rotary_angles
 from gpt_core.sites import block_sites
 from jax_gpt.attention import Implementation, attention
+from jax_gpt.pretrained import Pretrained
 
 Create = Callable[[Parameter], jax.Array]
 Table = Mapping[str, Parameter]
@@ -166,7 +167,7 @@ class Block(nnx.Module):
         return x + dropout(self.mlp(normed, taps), self.rate, keys[1])
 
 
-class GPT(nnx.Module):
+class GPT(Pretrained, nnx.Module):
     """A decoder-only language model of the GPT-2 family.
 
     Args:

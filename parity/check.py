@@ -9,16 +9,17 @@ import numpy as np
 
 from gpt_core.config import differing_fields
 from gpt_core.errors import InputError
+from gpt_core.formats import is_hugging_face
 from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType
 from parity.checks import CheckResult
 from parity.checks.logits import check_logits
-from parity.checks.weights import check_weights
+from parity.checks.weights import check_export, check_weights
 from parity.compare import Array
 from parity.fault_runs import FaultRun, summarise
-from parity.formats import open_checkpoint
-from parity.formats.base import Checkpoint
+from parity.formats import Checkpoint, open_checkpoint
 from parity.grid import GridOptions
+from parity.sides import TRANSFORMERS
 from parity.tokens import require_fitting, tokens_for
 from parity.variants import select
 from parity.workers import Job, framework_environment, run_side_by_side
@@ -27,7 +28,7 @@ Outcome = tuple[list[CheckResult], dict[str, Any]]
 Progress = Callable[[int], None]
 
 
-def _groups(dtypes: list[DType]) -> list[list[DType]]:
+def dtype_groups(dtypes: list[DType]) -> list[list[DType]]:
     """Dtypes that may share a process: fp64 alone, and the others."""
     proof: list[DType] = ["float64"] if "float64" in dtypes else []
     others: list[DType] = [dtype for dtype in dtypes if dtype != "float64"]
@@ -49,7 +50,7 @@ def check_grid(options: GridOptions, advance: Progress) -> Outcome:
         InputError: an unknown variant, or a framework that is not installed.
     """
     names = [case.variant for case in select(options.variants)]
-    groups = _groups(options.dtypes)
+    groups = dtype_groups(options.dtypes)
     jobs = [
         Job(
             "parity.grid:worker",
@@ -89,7 +90,7 @@ def check_checkpoints(
     """Compare two checkpoints, each run in the framework of its format.
 
     Args:
-        first: A checkpoint in any known format.
+        first: A checkpoint in any known format; one of Hugging Face runs in transformers.
         second: Another; the reference.
         dtypes: What to compute in.
         advance: Called with the number of runs just done; there are 2 x dtypes in all.
@@ -112,7 +113,7 @@ def check_checkpoints(
     logits: dict[tuple[str, DType], Array] = {}
     environment: dict[str, Any] = {"config_differences": differing_fields(config_a, config_b)}
     wanted: list[DType] = ["float64", *(dtype for dtype in dtypes if dtype != "float64")]
-    for group in _groups(wanted):
+    for group in dtype_groups(wanted):
         jobs = [_job(checkpoint, group, ids) for checkpoint in opened.values()]
 
         def on_event(index: int, event: Any) -> None:
@@ -135,13 +136,19 @@ def check_checkpoints(
 
 
 def _job(checkpoint: Checkpoint, dtypes: list[DType], tokens: Array) -> Job:
-    framework = "jax" if checkpoint.format == "jax" else "torch"
+    framework = TRANSFORMERS if is_hugging_face(checkpoint.format) else checkpoint.format
     arguments = {"path": checkpoint.path, "framework": framework, "dtypes": dtypes, "tokens": tokens}
     return Job("parity.record:worker", arguments, framework_environment(dtypes[0], workers=2))
 
 
 def _check_stored(name: str, a: Checkpoint, b: Checkpoint) -> CheckResult:
-    """Stored weights, bit by bit; where both store another dtype, by value in fp64."""
+    """Stored weights, bit by bit; where both store another dtype, by value in fp64.
+
+    Where one of them is a folder of Hugging Face, the other is held against it as that format would hold it.
+    """
+    exports = [side for side in (a, b) if is_hugging_face(side.format)]
+    if len(exports) == 1:
+        return replace(check_export(name, a if exports[0] is b else b, exports[0]), origin="checkpoint")
     table_a, table_b = parameter_table(a.config), parameter_table(b.config)
     weights_a = {row: a.read(parameter) for row, parameter in table_a.items()}
     weights_b = {row: b.read(parameter) for row, parameter in table_b.items()}

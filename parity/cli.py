@@ -14,16 +14,22 @@ from rich.console import Console
 from gpt_core.cli import CHECK_FAILED, SUCCESS, parser, print_json, progress, run, status
 from gpt_core.errors import InputError
 from gpt_core.files import refuse_existing
+from gpt_core.formats import FORMATS, is_hugging_face
+from gpt_core.formats.targets import HUGGING_FACE, TARGETS
 from gpt_core.precision import DType
 from parity.checks import CheckResult
 from parity.convert import DTYPES, conversion_parts, convert
 from parity.faults import fault_named
-from parity.formats import FORMATS
 from parity.sources import local_checkpoint
 from parity.variants import select
 
 _DTYPES: list[DType] = ["float64", "float32", "bfloat16"]
-_CHECKPOINT = "folder of a checkpoint, or a training run: RUN, RUN@STEP, RUN@best; here or at a remote address"
+_PEER_DTYPES: list[DType] = ["float64", "float32"]
+_PEER_TITLE = "Ours against transformers: relative errors in float64, float32"
+_CHECKPOINT = (
+    "folder of a checkpoint, or a training run: RUN, RUN@STEP, RUN@best; here or at a remote address; or a name on the "
+    "Hugging Face hub"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,10 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
     commands = top.add_subcommands(required=True, dest="subcommand")
     commands.add_subcommand("check", _check_parser(), help="prove the grid of variants, or two checkpoints, equal")
     commands.add_subcommand("convert", _convert_parser(), help="convert a checkpoint to another format")
+    commands.add_subcommand("verify", _verify_parser(), help="prove that transformers runs an exported folder alike")
     commands.add_subcommand("inspect", _inspect_parser(), help="show what lies in a checkpoint")
     commands.add_subcommand("record", _record_parser(), help="write a checkpoint's logits and intermediates to a file")
     commands.add_subcommand("compare", _compare_parser(), help="compare two records, with no checkpoint or framework")
-    handlers = {"check": _check, "convert": _convert, "inspect": _inspect, "record": _record, "compare": _compare}
+    handlers = {"check": _check, "convert": _convert, "verify": _verify, "inspect": _inspect}
+    handlers |= {"record": _record, "compare": _compare}
     return run(top, handlers, arguments)
 
 
@@ -61,6 +69,7 @@ def _check_parser() -> ArgumentParser:
     check.add_argument("--faults", action="store_true", help="only plant faults, each where it must be caught")
     check.add_argument("--fault", type=str | None, default=None, metavar="NAME", help="plant one in every check")
     check.add_argument("--full", action="store_true", help="also what takes minutes: training, fp32 gradients")
+    check.add_argument("--hugging-face", action="store_true", help="instead: every variant's export in transformers")
     _add_inputs(check)
     check.add_argument("--json", action="store_true", help="print the report as JSON")
     return check
@@ -71,15 +80,40 @@ def _convert_parser() -> ArgumentParser:
         "Convert a checkpoint to another format, verify it by reading it back, then give it its name.",
         "  parity convert runs/jax runs/torch --to torch\n"
         "  parity convert runs/torch runs/jax-bf16 --to jax --dtype bfloat16\n"
-        "  parity convert runs/tiny-cpu@best best --to torch",
+        "  parity convert runs/tiny-cpu@best best --to torch\n"
+        "  parity convert runs/jax export --to hf            the architecture of transformers that fits\n"
+        "  parity convert openai-community/gpt2 runs/gpt2 --to jax",
     )
     command.add_argument("source", help=_CHECKPOINT)
     command.add_argument("destination", type=Path, help="folder to write")
-    command.add_argument("--to", required=True, choices=list(FORMATS), help="format to write")
+    command.add_argument("--to", required=True, choices=list(TARGETS), help="format to write; hf picks one that fits")
     command.add_argument("--dtype", type=str | None, default=None, choices=[*DTYPES, None], help="cast every weight")
     command.add_argument("--unrolled", action="store_true", help="jax: keep blocks apart instead of stacked")
+    command.add_argument(
+        "--allow-remote-code", action="store_true", help="hf: bring modelling code along where no architecture fits"
+    )
+    command.add_argument("--max-shard-size", type=int | None, default=None, metavar="BYTES", help="hf: of one file")
+    command.add_argument("--report", type=Path | None, default=None, metavar="FILE", help="hf: for the model card")
     command.add_argument("--force", action="store_true", help="replace a destination that exists")
     command.add_argument("--json", action="store_true", help="print what was done as JSON")
+    return command
+
+
+def _verify_parser() -> ArgumentParser:
+    command = parser(
+        "Run a folder of Hugging Face in transformers and in our models, and compare logits, loss, gradients, named\n"
+        "intermediates and 64 greedy tokens. Exit code 0: equal, 1: they differ, 2: wrong input.",
+        "  parity verify export\n  parity verify export --against runs/jax --card --out runs/verify",
+    )
+    command.add_argument("folder", help="exported folder, or a name on the Hugging Face hub")
+    command.add_argument("--against", type=str | None, default=None, metavar="CHECKPOINT", help="its source, by bits")
+    command.add_argument("--dtype", nargs="+", default=_PEER_DTYPES, choices=_PEER_DTYPES, help="what to compute in")
+    _add_inputs(command)
+    command.add_argument("--new-tokens", type=int, default=64, metavar="N", help="tokens to generate; 0 for none")
+    command.add_argument("--trust-remote-code", action="store_true", help="run modelling code that lies in the folder")
+    command.add_argument("--card", action="store_true", help="put the result into the folder's model card")
+    command.add_argument("--out", type=Path | None, default=None, metavar="DIR", help="folder for report.json")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
     return command
 
 
@@ -127,20 +161,30 @@ def _add_inputs(command: ArgumentParser) -> None:
 
 
 def _check(options: Namespace) -> int:
-    from parity.report import print_table, print_verdict, report, write_report
-
     if len(options.checkpoints) not in (0, 2):
         raise InputError(f"check takes no checkpoint (the grid) or two, not {len(options.checkpoints)}")
     started = time.perf_counter()
-    results, found = _check_two(options) if options.checkpoints else _check_the_grid(options)
-    seconds = time.perf_counter() - started
+    if options.checkpoints:
+        results, found = _check_two(options)
+    else:
+        results, found = (_check_hugging_face if options.hugging_face else _check_the_grid)(options)
+    title = _PEER_TITLE if options.hugging_face else ""
+    return _report(options, results, found, time.perf_counter() - started, title)
+
+
+def _report(
+    options: Namespace, results: list[CheckResult], found: dict[str, Any], seconds: float, title: str = ""
+) -> int:
+    """Write and print what checks found; the exit code says whether all passed."""
+    from parity.report import print_table, print_verdict, report, write_report
+
     content = report(results, **found, seconds=seconds, command=" ".join(["parity", *sys.argv[1:]]))
     written = write_report(options.out, content) if options.out else None
     if options.json:
         print_json(content)
     else:
         console = Console(width=None if os.isatty(1) else 140)
-        print_table(results, console, faults=content["faults"])
+        print_table(results, console, faults=content["faults"], title=title)
         print_verdict(results, seconds, console, faults=content["faults"])
         if written:
             console.print(f"report: {written}", markup=False, soft_wrap=True)
@@ -150,8 +194,10 @@ def _check(options: Namespace) -> int:
 def _check_two(options: Namespace) -> tuple[list[CheckResult], dict[str, Any]]:
     from parity.check import check_checkpoints
 
-    if options.variant or options.fault or options.faults or options.full:
-        raise InputError("--variant, --fault, --faults and --full belong to the grid, not to two checkpoints")
+    if options.variant or options.fault or options.faults or options.full or options.hugging_face:
+        raise InputError(
+            "--variant, --fault, --faults, --full and --hugging-face belong to the grid, not to two checkpoints"
+        )
     dtypes = _dtypes(options)
     with ExitStack() as stack, progress() as bar:
         first, second = (stack.enter_context(local_checkpoint(str(name))) for name in options.checkpoints)
@@ -159,6 +205,18 @@ def _check_two(options: Namespace) -> tuple[list[CheckResult], dict[str, Any]]:
         return check_checkpoints(
             first, second, dtypes, lambda n: bar.advance(task, n), tokens=options.tokens, text=options.text
         )
+
+
+def _check_hugging_face(options: Namespace) -> tuple[list[CheckResult], dict[str, Any]]:
+    from parity.verify import hugging_face_cases, verify_grid
+
+    if options.fault or options.faults or options.full or options.tokens or options.text:
+        raise InputError("--hugging-face goes with --variant and --dtype alone")
+    dtypes = [dtype for dtype in _dtypes(options) if dtype in _PEER_DTYPES]
+    with progress() as bar:
+        total = len(options.variant or hugging_face_cases()) * len(dtypes)
+        task = bar.add_task("checking exports in transformers", total=total)
+        return verify_grid(options.variant, dtypes, lambda n: bar.advance(task, n))
 
 
 def _check_the_grid(options: Namespace) -> tuple[list[CheckResult], dict[str, Any]]:
@@ -192,9 +250,21 @@ def _dtypes(options: Namespace) -> list[DType]:
 
 
 def _convert(options: Namespace) -> int:
-    extra = {"unrolled": True} if options.unrolled else {}
+    from gpt_core.formats.hf_folder import parity_result
+
+    hugging_face = is_hugging_face(options.to) or options.to == HUGGING_FACE
+    extra: dict[str, Any] = {"unrolled": True} if options.unrolled else {}
     if extra and options.to != "jax":
-        raise InputError("--unrolled belongs to --to jax; PyTorch blocks are always apart")
+        raise InputError("--unrolled belongs to --to jax; other formats keep blocks apart anyway")
+    of_hugging_face = {"--report": options.report, "--max-shard-size": options.max_shard_size}
+    given = [flag for flag, value in of_hugging_face.items() if value is not None]
+    given += ["--allow-remote-code"] if options.allow_remote_code else []
+    if given and not hugging_face:
+        raise InputError(f"{given[0]} belongs to --to hf or one of: {', '.join(filter(is_hugging_face, FORMATS))}")
+    if options.max_shard_size is not None:
+        if options.max_shard_size < 1:
+            raise InputError(f"--max-shard-size {options.max_shard_size} must be at least 1 byte")
+        extra["max_shard_size"] = options.max_shard_size
     refuse_existing(options.destination, force=options.force)
     with local_checkpoint(options.source) as source, progress() as bar:
         task = bar.add_task("converting", total=conversion_parts(source))
@@ -204,19 +274,54 @@ def _convert(options: Namespace) -> int:
             options.to,
             dtype=options.dtype,
             force=options.force,
+            allow_remote_code=options.allow_remote_code,
+            name=options.destination.resolve().name,
+            parity=parity_result(options.report) if options.report else "",
             advance=lambda parts: bar.advance(task, parts),
             **extra,
         )
     done = replace(done, source=options.source)
     if options.json:
         print_json(done.to_dict())
-    else:
-        print(
-            f"{done.source} ({done.source_format}) -> {done.destination} ({done.destination_format}): "
-            f"{done.parameters:,} parameters, written in {done.write_seconds:.1f} s, "
-            f"read back and equal in {done.verify_seconds:.1f} s"
-        )
+        return SUCCESS
+    print(
+        f"{done.source} ({done.source_format}) -> {done.destination} ({done.destination_format}): "
+        f"{done.parameters:,} parameters, written in {done.write_seconds:.1f} s, "
+        f"read back and equal in {done.verify_seconds:.1f} s"
+    )
+    if done.reason:
+        print(f"{done.destination_format}: {done.reason}")
+    for notice in done.notices:
+        print(f"note: {notice}")
     return SUCCESS
+
+
+def _verify(options: Namespace) -> int:
+    from gpt_core.formats.hf_folder import write_parity_into_card
+    from parity.checks.peer import verdict
+    from parity.verify import verify_folder
+
+    if options.new_tokens < 0:
+        raise InputError(f"--new-tokens {options.new_tokens} must be at least 0")
+    started = time.perf_counter()
+    dtypes = [dtype for dtype in _PEER_DTYPES if dtype in options.dtype]
+    with ExitStack() as stack, progress() as bar:
+        folder = stack.enter_context(local_checkpoint(options.folder))
+        against = None if options.against is None else stack.enter_context(local_checkpoint(options.against))
+        task = bar.add_task("running in transformers", total=len(dtypes))
+        results, found = verify_folder(
+            folder,
+            dtypes,
+            lambda n: bar.advance(task, n),
+            against=against,
+            tokens=options.tokens,
+            text=options.text,
+            new_tokens=options.new_tokens,
+            trust_remote_code=options.trust_remote_code,
+        )
+        if options.card:
+            write_parity_into_card(folder, verdict(results))
+    return _report(options, results, found, time.perf_counter() - started, _PEER_TITLE)
 
 
 def _inspect(options: Namespace) -> int:

@@ -1,6 +1,5 @@
 """Converting a checkpoint from any format to any format, through the hub."""
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,13 +8,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from gpt_core.checkpoint_config import CHECKPOINTS, config_home
 from gpt_core.errors import InputError
-from gpt_core.files import atomic_directory
-from gpt_core.parameters import Parameter, parameter_count, parameter_table
-from gpt_core.tokenizer import tokenizer_of
-from parity.formats import format_of, open_checkpoint
-from parity.formats.base import Checkpoint
-from parity.weights import Array, Source, cast
+from gpt_core.formats import is_hugging_face, open_checkpoint
+from gpt_core.hashing import parts
+from gpt_core.parameters import parameter_count
+from gpt_core.pretrained import Origin, write_pretrained
+from gpt_core.runs import RECORD_FILE, read_record, read_run
+from gpt_core.weights import Source, cast
 
 DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -29,8 +29,11 @@ class Conversion:
         destination: What it wrote.
         source_format: Recognised format of the source.
         destination_format: Format written.
-        parameters: Numbers in the model.
-        write_seconds: Reading, converting and writing.
+        reason: Why this format was picked; "" where it was asked for by name.
+        notices: What a person should know of it, one sentence each.
+        parameters: Numbers in the source's model.
+        weights_sha256: Of the weights that were read back, by value.
+        write_seconds: Reading, converting, writing and syncing.
         verify_seconds: Reading back and comparing, bit by bit.
     """
 
@@ -38,7 +41,10 @@ class Conversion:
     destination: str
     source_format: str
     destination_format: str
+    reason: str
+    notices: tuple[str, ...]
     parameters: int
+    weights_sha256: str
     write_seconds: float
     verify_seconds: float
 
@@ -53,6 +59,9 @@ def convert(
     *,
     dtype: str | None = None,
     force: bool = False,
+    allow_remote_code: bool = False,
+    name: str = "",
+    parity: str = "",
     advance: Callable[[int], None] = lambda parts: None,
     **options: Any,
 ) -> Conversion:
@@ -61,43 +70,59 @@ def convert(
     Args:
         source: Folder of a checkpoint in any known format.
         destination: Folder to write.
-        to: Format to write.
+        to: Format to write; `hf` picks the architecture of transformers that fits.
         dtype: Cast every weight to it; None keeps what is stored.
         force: Replace a destination that exists.
+        allow_remote_code: Whether `hf` may bring modelling code of its own where no native architecture fits.
+        name: Of the model, for its card; the source's unless given.
+        parity: One line of a parity report for the card.
         advance: Called after each part that is read; there are `conversion_parts` of them.
         options: Passed to the format's writer.
 
     Raises:
-        InputError: a bad source or destination, or what was read back is not what was written.
+        InputError: a bad source or destination, a format that cannot express the model, or what was read back is not
+            what was written.
     """
-    writer = format_of(to)
     if destination.resolve() == source.resolve():
         raise InputError(f"{destination}: source and destination are the same folder")
     checkpoint = open_checkpoint(source)
-    read = _counting(checkpoint.read, advance)
+    read: Source = checkpoint.read
     dtypes = dict(checkpoint.dtypes)
     if dtype is not None:
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r} must be one of: {', '.join(DTYPES)}")
         read = cast(read, DTYPES[dtype])
         dtypes = dict.fromkeys(dtypes, DTYPES[dtype])
-    with atomic_directory(destination, force=force) as folder:
-        started = time.perf_counter()
-        writer.write(folder, checkpoint.config, read, dtypes, tokenizer_of(source), **options)
-        written = time.perf_counter()
-        try:
-            _verify(read, writer.open_checkpoint(folder))
-        except InputError as error:
-            raise InputError(f"{destination}: not kept, it reads back wrong; is the disk sound? ({error})") from None
-        verified = time.perf_counter()
+    written = write_pretrained(
+        destination,
+        checkpoint.config,
+        read,
+        dtypes,
+        Origin(
+            name=name or _name(source),
+            training=_training(source),
+            parity=parity,
+            notices=checkpoint.notices,
+            folder=source if is_hugging_face(checkpoint.format) else None,
+        ),
+        to,
+        tokenizer=checkpoint.tokenizer,
+        allow_remote_code=allow_remote_code,
+        force=force,
+        advance=advance,
+        **options,
+    )
     return Conversion(
         str(source),
         str(destination),
         checkpoint.format,
-        to,
+        written.target.format,
+        written.target.reason,
+        written.notices,
         parameter_count(checkpoint.config),
-        write_seconds=written - started,
-        verify_seconds=verified - written,
+        written.weights_sha256,
+        written.write_seconds,
+        written.verify_seconds,
     )
 
 
@@ -107,28 +132,22 @@ def conversion_parts(path: Path) -> int:
     Raises:
         InputError: a bad checkpoint.
     """
-    table = parameter_table(open_checkpoint(path).config)
-    return 2 * sum(parameter.shape[0] if parameter.stacked else 1 for parameter in table.values())
+    return 2 * sum(1 for _ in parts(open_checkpoint(path).config))
 
 
-def _counting(read: Source, advance: Callable[[int], None]) -> Source:
-    def counted(parameter: Parameter) -> Array:
-        array = read(parameter)
-        advance(1)
-        return array
-
-    return counted
+def _name(source: Path) -> str:
+    folder = source.resolve()
+    return f"{config_home(folder).name}, step {folder.name}" if folder.parent.name == CHECKPOINTS else folder.name
 
 
-def _verify(read: Source, copy: Checkpoint) -> None:
-    for name, parameter in parameter_table(copy.config).items():
-        # Block by block: neither side stacks, and one block is all that is in memory.
-        for part in map(parameter.of_layer, range(parameter.shape[0])) if parameter.stacked else [parameter]:
-            wanted, found = read(part), copy.read(part)
-            # Bytes, not values: NaN is a value like another here, and -0 is not 0.
-            if wanted.dtype != found.dtype or not np.array_equal(_bits(wanted), _bits(found)):
-                raise InputError(f"{name} differs from what was written")
-
-
-def _bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+def _training(source: Path) -> str:
+    """One line on the training run that a checkpoint belongs to; "" where it belongs to none."""
+    folder = source.resolve()
+    if not (folder / RECORD_FILE).is_file():
+        return ""
+    record, (config, framework) = read_record(folder), read_run(config_home(folder))
+    loss = "" if record.validation_loss is None else f", validation loss {record.validation_loss:.4f} nats a token"
+    return (
+        f"`{config_home(folder).name}` at step {record.step:,} of {config.train.steps:,}, {record.tokens:,} tokens, "
+        f"trained in {framework} with seed {record.seed}{loss}"
+    )

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt_core.parameters import parameter_table
-from gpt_core.tokenizer import tokenizer_of
 from parity.formats import open_checkpoint
 
 
@@ -35,7 +34,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "path": str(path),
         "format": checkpoint.format,
         "variant": checkpoint.config.variant,
-        "tokenizer": "gpt2" if tokenizer_of(path) else None,
+        "tokenizer": "gpt2" if checkpoint.tokenizer else None,
         "parameter_count": sum(math.prod(parameter.shape) for parameter in table.values()),
         "dtypes": sorted({row["dtype"] for row in rows}),
         "tensors": len(checkpoint.tensors),

@@ -1,24 +1,22 @@
 """Running one checkpoint in one framework and keeping what it computed, for a comparison elsewhere."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.files import refuse_existing
-from gpt_core.parameters import Parameter, parameter_table
+from gpt_core.hashing import hash_weights, unpadded
+from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType
 from gpt_core.sites import model_sites
 from parity.compare import Array
 from parity.formats import open_checkpoint
-from parity.formats.base import Checkpoint
-from parity.records import hash_array, hash_tokens, write_record
+from parity.records import hash_tokens, write_record
 from parity.report import machine
-from parity.sides import side_of
+from parity.sides import TRANSFORMERS, side_of
 from parity.sides.runs import Batch, Run
 from parity.tolerances import TOLERANCE
 from parity.workers import Emit
@@ -31,7 +29,7 @@ def run_checkpoint(
 
     Args:
         path: A checkpoint in any known format.
-        framework: "jax" or "torch".
+        framework: "jax", "torch", or "transformers" for a folder of Hugging Face.
         dtype: What to compute in. In JAX, one process runs either float64 or the others.
         tokens: `[batch, time]`.
         batch: What the model should predict.
@@ -42,6 +40,9 @@ def run_checkpoint(
     """
     side = side_of(framework)
     side.prepare(dtype)
+    if framework == TRANSFORMERS:  # which reads the folder itself
+        peer_run: Run = side.Peer(path, dtype).run(tokens, batch, trace=trace)
+        return peer_run
     checkpoint = open_checkpoint(path)
     run: Run = side.run(side.build(checkpoint.config, checkpoint.read, dtype), tokens, batch, trace=trace)
     return run
@@ -129,26 +130,6 @@ def next_tokens(tokens: Array) -> Batch:
     mask = np.ones(tokens.shape, bool)
     mask[:, -1] = False
     return Batch(np.roll(tokens, -1, axis=1), mask)
-
-
-def hash_weights(checkpoint: Checkpoint) -> str:
-    """SHA-256 of a checkpoint's weights by value, the same in every format that holds them.
-
-    Parameters are hashed in the order of the table and in its axes, stacked ones block by block, by `hash_array`;
-    the rows that pad the vocabulary are left out. So an exact cast keeps the hash, and a lossy one changes it.
-    """
-    digest = hashlib.sha256()
-    for parameter in parameter_table(checkpoint.config).values():
-        rows = [parameter.of_layer(i) for i in range(parameter.shape[0])] if parameter.stacked else [parameter]
-        for row in rows:
-            name = row.name if row.layer is None else f"{row.name}[{row.layer}]"
-            hash_array(digest, name, unpadded(checkpoint.read(row), row, checkpoint.config))
-    return digest.hexdigest()
-
-
-def unpadded(array: Array, parameter: Parameter, config: ModelConfig) -> Array:
-    """A parameter (or its gradient) without the rows that pad the vocabulary."""
-    return array[tuple(slice(config.vocab_size) if axis == "vocab" else slice(None) for axis in parameter.axes)]
 
 
 def worker(emit: Emit, path: Path, framework: str, dtypes: list[DType], tokens: Array) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_directory, atomic_file
+from gpt_core.hashing import hash_array
 from parity.compare import Array
 
 VERSION = 1
@@ -174,23 +175,6 @@ class _Arrays(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._members)
-
-
-def hash_array(digest: "hashlib._Hash", name: str, array: Array) -> None:
-    """Add a named tensor to a hash by its values, whatever dtype, byte order or memory layout it was stored in.
-
-    What is hashed: the line "NAME DTYPE SHAPE\\n", such as "token_embedding float32 50257x768", then the values as
-    little-endian bytes in C order. Whole numbers count as int64; others as float32 where it holds all of them
-    exactly, else as float64.
-    """
-    if np.issubdtype(array.dtype, np.integer):
-        values = array.astype("<i8")
-    else:
-        values = array.astype("<f4", copy=False)
-        if array.dtype.itemsize > 4 and not np.array_equal(values, array, equal_nan=True):
-            values = array.astype("<f8", copy=False)
-    digest.update(f"{name} {values.dtype.name} {'x'.join(map(str, values.shape))}\n".encode())
-    digest.update(np.ascontiguousarray(values).data.cast("B") if values.size else b"")
 
 
 def hash_tokens(tokens: Array) -> str:

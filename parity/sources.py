@@ -1,4 +1,4 @@
-"""Checkpoints by name: a folder, a training run (`RUN@best`), or either of them at a remote address."""
+"""Checkpoints by name: a folder, a training run (`RUN@best`), either at a remote address, or a hub name."""
 
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ import fsspec
 
 from gpt_core.checkpoint_config import CHECKPOINTS
 from gpt_core.errors import InputError
+from gpt_core.hub import local_folder
 from gpt_core.runs import RECORD_FILE, find_checkpoint
 
 
@@ -18,15 +19,15 @@ def local_checkpoint(name: str) -> Iterator[Path]:
     """The folder of a checkpoint on this machine.
 
     Args:
-        name: A folder; `RUN`, `RUN@STEP`, `RUN@best` or `RUN@last`; or one of these after an address that fsspec
-            reads, such as `gs://bucket/runs/RUN@best`. Of a remote run only the chosen checkpoint is fetched, into a
-            temporary folder that is removed in the end.
+        name: A folder; `RUN`, `RUN@STEP`, `RUN@best` or `RUN@last`; one of these after an address that fsspec reads,
+            such as `gs://bucket/runs/RUN@best`; or a name on the Hugging Face hub. Of a remote run only the chosen
+            checkpoint is fetched, into a temporary folder that is removed in the end.
 
     Raises:
         InputError: there is no such checkpoint, or the address cannot be read.
     """
     if "://" not in name:
-        yield find_checkpoint(name)
+        yield local_folder(name)
         return
     address, at, which = name.rpartition("@") if "@" in PurePosixPath(name).name else (name, "", "")
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:

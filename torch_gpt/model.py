@@ -22,6 +22,7 @@ from gpt_core.precision import DType, Precision
 from gpt_core.rotary import rotary_angles
 from torch_gpt.attention import Implementation, attention
 from torch_gpt.dtypes import torch_dtype
+from torch_gpt.pretrained import Pretrained
 
 Create = Callable[[Parameter], torch.Tensor]
 Table = Mapping[str, Parameter]
@@ -167,7 +168,7 @@ class Block(nn.Module):
         return x + dropout(self.mlp(normed, taps), self.rate, self.training)
 
 
-class GPT(nn.Module):
+class GPT(Pretrained, nn.Module):
     """A decoder-only language model of the GPT-2 family.
 
     Args:

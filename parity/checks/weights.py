@@ -2,17 +2,19 @@
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpt_core.config import ModelConfig
+from gpt_core.formats.targets import REMOTE_CODE, choose_target
 from gpt_core.parameters import parameter_table
 from parity.checks import CheckResult
 from parity.compare import Array, difference
 from parity.convert import convert
-from parity.formats import format_of, open_checkpoint
+from parity.formats import Checkpoint, format_of, open_checkpoint
 from parity.tolerances import tolerance
 from parity.weights import weights_source
 
@@ -48,6 +50,28 @@ def check_weights(
         reason="; ".join(reasons[:3]),
         measures={"round_trips": list(copies)},
     )
+
+
+def check_export(variant: str, source: Checkpoint, folder: Checkpoint) -> CheckResult:
+    """Weights of a checkpoint as a folder's format holds them, against the folder's: bit by bit, or by value in fp64.
+
+    Args:
+        variant: Name of the case.
+        source: What the folder was exported from.
+        folder: Of a Hugging Face format.
+
+    Raises:
+        InputError: the format cannot express the source's model.
+    """
+    target = choose_target(folder.format, source.config, allow_remote_code=folder.format == REMOTE_CODE)
+    read = target.adaptation.source(source.read, source.dtypes)
+    wanted = {name: read(row) for name, row in parameter_table(target.adaptation.after).items()}
+    found = {name: folder.read(row) for name, row in parameter_table(folder.config).items()}
+    dtypes = {array.dtype.name for array in (*wanted.values(), *found.values())}
+    if len(dtypes) > 1:
+        wanted, found = ({name: array.astype(np.float64) for name, array in side.items()} for side in (wanted, found))
+    result = check_weights(variant, dtypes.pop() if len(dtypes) == 1 else "float64", wanted, {folder.format: found})
+    return replace(result, origin=source.format)
 
 
 def through_files(

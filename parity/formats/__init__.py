@@ -1,53 +1,6 @@
-"""The spokes: each module knows one format of checkpoints, and the hub (`parity.weights`) knows none.
+"""The spokes, where they were before both models could read and write them: see `gpt_core.formats`."""
 
-Adding a format adds one module and one line in `FORMATS`.
-"""
+from gpt_core.formats import FORMATS, format_of, open_checkpoint
+from gpt_core.formats.base import Checkpoint, Format
 
-import importlib
-from pathlib import Path
-
-from gpt_core.errors import InputError
-from parity.formats.base import Checkpoint, Format
-
-FORMATS = {
-    "jax": "parity.formats.orbax_jax",
-    "torch": "parity.formats.safetensors_torch",
-}
-"""Name on the command line -> module with `matches`, `open_checkpoint` and `write`."""
-
-
-def format_of(name: str) -> Format:
-    """The module of a format.
-
-    Raises:
-        InputError: the format is unknown, or needs a framework that is not installed.
-    """
-    if name not in FORMATS:
-        raise InputError(f"unknown format {name!r}; known are: {', '.join(FORMATS)}")
-    module: Format = importlib.import_module(FORMATS[name])
-    return module
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint of any known format; its weights are read when asked for.
-
-    Raises:
-        InputError: nothing is there, no format recognises it, or it is damaged.
-    """
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
-    if not path.is_dir():
-        raise InputError(f"{path}: is a file; give the folder that holds config.json and the weights")
-    for name in FORMATS:
-        if format_of(name).matches(path):
-            return format_of(name).open_checkpoint(path)
-    pickled = next((p.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(ending)), None)
-    if pickled:
-        raise InputError(
-            f"{path}: holds {pickled}, which may be a pickle and is never opened; save the weights as safetensors "
-            f"with the program that wrote them"
-        )
-    raise InputError(
-        f"{path}: no known checkpoint; expected model.safetensors (torch) or an Orbax folder named params (jax), "
-        f"with config.json beside it"
-    )
+__all__ = ["FORMATS", "Checkpoint", "Format", "format_of", "open_checkpoint"]

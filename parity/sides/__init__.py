@@ -9,6 +9,8 @@ from types import ModuleType
 from gpt_core.errors import InputError, missing_framework
 
 FRAMEWORKS = ("jax", "torch")
+TRANSFORMERS = "transformers"
+"""The third party: runs folders of Hugging Face, not our models."""
 
 
 def side_of(framework: str) -> ModuleType:
@@ -17,7 +19,7 @@ def side_of(framework: str) -> ModuleType:
     Raises:
         InputError: the framework is unknown or not installed.
     """
-    if framework not in FRAMEWORKS:
+    if framework not in (*FRAMEWORKS, TRANSFORMERS):
         raise InputError(f"unknown framework {framework!r}; choose from: {', '.join(FRAMEWORKS)}")
     try:
         return importlib.import_module(f"parity.sides.{framework}_side")

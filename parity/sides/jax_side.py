@@ -10,13 +10,13 @@ from flax import nnx
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
+from gpt_core.formats.orbax_jax import spoke
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
 from jax_gpt.attention import Implementation
 from jax_gpt.loss import token_loss
 from jax_gpt.model import GPT, Taps, initialiser
 from jax_gpt.optimizer import create_optimizer, update
-from parity.formats.orbax_jax import spoke
 from parity.sides.runs import Batch, Batches, Run, Training
 from parity.weights import Array, Source, Weights, decode
 
@@ -146,6 +146,13 @@ def canonical(state: nnx.State, model: GPT, convert: Callable[[jax.Array], Array
 def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True, trace: bool = True) -> Run:
     """Run a model once; loss and gradients where a batch says what to predict, sites with `trace`."""
     return Program(model, tokens, batch, gradients=gradients, trace=trace)(model)
+
+
+def logits_function(model: GPT) -> Callable[[Array], Array]:
+    """Token ids `[batch, time]` to logits `[batch, time, vocab]`, compiled once for each shape."""
+    graph, state = nnx.split(model)
+    compiled = jax.jit(lambda state, ids: nnx.merge(graph, state)(ids))
+    return lambda tokens: np.asarray(compiled(state, jnp.asarray(tokens, jnp.int32)))
 
 
 def prepare(dtype: DType) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from gpt_core.config import ModelConfig
+from gpt_core.formats.safetensors_torch import SPOKE
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
-from parity.formats.safetensors_torch import SPOKE
 from parity.sides.runs import Batch, Batches, Run, Training
 from parity.weights import Array, Source, Weights, decode, slots
 from torch_gpt import loss as loss_module
@@ -63,6 +63,11 @@ def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: boo
     found = canonical(model, lambda parameter: parameter.grad)
     model.zero_grad()
     return Run(to_numpy(logits), sites, loss.item(), found)
+
+
+def logits_function(model: GPT) -> Callable[[Array], Array]:
+    """Token ids `[batch, time]` to logits `[batch, time, vocab]`."""
+    return lambda tokens: run(model, tokens, trace=False).logits
 
 
 def train(model: GPT, batches: Batches, config: AdamWConfig, rates: Sequence[float]) -> Training:

@@ -181,7 +181,7 @@ class TestDestination:
 
 def after_the_weights(monkeypatch, to, act):
     """Run `act(folder)` inside the conversion, when the weights are written and have not been read back."""
-    module = {"torch": "parity.formats.safetensors_torch", "jax": "parity.formats.orbax_jax"}[to]
+    module = {"torch": "gpt_core.formats.safetensors_torch", "jax": "gpt_core.formats.orbax_jax"}[to]
     from gpt_core.checkpoint_config import write_checkpoint_config
 
     def write_then_act(folder, config):

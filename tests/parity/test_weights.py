@@ -9,9 +9,9 @@ import pytest
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
+from gpt_core.formats import orbax_jax
+from gpt_core.formats.safetensors_torch import SPOKE
 from gpt_core.parameters import parameter_table
-from parity.formats import orbax_jax
-from parity.formats.safetensors_torch import SPOKE
 from parity.weights import Spoke, cast, decode, parameter_dtypes, require_keys, slots, source_of, weights_source
 
 Array = np.ndarray[Any, Any]

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from gpt_core.adaptation import Adaptation
 from gpt_core.config import ModelConfig
 from gpt_core.parameters import Parameter
-from gpt_core.tensor_info import TensorInfo
+from gpt_core.tensor_info import Array, TensorInfo
 from gpt_core.tokenizer import Tokenizer
-from parity.weights import Array, DType, Source
+from gpt_core.weights import DType, Source
 
 
 class Checkpoint(Protocol):
@@ -21,6 +22,13 @@ class Checkpoint(Protocol):
     """The format's own tensors by key, not yet read."""
     dtypes: Mapping[str, DType]
     """The stored dtype of every canonical parameter."""
+    notices: tuple[str, ...]
+    """What a person should know of reading it, one sentence each."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """GPT-2's tokenizer, where it lies beside the weights."""
+        ...
 
     def read(self, parameter: Parameter) -> Array:
         """A parameter, or one block of it, in canonical axes and the stored dtype."""
@@ -38,6 +46,10 @@ class Format(Protocol):
         """Open it and hold its tensors against its config."""
         ...
 
+    def adapt_config(self, config: ModelConfig) -> Adaptation:
+        """The config under which this format holds a model; an InputError says why it cannot."""
+        ...
+
     def write(
         self,
         path: Path,
@@ -46,5 +58,8 @@ class Format(Protocol):
         dtypes: Mapping[str, DType],
         tokenizer: Tokenizer | None,
     ) -> None:
-        """Write weights (each parameter in its dtype), config and tokenizer into an empty folder."""
+        """Write weights (each parameter in its dtype), config and tokenizer into an empty folder.
+
+        The config is one that `adapt_config` returned.
+        """
         ...

@@ -7,13 +7,15 @@ axis, head by head. Needs no PyTorch.
 from collections.abc import Mapping
 from pathlib import Path
 
+from gpt_core.adaptation import unchanged
 from gpt_core.checkpoint_config import read_checkpoint_config, write_checkpoint_config
 from gpt_core.config import ModelConfig
+from gpt_core.formats.hf_fields import HUGGING_FACE_TYPES, model_type_of
 from gpt_core.parameters import Parameter
 from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
-from gpt_core.tensor_info import TensorInfo
-from gpt_core.tokenizer import Tokenizer
-from parity.weights import Array, DType, Source, parameter_dtypes, require_keys, slots, source_of
+from gpt_core.tensor_info import Array, TensorInfo
+from gpt_core.tokenizer import Tokenizer, tokenizer_of
+from gpt_core.weights import DType, Source, parameter_dtypes, require_keys, slots, source_of
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -43,14 +45,15 @@ SPOKE = {
 
 
 def matches(path: Path) -> bool:
-    """Whether the folder holds `model.safetensors`."""
-    return (path / WEIGHTS_FILE).exists()
+    """Whether the folder holds `model.safetensors`, and its config is not one of transformers."""
+    return (path / WEIGHTS_FILE).exists() and model_type_of(path) not in HUGGING_FACE_TYPES
 
 
 class TorchCheckpoint:
     """An opened PyTorch checkpoint."""
 
     format = "torch"
+    notices: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,9 +65,17 @@ class TorchCheckpoint:
         self.dtypes = parameter_dtypes(str(path), expected, {key: info.dtype for key, info in self.tensors.items()})
         self._source = source_of(expected, self._reader.read)
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """GPT-2's tokenizer, where it lies beside the weights."""
+        return tokenizer_of(self.path)
+
     def read(self, parameter: Parameter) -> Array:
         """A parameter, or one block of it, in canonical axes and the stored dtype."""
         return self._source(parameter)
+
+
+adapt_config = unchanged  # it holds every config as it is
 
 
 def open_checkpoint(path: Path) -> TorchCheckpoint:

@@ -7,13 +7,14 @@ when the model was unrolled; which of the two is seen from the keys. Needs no JA
 from collections.abc import Mapping
 from pathlib import Path
 
+from gpt_core.adaptation import unchanged
 from gpt_core.checkpoint_config import read_checkpoint_config, write_checkpoint_config
 from gpt_core.config import ModelConfig
 from gpt_core.orbax_file import OrbaxReader, write_orbax
 from gpt_core.parameters import Parameter, parameter_table
-from gpt_core.tensor_info import TensorInfo
-from gpt_core.tokenizer import Tokenizer
-from parity.weights import Array, DType, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
+from gpt_core.tensor_info import Array, TensorInfo
+from gpt_core.tokenizer import Tokenizer, tokenizer_of
+from gpt_core.weights import DType, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
 
 PARAMS_FOLDER = "params"
 
@@ -38,6 +39,7 @@ class JaxCheckpoint:
     """An opened JAX checkpoint."""
 
     format = "jax"
+    notices: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,9 +52,17 @@ class JaxCheckpoint:
         self.dtypes = parameter_dtypes(str(path), expected, {key: info.dtype for key, info in self.tensors.items()})
         self._source = source_of(expected, self._reader.read, self._reader.read)
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """GPT-2's tokenizer, where it lies beside the weights."""
+        return tokenizer_of(self.path)
+
     def read(self, parameter: Parameter) -> Array:
         """A parameter, or one block of it, in canonical axes and the stored dtype."""
         return self._source(parameter)
+
+
+adapt_config = unchanged  # it holds every config as it is
 
 
 def open_checkpoint(path: Path) -> JaxCheckpoint:

@@ -1,0 +1,121 @@
+"""Our models against a third party that reads the same folder: from intermediates to generated tokens."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from gpt_core.config import ModelConfig
+from parity.checks import CheckResult
+from parity.checks.activations import check_activations
+from parity.checks.gradients import check_gradients
+from parity.checks.logits import check_logits
+from parity.checks.loss import check_loss
+from parity.compare import Array, difference
+from parity.divergence import first_divergence
+from parity.sides.runs import Run
+from parity.tolerances import PEER_NOISE_RATIO, tolerance
+
+PEER = "transformers"
+
+
+def check_runs(
+    variant: str, dtype: str, config: ModelConfig, name: str, ours: Run, peer: Run, truth: Array | None
+) -> list[CheckResult]:
+    """Compare one run of ours with one of the peer's, on the sites that the peer has.
+
+    Args:
+        variant: Name of the case.
+        dtype: What both were computed in.
+        config: The model.
+        name: Of our side.
+        ours: Our run.
+        peer: The reference.
+        truth: The peer's logits in fp64; given, our error against it may be `PEER_NOISE_RATIO` times its own.
+    """
+    order = [site for site in ours.sites if site in peer.sites]
+    sites = {name: {site: ours.sites[site] for site in order}, PEER: {site: peer.sites[site] for site in order}}
+    divergence = first_divergence(sites[name], sites[PEER], order, tolerance("activations", dtype))
+    results = [
+        check_activations(variant, dtype, sites, divergence=divergence),
+        _held_to_truth(check_logits(variant, dtype, {name: ours.logits, PEER: peer.logits}), name, ours, peer, truth),
+        check_loss(variant, dtype, {name: ours.loss, PEER: peer.loss}),
+    ]
+    if ours.gradients:
+        gradients = {name: ours.gradients, PEER: peer.gradients}
+        results.append(check_gradients(variant, dtype, config, gradients, forward_differs=divergence is not None))
+    return results
+
+
+def _held_to_truth(result: CheckResult, name: str, ours: Run, peer: Run, truth: Array | None) -> CheckResult:
+    if truth is None or not np.isfinite(result.relative_error):
+        return result
+    noise = {side: difference(logits, truth).rms for side, logits in ((name, ours.logits), (PEER, peer.logits))}
+    ratio = noise[name] / noise[PEER] if noise[PEER] else (1.0 if not noise[name] else np.inf)
+    measures = result.measures | {f"{side}_rms_error": value for side, value in noise.items()} | {"noise_ratio": ratio}
+    if ratio <= PEER_NOISE_RATIO:
+        return replace(result, measures=measures)
+    reason = f"{name} is {ratio:.1f} times as far from {PEER}' formulas in fp64 as {PEER} is in {result.dtype}"
+    reason = "; ".join(filter(None, (result.reason, reason)))
+    return replace(result, measures=measures, passed=False, reason=reason)
+
+
+def check_decode(variant: str, dtype: str, ours: Array, peer: Array, gap: Callable[[int, int], float]) -> CheckResult:
+    """Compare generated tokens `[batch, new]`, one by one.
+
+    Args:
+        variant: Name of the case.
+        dtype: What both were computed in.
+        ours: Greedy decoding without a cache.
+        peer: The peer's, with its cache.
+        gap: By how much our two best logits differ at a row and a token, to tell a tie from a mistake.
+    """
+    wrong = np.argwhere(ours != peer)
+    reason, measures = "", {"tokens": ours.shape[1], "rows": ours.shape[0]}
+    if len(wrong):
+        row, token = min(wrong.tolist(), key=lambda place: place[1])
+        reason = (
+            f"row {row} parts at token {token + 1} of {ours.shape[1]}: {ours[row, token]} against {peer[row, token]}; "
+            f"our best two logits differ by {gap(row, token):.1e}"
+        )
+    share = len(wrong) / ours.size
+    return CheckResult(variant, dtype, "decode", share, 0.0, passed=not len(wrong), reason=reason, measures=measures)
+
+
+def greedy(logits_of: Callable[[Array], Array], prompt: Array, new: int) -> tuple[Array, Callable[[int, int], float]]:
+    """Greedy decoding by running the whole model for every token, without a cache.
+
+    All runs have the final length, so that one compiled program does: a causal model does not see what follows.
+
+    Args:
+        logits_of: Token ids `[batch, time]` to logits `[batch, time, vocab]`.
+        prompt: `[batch, time]`.
+        new: How many tokens to append.
+
+    Returns:
+        The tokens `[batch, new]`, and the difference of the best two logits at a row and a token.
+    """
+    ids = np.zeros((prompt.shape[0], prompt.shape[1] + new), np.int64)
+    ids[:, : prompt.shape[1]] = prompt
+    gaps = np.zeros((prompt.shape[0], new))
+    for token in range(new):
+        place = prompt.shape[1] + token
+        last = logits_of(ids)[:, place - 1]
+        best = np.partition(last, -2, axis=-1)[:, -2:]
+        gaps[:, token] = best[:, 1] - best[:, 0]
+        ids[:, place] = last.argmax(-1)
+    return ids[:, prompt.shape[1] :], lambda row, token: float(gaps[row, token])
+
+
+def verdict(results: list[CheckResult]) -> str:
+    """One line for a model card."""
+    failed = [result for result in results if not result.passed]
+    errors: Mapping[str, Any] = {
+        result.dtype: result.relative_error
+        for result in sorted(results, key=lambda result: result.relative_error)
+        if result.check == "logits"
+    }
+    logits = ", ".join(f"{error:.0e} in {dtype}" for dtype, error in errors.items())
+    passed = f"{len(results) - len(failed)} of {len(results)} checks against {PEER} passed (`parity verify`)"
+    return f"{'FAILED: ' if failed else ''}{passed}; largest relative error of logits: {logits}"

@@ -1,0 +1,368 @@
+"""Exports load in transformers alone, in a process that cannot import us, and compute what our models do."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy_gpt
+import pytest
+
+from gpt_core.errors import InputError
+from gpt_core.formats import open_checkpoint
+from gpt_core.formats.targets import choose_target
+from gpt_core.tokenizer import gpt2_tokenizer
+from parity.checks.peer import greedy
+from parity.convert import convert
+
+PROMPT, NEW = 11, 64
+ROOM = {name: replace(config, context_length=96) for name, config in numpy_gpt.CONFIGS.items()}
+NO_QKV_BIAS = {
+    f"{name}, no q/k/v biases": replace(config, qkv_bias=False)
+    for name, config in ROOM.items()
+    if name in numpy_gpt.VARIANTS and config.position == "learned" and config.sliding_window is not None
+}
+LOCAL = NO_QKV_BIAS["learned-mha-window, no q/k/v biases"]
+HEADS_OF_THEIR_OWN = {
+    "head_dim 10": replace(ROOM["learned-mqa-full"], embed_dim=60, head_dim=10, attention_scale=None),
+    "head_dim 12, window": replace(
+        NO_QKV_BIAS["learned-mha-window, no q/k/v biases"], embed_dim=72, head_dim=12, attention_scale=None
+    ),
+    "head_dim 10, rotary": replace(ROOM["rope-gqa-window"], embed_dim=60, head_dim=10, attention_scale=None),
+    "attention_scale 1": replace(LOCAL, attention_scale=1.0),
+}
+CONFIGS = ROOM | NO_QKV_BIAS | HEADS_OF_THEIR_OWN
+NATIVE = {
+    name: config for name, config in CONFIGS.items() if not ("learned" in name and "window" in name)
+} | NO_QKV_BIAS
+REMOTE = {name: config for name, config in CONFIGS.items() if name not in NATIVE}
+
+# Runs in an interpreter of its own, in which none of our packages can be imported.
+PROGRAM = """
+import json, sys
+import numpy as np
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("gpt_core", "jax_gpt", "torch_gpt", "parity", "jax", "flax"):
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocker())
+import torch, transformers
+from transformers import AutoModelForCausalLM
+
+transformers.utils.logging.set_verbosity_error()
+torch.set_num_threads(1)
+folders, out = json.loads(sys.argv[1]), sys.argv[2]
+tokens = torch.tensor(np.load(sys.argv[3]))
+found = {}
+for name, (folder, trust) in folders.items():
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval()
+    with torch.no_grad():
+        found[f"{name}/logits"] = model(tokens).logits.numpy()
+        generated = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=64,
+                                   eos_token_id=None, pad_token_id=0)
+    found[f"{name}/tokens"] = generated[:, tokens.shape[1]:].numpy()
+    found[f"{name}/class"] = np.array(type(model).__name__)
+    found[f"{name}/dtype"] = np.array(str(model.dtype))
+assert not any(name.partition(".")[0] in ("gpt_core", "torch_gpt", "parity") for name in sys.modules)
+np.savez(out, **found)
+"""
+
+
+def slug(name):
+    return name.replace("/", "").replace(",", "").replace(" ", "-")
+
+
+def weights_of(name, config=None):
+    config = config or CONFIGS[name]
+    # With another seed these two say one and the same token all the time.
+    seed = 7 if name in ("rope-mqa-window", "unpadded") else 0
+    return {row: array.astype(np.float32) for row, array in numpy_gpt.random_weights(config, seed).items()}
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return np.random.default_rng(2).integers(0, 29, (2, PROMPT))
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Name -> what converting it said; the folders lie under the fixture's root by name."""
+    from gpt_core.formats import format_of
+    from gpt_core.weights import weights_source
+
+    root = tmp_path_factory.mktemp("exports")
+    done = {}
+    for name, config in CONFIGS.items():
+        source, weights = root / f"{slug(name)}-ours", weights_of(name)
+        source.mkdir()
+        stored = {row: array.dtype for row, array in weights.items()}
+        format_of("jax").write(source, config, weights_source(weights), stored, None)
+        done[name] = convert(source, root / slug(name), "hf", allow_remote_code=True)
+    return done
+
+
+@pytest.fixture(scope="module")
+def loaded(exports, prompt, tmp_path_factory):
+    """What transformers alone makes of all exports, in one process."""
+    folder = tmp_path_factory.mktemp("loaded")
+    np.save(folder / "tokens.npy", prompt)
+    folders = {slug(name): (done.destination, name in REMOTE) for name, done in exports.items()}
+    command = [sys.executable, "-c", PROGRAM, json.dumps(folders), folder / "found.npz", folder / "tokens.npy"]
+    environment = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return dict(np.load(folder / "found.npz"))
+
+
+def torch_logits(name):
+    from gpt_core.weights import weights_source
+    from parity.sides import torch_side
+
+    return torch_side.logits_function(torch_side.build(CONFIGS[name], weights_source(weights_of(name)), "float32"))
+
+
+def rms(error):
+    return float(np.sqrt(np.mean(np.square(error))))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_computes_the_definition_of_the_model(name, loaded, prompt):
+    """Against the NumPy model in fp64, on the weights before they were converted; and we are no farther from it."""
+    config = CONFIGS[name]
+    exact = {row: array.astype(np.float64) for row, array in weights_of(name).items()}
+    truth = numpy_gpt.forward(config, exact, prompt)["logits"]
+    theirs, ours = loaded[f"{slug(name)}/logits"], torch_logits(name)(prompt)
+    assert theirs.shape == truth.shape, "the padded vocabulary is cut"
+    assert numpy_gpt.relative_error(theirs, truth) < 5e-6
+    assert rms(ours - truth) <= 3 * rms(theirs - truth)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_generates_the_tokens_of_our_reference_decoding(name, loaded, prompt):
+    ours, _ = greedy(torch_logits(name), prompt, NEW)
+    np.testing.assert_array_equal(ours, loaded[f"{slug(name)}/tokens"])
+    assert len(np.unique(ours)) > 3, "such a text would be alike whatever the window"
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_native_export_needs_no_code(name, exports):
+    folder = Path(exports[name].destination)
+    assert not list(folder.glob("*.py"))
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", REMOTE)
+def test_an_export_with_its_own_code_says_why(name, exports, loaded):
+    assert exports[name].destination_format == "hf-twingpt"
+    assert "no native architecture expresses it" in exports[name].reason
+    assert str(loaded[f"{slug(name)}/class"]) == "TwinGPTForCausalLM"
+    assert (Path(exports[name].destination) / "modeling_twingpt.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "class_name"),
+    [
+        ("learned-mha-full", "hf-gpt2", "GPT2LMHeadModel"),
+        ("learned-gqa-full", "hf-gpt2", "GPT2LMHeadModel"),
+        ("learned-mqa-full", "hf-gpt_bigcode", "GPTBigCodeForCausalLM"),
+        ("learned-gqa-window, no q/k/v biases", "hf-gpt_neo", "GPTNeoForCausalLM"),
+        *(
+            (f"rope-{heads}-{mask}", "hf-starcoder2", "Starcoder2ForCausalLM")
+            for heads in ("mha", "gqa", "mqa")
+            for mask in ("full", "window")
+        ),
+    ],
+)
+def test_hf_picks_the_native_class(name, format, class_name, exports, loaded):
+    assert exports[name].destination_format == format
+    assert exports[name].reason
+    assert str(loaded[f"{slug(name)}/class"]) == class_name
+    assert str(loaded[f"{slug(name)}/dtype"]) == "torch.float32"
+
+
+def test_a_scale_of_one_is_kept_bit_for_bit_and_another_rounds_with_a_notice(exports):
+    assert not any("attention_scale" in notice for notice in exports["attention_scale 1"].notices)
+    folded = exports["learned-mha-window, no q/k/v biases"].notices
+    assert any("attention_scale" in notice and "exact" in notice for notice in folded), "head_dim 4: a power of two"
+    rounded = exports["head_dim 12, window"].notices
+    assert any("attention_scale" in notice and "rounded once" in notice for notice in rounded)
+
+
+def test_repeated_heads_and_a_cut_vocabulary_are_said(exports):
+    notices = exports["learned-gqa-full"].notices
+    assert any("written 3 times" in notice for notice in notices)
+    assert any("3 rows that pad the vocabulary are cut" in notice for notice in notices)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("name", "to", "message"),
+        [
+            ("learned-mha-window", "hf", r"qkv_bias: true.*no architecture.*qkv_bias: false.*--allow-remote-code"),
+            ("learned-mha-window", "hf-gpt2", r"sees all keys and this model a window of 4; hf-gpt_neo"),
+            ("rope-mha-full", "hf-gpt2", r"learned positions and this model rotates.*hf-starcoder2"),
+            ("rope-mha-full", "hf-gpt_bigcode", r"rotates.*hf-starcoder2"),
+            ("rope-mha-window", "hf-gpt_neo", r"rotates.*hf-starcoder2"),
+            ("learned-mha-full", "hf-starcoder2", r"learned positions; hf-gpt2 and hf-gpt_bigcode"),
+            ("learned-mha-full", "hf-gpt_neo", r"no biases on queries.*hf-gpt2 and hf-gpt_bigcode express it"),
+            ("learned-mha-full", "hf-twingpt", r"--allow-remote-code"),
+            ("learned-mha-full", "hf-llama", r"unknown format 'hf-llama'; known are: .*hf-gpt2"),
+        ],
+    )
+    def test_with_the_reason_and_the_nearest_choice(self, name, to, message):
+        with pytest.raises(InputError, match=message):
+            choose_target(to, CONFIGS[name])
+
+    def test_heads_that_are_not_as_wide_as_the_stream(self):
+        config = replace(CONFIGS["learned-mha-full"], head_dim=10)
+        with pytest.raises(InputError, match=r"n_heads x head_dim = embed_dim, and 6 x 10 is not 24"):
+            choose_target("hf", config)
+        assert choose_target("hf", config, allow_remote_code=True).format == "hf-twingpt"
+
+    def test_a_window_over_the_whole_context_is_a_full_mask(self):
+        config = replace(CONFIGS["learned-mha-full"], sliding_window=96)
+        target = choose_target("hf", config)
+        assert target.format == "hf-gpt2"
+        assert target.adaptation.after.sliding_window is None
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A folder with GPT-2's tokenizer, in shards, and the config of its model."""
+    from gpt_core.formats import format_of
+    from gpt_core.weights import weights_source
+
+    root = tmp_path_factory.mktemp("served")
+    config = replace(
+        ROOM["learned-mqa-full"], vocab_size=50257, embed_dim=12, n_heads=2, n_layers=1, head_dim=6, mlp_dim=48
+    )
+    weights = weights_of("served", config)
+    (root / "ours").mkdir()
+    stored = {row: array.dtype for row, array in weights.items()}
+    format_of("torch").write(root / "ours", config, weights_source(weights), stored, gpt2_tokenizer())
+    convert(root / "ours", root / "export", "hf", max_shard_size=1_000_000, parity="passed: 342 of 342 checks")
+    return root / "export", config
+
+
+class TestFolder:
+    def test_config_has_what_older_readers_need(self, served, exports):
+        content = json.loads((served[0] / "config.json").read_text())
+        assert content["n_ctx"] == content["n_positions"] == 96
+        assert content["torch_dtype"] == content["dtype"] == "float32"
+        assert content["bos_token_id"] == content["eos_token_id"] == 50256
+        rotary = json.loads((Path(exports["rope-mqa-window"].destination) / "config.json").read_text())
+        assert rotary["rope_theta"] == rotary["rope_parameters"]["rope_theta"] == 10_000.0
+        assert rotary["sliding_window"] == 4
+
+    def test_shards_have_an_index_and_metadata_and_a_tied_head_lies_once(self, served):
+        from safetensors import safe_open
+
+        index = json.loads((served[0] / "model.safetensors.index.json").read_text())
+        files = sorted(served[0].glob("model-*.safetensors"))
+        assert len(files) > 1
+        keys = {}
+        for file in files:
+            with safe_open(str(file), "np") as opened:
+                assert opened.metadata()["format"] == "pt"
+                keys |= dict.fromkeys(opened.keys(), file.name)
+        assert keys == index["weight_map"]
+        assert "lm_head.weight" not in keys
+        assert not (served[0] / "model.safetensors").exists()
+        assert index["metadata"]["total_size"] == 4 * sum(
+            open_checkpoint(served[0]).tensors[k].nbytes // 4 for k in keys
+        )
+
+    def test_the_tokenizer_loads_offline_and_is_gpt2s(self, served):
+        from transformers import AutoTokenizer
+
+        text = "Hello  world, naïve 你好 \n\n\tdef f(x):\n    return x<|endoftext|>!"
+        tokenizer = AutoTokenizer.from_pretrained(served[0], local_files_only=True)
+        assert len(tokenizer) == 50257
+        assert tokenizer.eos_token_id == 50256
+        plain = text.replace("<|endoftext|>", "")
+        assert tokenizer(plain)["input_ids"] == gpt2_tokenizer().encode(plain)
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        assert tokenizer.model_max_length == 96
+
+    def test_generation_config_is_greedy_and_ends_at_the_end_of_text(self, served):
+        content = json.loads((served[0] / "generation_config.json").read_text())
+        assert content["do_sample"] is False
+        assert content["eos_token_id"] == 50256
+
+    def test_the_card_names_variant_parity_and_hash(self, served):
+        from gpt_core.hashing import hash_weights
+
+        card = (served[0] / "README.md").read_text()
+        assert "learned-mqa-full" in card
+        assert "GPTBigCodeForCausalLM" in card
+        assert "passed: 342 of 342 checks" in card
+        assert hash_weights(open_checkpoint(served[0])) in card
+
+    def test_the_tokenizer_comes_back(self, served, tmp_path):
+        convert(served[0], tmp_path / "back", "torch")
+        assert open_checkpoint(tmp_path / "back").tokenizer is not None
+
+    def test_a_foreign_tokenizer_goes_along_to_another_hugging_face_folder(self, served, tmp_path):
+        import shutil
+
+        foreign = tmp_path / "foreign"
+        shutil.copytree(served[0], foreign)
+        for name in ("vocab.json", "merges.txt"):
+            (foreign / name).unlink()
+        changed = (foreign / "tokenizer.json").read_text().replace('"Hello"', '"Hallo"', 1)
+        (foreign / "tokenizer.json").write_text(changed)
+        assert any("tokenizer" in notice for notice in convert(foreign, tmp_path / "lost", "torch").notices)
+        assert open_checkpoint(tmp_path / "lost").tokenizer is None
+        convert(foreign, tmp_path / "kept", "hf", dtype="bfloat16")
+        assert (tmp_path / "kept" / "tokenizer.json").read_text() == changed
+
+
+def test_the_card_of_a_run_names_the_run(tmp_path, exports):
+    """The step of a training run: its record is read, whoever wrote the weights."""
+    import shutil
+
+    from gpt_core.run_config import RunConfig
+    from gpt_core.runs import RECORD_FILE, StepRecord, open_run
+
+    config = CONFIGS["rope-gqa-full"]
+    run = tmp_path / "my-run"
+    open_run(run, RunConfig.from_dict({"model": config.to_dict(), "data": {"source": "stdlib"}}), "jax", None)
+    step = run / "checkpoints" / "30"
+    shutil.copytree(Path(exports["rope-gqa-full"].source), step)
+    (step / "config.json").unlink()
+    record = StepRecord(30, 1228, {}, 7, 0, 4.25, "jax", {})
+    (step / RECORD_FILE).parent.mkdir(parents=True)
+    (step / RECORD_FILE).write_text(json.dumps(record.to_dict()))
+    convert(step, tmp_path / "export", "hf")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "`my-run` at step 30" in card
+    assert "1,228 tokens" in card
+    assert "validation loss 4.2500" in card
+
+
+@pytest.mark.parametrize("name", ["learned-gqa-full", "learned-mqa-full"])
+def test_another_engine_reads_the_export_and_agrees(name, tmp_path):
+    """CTranslate2 has converters and kernels of its own for GPT-2 and GPTBigCode."""
+    import ctranslate2
+
+    from gpt_core.formats import format_of
+    from gpt_core.weights import weights_source
+
+    config = replace(
+        CONFIGS[name], vocab_size=50257, pad_vocab_size_multiple=1, head_dim=8, embed_dim=48, attention_scale=None
+    )
+    weights = weights_of(name, config)
+    (tmp_path / "ours").mkdir()
+    stored = {row: array.dtype for row, array in weights.items()}
+    format_of("torch").write(tmp_path / "ours", config, weights_source(weights), stored, gpt2_tokenizer())
+    convert(tmp_path / "ours", tmp_path / "export", "hf")
+    ctranslate2.converters.TransformersConverter(str(tmp_path / "export")).convert(str(tmp_path / "engine"))
+    generator = ctranslate2.Generator(str(tmp_path / "engine"), device="cpu", intra_threads=1)
+    ids = np.random.default_rng(0).integers(0, 50257, (1, 13))
+    logits = np.array(generator.forward_batch(ids.tolist()))[..., :50257]
+    exact = {row: array.astype(np.float64) for row, array in weights.items()}
+    assert numpy_gpt.relative_error(logits, numpy_gpt.forward(config, exact, ids)["logits"]) < 1e-4

@@ -1,0 +1,147 @@
+"""Models that transformers made and saved are read, agree in both frameworks, and go back bit by bit."""
+
+import json
+
+import numpy as np
+import pytest
+from hugging_face import SAMPLES, save, tokens
+
+from gpt_core.formats import open_checkpoint
+from gpt_core.precision import Precision
+from parity.convert import convert
+
+REASONABLE = 1e-5  # fp32 error of a model of two layers, relative to its largest logit
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Name -> (folder, the model that lies in it), each made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("hf") / "model"
+            made[name] = folder, save(SAMPLES[name], folder)
+        return made[name]
+
+    return get
+
+
+def rms(error, truth):
+    return np.sqrt(np.mean(np.square(error.astype(np.float64) - truth)) / np.mean(np.square(truth)))
+
+
+def peer_logits(folder, dtype):
+    from parity.sides.transformers_side import Peer
+
+    return Peer(folder, dtype).run(tokens(), trace=False).logits
+
+
+def own_logits(framework, folder):
+    if framework == "jax":
+        import jax
+
+        from jax_gpt.model import GPT
+
+        model = GPT.from_pretrained(folder, precision=Precision.of("float32"))
+        return np.asarray(jax.jit(lambda ids: model(ids))(tokens()))
+    import torch
+
+    from torch_gpt.model import GPT
+
+    with torch.no_grad():
+        return GPT.from_pretrained(folder, precision=Precision.of("float32"))(torch.tensor(tokens())).numpy()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_our_error_is_at_most_three_times_the_peers_own(name, framework, saved, global_settings_restored):
+    folder, _ = saved(name)
+    truth = peer_logits(folder, "float64")
+    ours, theirs = own_logits(framework, folder), peer_logits(folder, "float32")
+    assert rms(ours, truth) <= 3 * rms(theirs, truth)
+    assert np.abs(ours - truth).max() <= REASONABLE * np.abs(truth).max()
+    assert truth.std() > 0.5, "such logits would be alike whatever the model did"
+
+
+@pytest.mark.parametrize("name", [name for name, sample in SAMPLES.items() if sample.dtype == "float32"])
+def test_the_fp64_run_of_the_peer_is_the_peer(name, saved):
+    """What our error is measured against is what the model computes that transformers made, but for rounding."""
+    import torch
+
+    folder, model = saved(name)
+    with torch.no_grad():
+        original = model(torch.tensor(tokens())).logits.numpy()
+    truth = peer_logits(folder, "float64")
+    assert truth.dtype == np.float64
+    assert np.abs(original - truth).max() <= REASONABLE * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_there_and_back_is_the_same_class_and_every_bit(name, saved, tmp_path):
+    folder, _ = saved(name)
+    # A multi-head GPTBigCode is the function of a GPT-2, which hf picks; its own class is asked for by name.
+    to = SAMPLES[name].format if name == "gpt_bigcode, multi-head" else "hf"
+    first = convert(folder, tmp_path / "ours", "jax")
+    second = convert(tmp_path / "ours", tmp_path / "back", to)
+    assert first.source_format == second.destination_format == SAMPLES[name].format
+    assert first.weights_sha256 == second.weights_sha256
+    assert bits(folder) == bits(tmp_path / "back")
+    classes = [json.loads((path / "config.json").read_text())["architectures"] for path in (folder, tmp_path / "back")]
+    assert classes[0] == classes[1]
+
+
+def bits(folder):
+    """Every tensor of a folder as bytes, read by safetensors alone."""
+    import torch
+    from safetensors.torch import load_file
+
+    arrays = {}
+    for file in folder.glob("*.safetensors"):
+        arrays |= load_file(file)
+    return {key: (array.dtype, array.shape, array.view(torch.uint8).numpy().tobytes()) for key, array in arrays.items()}
+
+
+@pytest.mark.parametrize("name", ["gpt2, sharded bf16, untied", "gpt_neo, local"])
+def test_shards_are_read_through_their_index(name, saved):
+    folder, _ = saved(name)
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+    checkpoint = open_checkpoint(folder)
+    assert len(checkpoint.tensors) > 20
+    assert {dtype.name for dtype in checkpoint.dtypes.values()} == {SAMPLES[name].dtype}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo, local", "starcoder2, grouped, window"])
+def test_a_checkpoint_of_the_body_alone_is_the_same_model(name, saved, tmp_path):
+    folder, model = saved(name)
+    model.base_model.save_pretrained(tmp_path / "body")
+    keys = set(open_checkpoint(folder).tensors)
+    assert set(open_checkpoint(tmp_path / "body").tensors) == keys
+    whole, body = (convert(path, tmp_path / f"{n}", "torch") for n, path in enumerate((folder, tmp_path / "body")))
+    assert whole.weights_sha256 == body.weights_sha256
+
+
+def test_a_tied_head_that_was_saved_too_is_left_out(saved, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = saved("gpt2")
+    (tmp_path / "twice").mkdir()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    save_file(tensors, tmp_path / "twice" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "twice" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert "lm_head.weight" not in open_checkpoint(tmp_path / "twice").tensors
+
+
+def test_masks_that_older_versions_saved_are_no_weights(saved, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = saved("gpt2")
+    (tmp_path / "old").mkdir()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 40, 40, dtype=torch.uint8)
+    tensors["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, tmp_path / "old" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "old" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert set(open_checkpoint(tmp_path / "old").tensors) == set(open_checkpoint(folder).tensors)

@@ -1,0 +1,256 @@
+"""`parity verify` and `parity check` with transformers as third party: what is right passes, what is wrong is found."""
+
+import json
+
+import numpy as np
+import pytest
+from hugging_face import SAMPLES, save, tokens
+
+from gpt_core.formats import open_checkpoint
+from parity.checks.peer import check_decode, check_runs, greedy
+from parity.convert import convert
+from parity.sides.runs import Batch
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("verify")
+    names = ("gpt2", "gpt_bigcode, multi-head", "gpt_neo, local", "starcoder2, grouped, window")
+    for name in names:
+        save(SAMPLES[name], root / name)
+    return {name: root / name for name in names}
+
+
+@pytest.fixture
+def ids(tmp_path):
+    np.save(tmp_path / "ids.npy", tokens())
+    return tmp_path / "ids.npy"
+
+
+def batch():
+    mask = np.ones(tokens().shape, bool)
+    mask[:, -1] = False
+    mask[0, 3:8] = False
+    return Batch(np.roll(tokens(), -1, axis=1), mask)
+
+
+def compare(folder, change=lambda model: None, dtype="float32"):
+    """Our PyTorch model against transformers' with something changed in it."""
+    from parity.sides import torch_side
+    from parity.sides.transformers_side import Peer
+
+    checkpoint = open_checkpoint(folder)
+    ours = torch_side.run(torch_side.build(checkpoint.config, checkpoint.read, dtype), tokens(), batch())
+    peer = Peer(folder, dtype)
+    change(peer.model)
+    results = check_runs("case", dtype, checkpoint.config, "torch", ours, peer.run(tokens(), batch()), None)
+    return {result.check: result for result in results}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_bigcode, multi-head", "gpt_neo, local", "starcoder2, grouped, window"])
+def test_in_fp64_all_that_transformers_computes_is_equal(name, folders):
+    results = compare(folders[name], dtype="float64")
+    assert set(results) == {"activations", "logits", "loss", "gradients"}
+    assert all(result.passed for result in results.values())
+    sites = results["activations"].measures["sites"]
+    # Every operation of a block but the rotation, which is no module of transformers.
+    assert len(sites) == 2 * 10 + 3
+
+
+def swap_gelu(model):
+    import torch
+
+    model.transformer.h[1].mlp.act = torch.nn.GELU()
+
+
+def widen_window(model):
+    import torch
+
+    attention = model.transformer.h[1].attn.attention
+    attention.bias |= torch.ones_like(attention.bias).tril(0) & torch.ones_like(attention.bias).triu(-7)
+
+
+def forget_the_scale(model):
+    model.model.layers[0].self_attn.scaling *= 1.01
+
+
+def change_eps(model):
+    model.transformer.h[1].ln_2.eps = 1e-3
+
+
+def swap_query_and_key(model):
+    import torch
+
+    weight = model.transformer.h[0].attn.c_attn.weight
+    with torch.no_grad():
+        weight[:, :80] = weight[:, :80].roll(40, dims=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "site"),
+    [
+        ("gpt2", swap_gelu, "blocks.1.mlp.hidden"),
+        ("gpt2", change_eps, "blocks.1.mlp_norm"),
+        ("gpt2", swap_query_and_key, "blocks.0.attention.query"),
+        ("gpt_neo, local", widen_window, "blocks.1.attention.mixed"),
+        ("starcoder2, grouped, window", forget_the_scale, "blocks.0.attention.mixed"),
+    ],
+)
+def test_a_mistake_is_found_at_its_module(name, change, site, folders):
+    results = compare(folders[name], change)
+    assert not results["activations"].passed
+    assert not results["logits"].passed
+    assert results["activations"].measures["first_divergence"]["site"] == site
+
+
+def test_noise_beyond_three_times_the_peers_is_a_failure(folders):
+    from dataclasses import replace
+
+    from parity.sides import torch_side
+    from parity.sides.transformers_side import Peer
+
+    folder = folders["gpt2"]
+    checkpoint = open_checkpoint(folder)
+    model = torch_side.build(checkpoint.config, checkpoint.read, "float32")
+    ours = torch_side.run(model, tokens(), batch())
+    theirs = Peer(folder, "float32").run(tokens(), batch())
+    truth = Peer(folder, "float64").run(tokens(), trace=False).logits
+
+    def logits_check(run):
+        results = check_runs("case", "float32", checkpoint.config, "torch", run, theirs, truth)
+        return next(result for result in results if result.check == "logits")
+
+    assert logits_check(ours).passed
+    noise = np.random.default_rng(0).normal(0, 1.5e-6, ours.logits.shape) * np.abs(ours.logits).mean()
+    noisy = logits_check(replace(ours, logits=(ours.logits + noise).astype(np.float32)))
+    assert noisy.relative_error < noisy.tolerance, "the bound alone would not see it"
+    assert not noisy.passed
+    assert "times as far from transformers' formulas in fp64" in noisy.reason
+
+
+def test_greedy_decoding_follows_the_largest_logit():
+    """A model that always says the token after the next: 0, 2, 4, ... modulo 7."""
+
+    def logits_of(ids):
+        return np.eye(7)[(ids + 2) % 7]
+
+    found, gap = greedy(logits_of, np.array([[1, 4], [0, 5]]), 5)
+    assert found.tolist() == [[6, 1, 3, 5, 0], [0, 2, 4, 6, 1]]
+    assert gap(1, 3) == 1.0
+    assert check_decode("case", "float32", found, found.copy(), gap).passed
+    other = found.copy()
+    other[1, 3] = 5
+    wrong = check_decode("case", "float32", found, other, gap)
+    assert not wrong.passed
+    assert "row 1 parts at token 4 of 5: 6 against 5" in wrong.reason
+
+
+def test_the_command_verifies_a_folder_and_its_source(folders, ids, tmp_path, parity):
+    ours, export = tmp_path / "ours", tmp_path / "export"
+    convert(folders["starcoder2, grouped, window"], ours, "jax")
+    convert(ours, export, "hf")
+    called = parity(
+        "verify",
+        export,
+        "--against",
+        ours,
+        "--tokens",
+        ids,
+        "--new-tokens",
+        16,
+        "--card",
+        "--json",
+        "--out",
+        tmp_path / "r",
+    )
+    report = json.loads(called.out)
+    assert called.code == 0, called.err
+    assert {(case["variant"], case["check"], case["dtype"]) for case in report["cases"]} == {
+        ("export", "weights", "float32"),
+        *(
+            (f"export: {framework}", check, dtype)
+            for framework in ("jax", "torch")
+            for check in ("activations", "logits", "loss", "decode")
+            for dtype in ("float64", "float32")
+        ),
+        *((f"export: {framework}", "gradients", "float64") for framework in ("jax", "torch")),
+    }
+    assert "transformers" in report["environment"]
+    card = (export / "README.md").read_text()
+    assert f"| parity | {len(report['cases'])} of {len(report['cases'])} checks against transformers passed" in card
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["passed"]
+
+
+def test_a_folder_that_is_not_its_source_is_exit_code_1(folders, ids, tmp_path, parity):
+    from safetensors.torch import load_file, save_file
+
+    convert(folders["gpt2"], tmp_path / "ours", "torch")
+    convert(tmp_path / "ours", tmp_path / "export", "hf")
+    tensors = load_file(tmp_path / "export" / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 4] += 1e-3
+    save_file(tensors, tmp_path / "export" / "model.safetensors", {"format": "pt"})
+    command = ("verify", tmp_path / "export", "--against", tmp_path / "ours", "--tokens", ids, "--dtype", "float32")
+    called = parity(*command, "--new-tokens", 0, "--json")
+    assert called.code == 1
+    weights = next(case for case in json.loads(called.out)["cases"] if case["check"] == "weights")
+    assert "blocks.mlp.up.kernel differs at (1, 3, 4)" in weights["reason"]
+
+
+def test_two_checkpoints_one_of_which_runs_in_transformers(folders, ids, tmp_path, parity):
+    convert(folders["gpt_neo, local"], tmp_path / "ours", "jax")
+    called = parity(
+        "check", tmp_path / "ours", folders["gpt_neo, local"], "--tokens", ids, "--dtype", "float32", "--json"
+    )
+    report = json.loads(called.out)
+    assert called.code == 0, called.err
+    assert {"weights", "logits"} == {case["check"] for case in report["cases"]}
+    logits = next(case for case in report["cases"] if case["check"] == "logits")
+    assert any(name.startswith("B:hf-gpt_neo") for name in logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "OURS"], "verify takes a folder of Hugging Face"),
+        (["verify", "HF", "--new-tokens", "-1"], "--new-tokens -1 must be at least 0"),
+        (["verify", "HF"], "has no tokenizer beside its weights"),
+        (["check", "--hugging-face", "--fault", "window-off-by-one"], "--hugging-face goes with"),
+        (["check", "--hugging-face", "--variant", "rope-gqa"], "unknown variant 'rope-gqa'"),
+        (["check", "--hugging-face", "--dtype", "bfloat16"], "computes in float64 or float32"),
+        (["check", "HF", "HF", "--hugging-face"], "--hugging-face belong to the grid"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, message, folders, tmp_path, parity):
+    convert(folders["gpt2"], tmp_path / "ours", "torch")
+    places = {"OURS": tmp_path / "ours", "HF": folders["gpt2"]}
+    called = parity(*(places.get(argument, argument) for argument in arguments))
+    assert called.code == 2
+    assert message in called.err
+
+
+def test_code_that_lies_in_a_folder_runs_only_when_it_is_trusted(tmp_path, ids, parity):
+    from dataclasses import replace
+
+    import numpy_gpt
+
+    from gpt_core.formats import format_of
+    from gpt_core.weights import weights_source
+
+    config = replace(numpy_gpt.CONFIGS["learned-gqa-window"], vocab_size=96, context_length=40)
+    weights = {name: array.astype(np.float32) for name, array in numpy_gpt.random_weights(config).items()}
+    (tmp_path / "ours").mkdir()
+    stored = {row: array.dtype for row, array in weights.items()}
+    format_of("torch").write(tmp_path / "ours", config, weights_source(weights), stored, None)
+    convert(tmp_path / "ours", tmp_path / "export", "hf", allow_remote_code=True)
+    (tmp_path / "export" / "modeling_twingpt.py").write_text("raise SystemExit('it ran')\n")
+    called = parity("verify", tmp_path / "export", "--tokens", ids)
+    assert called.code == 2
+    assert "--trust-remote-code" in called.err
+
+
+def test_one_variant_of_the_grid_as_an_export(parity):
+    called = parity("check", "--hugging-face", "--variant", "learned-mqa-window", "--dtype", "float32", "--json")
+    report = json.loads(called.out)
+    assert called.code == 0, called.err
+    assert {case["check"] for case in report["cases"]} == {"weights", "activations", "logits", "loss", "decode"}
+    assert all(case["noise_ratio"] <= 3 for case in report["cases"] if case["check"] == "logits")
