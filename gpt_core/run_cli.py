@@ -27,7 +27,7 @@ def train_parser(program: str) -> ArgumentParser:
         f"  {program} train --config tiny-cpu --out runs/tiny-cpu\n"
         f"  {program} train --config my-run.yaml --model.sliding_window 256 --train.steps 2000",
     )
-    _add_run_arguments(command)
+    add_run_arguments(command)
     command.add_argument(
         "--out",
         type=Path,
@@ -45,12 +45,13 @@ def eval_parser(program: str) -> ArgumentParser:
         f"  {program} eval runs/tiny-cpu@best --data.prepared data/stdlib --train.evaluation_batches 100",
     )
     command.add_argument("checkpoint", help="RUN, RUN@STEP, RUN@best, RUN@last, or the folder of a model")
-    _add_run_arguments(command)
+    add_run_arguments(command)
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     return command
 
 
-def _add_run_arguments(command: ArgumentParser) -> None:
+def add_run_arguments(command: ArgumentParser) -> None:
+    """`--config`, and a flag for every field of a run."""
     command.add_argument("--config", action=_FileOrPreset, help="a YAML file, or the name of a preset")
     for section in fields(RunConfig):
         command.add_class_arguments(section.default_factory, section.name)
@@ -60,7 +61,7 @@ def train_config(options: Namespace) -> tuple[RunConfig, Path]:
     """The config and the folder that a command line of `train` means."""
     files = options.config or []
     name = Path(str(files[-1])).stem if files else "default"
-    return _run_config(options), options.out or _default_folder(name)
+    return run_config(options), options.out or _default_folder(name)
 
 
 def _default_folder(config: str) -> Path:
@@ -78,7 +79,7 @@ def eval_config(options: Namespace, checkpoint: Path) -> RunConfig:
     """
     run = checkpoint.parent.parent
     if options.config or not (run / RUN_FILE).is_file():
-        return _run_config(options)
+        return run_config(options)
     saved, _ = read_run(run)
     given = {name: getattr(options, name) for name in ("data", "train")}
     defaults = {name: type(getattr(saved, name))() for name in given}
@@ -93,7 +94,8 @@ def eval_config(options: Namespace, checkpoint: Path) -> RunConfig:
     )
 
 
-def _run_config(options: Namespace) -> RunConfig:
+def run_config(options: Namespace) -> RunConfig:
+    """The config that the flags of `add_run_arguments` mean."""
     sections = {section.name: options[section.name].as_dict() for section in fields(RunConfig)}
     return RunConfig.from_dict(sections, source="command line" if not options.config else str(options.config[-1]))
 

@@ -13,10 +13,11 @@ from rich.console import Console
 
 from gpt_core.cli import CHECK_FAILED, SUCCESS, parser, print_json, progress, run, status
 from gpt_core.errors import InputError
-from gpt_core.files import refuse_existing
+from gpt_core.files import atomic_directory, refuse_existing
 from gpt_core.formats import FORMATS, is_hugging_face
 from gpt_core.formats.targets import HUGGING_FACE, TARGETS
 from gpt_core.precision import DType
+from gpt_core.run_cli import add_run_arguments, run_config
 from parity.checks import CheckResult
 from parity.convert import DTYPES, conversion_parts, convert
 from parity.faults import fault_named
@@ -41,12 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = top.add_subcommands(required=True, dest="subcommand")
     commands.add_subcommand("check", _check_parser(), help="prove the grid of variants, or two checkpoints, equal")
+    commands.add_subcommand("train", _train_parser(), help="train the same run in both and compare the losses")
     commands.add_subcommand("convert", _convert_parser(), help="convert a checkpoint to another format")
     commands.add_subcommand("verify", _verify_parser(), help="prove that transformers runs an exported folder alike")
     commands.add_subcommand("inspect", _inspect_parser(), help="show what lies in a checkpoint")
     commands.add_subcommand("record", _record_parser(), help="write a checkpoint's logits and intermediates to a file")
     commands.add_subcommand("compare", _compare_parser(), help="compare two records, with no checkpoint or framework")
-    handlers = {"check": _check, "convert": _convert, "verify": _verify, "inspect": _inspect}
+    handlers = {"check": _check, "train": _train, "convert": _convert, "verify": _verify, "inspect": _inspect}
     handlers |= {"record": _record, "compare": _compare}
     return run(top, handlers, arguments)
 
@@ -75,12 +77,63 @@ def _check_parser() -> ArgumentParser:
     return check
 
 
+def _train_parser() -> ArgumentParser:
+    from parity.train import VARIANTS
+
+    command = parser(
+        "Train the same run in both frameworks, from the same weights, and hold the losses against each other.",
+        "  parity train --config tiny-cpu --train.steps 200\n"
+        "  parity train --config my-run.yaml --variant config --dtype float32",
+    )
+    add_run_arguments(command)
+    command.add_argument("--steps", type=int | None, default=None, help="short for --train.steps")
+    command.add_argument(
+        "--variant", nargs="+", default=list(VARIANTS), help="attention variants; 'config' is the model as it stands"
+    )
+    command.add_argument("--dtype", nargs="+", choices=_DTYPES[:2], default=_DTYPES[:2], help="what to compute in")
+    command.add_argument("--out", type=Path, default=Path("runs/parity-train"), help="folder for runs and report")
+    command.add_argument("--force", action="store_true", help="replace a folder that exists")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    return command
+
+
+def _train(options: Namespace) -> int:
+    from parity.report import report, write_report
+    from parity.train import RUNS, compare_training
+
+    config = run_config(options)
+    if options.steps is not None:
+        config = replace(config, train=replace(config.train, steps=options.steps))
+    started = time.perf_counter()
+    with atomic_directory(options.out, force=options.force) as folder, progress() as bar:
+        total = len(options.variant) * len(options.dtype) * len(RUNS) * config.train.steps
+        task = bar.add_task("training", total=total)
+        results = compare_training(
+            config, options.variant, options.dtype, folder, lambda steps: bar.advance(task, steps)
+        )
+        content = report(results, {}, seconds=time.perf_counter() - started, command="parity train")
+        write_report(folder, content)
+    if options.json:
+        print_json(content)
+    else:
+        for result in results:
+            print(
+                f"{result.variant} {result.dtype}: losses of the first steps differ by {result.relative_error:.0e} "
+                f"(bound {result.tolerance:.0e}), of all {result.measures['steps']} by "
+                f"{result.measures['largest_distance']:.0e}; one ulp at the start makes "
+                f"{result.measures['largest_distance_one_ulp']:.0e}; {result.reason or 'equal'}"
+            )
+        print(f"report: {options.out / 'report.json'}")
+    return SUCCESS if content["passed"] else CHECK_FAILED
+
+
 def _convert_parser() -> ArgumentParser:
     command = parser(
         "Convert a checkpoint to another format, verify it by reading it back, then give it its name.",
         "  parity convert runs/jax runs/torch --to torch\n"
         "  parity convert runs/torch runs/jax-bf16 --to jax --dtype bfloat16\n"
         "  parity convert runs/tiny-cpu@best best --to torch\n"
+        "  parity convert --state runs/tiny-cpu runs/tiny-cpu-torch --to torch     for torch-gpt to go on with\n"
         "  parity convert runs/jax export --to hf            the architecture of transformers that fits\n"
         "  parity convert openai-community/gpt2 runs/gpt2 --to jax",
     )
@@ -88,6 +141,9 @@ def _convert_parser() -> ArgumentParser:
     command.add_argument("destination", type=Path, help="folder to write")
     command.add_argument("--to", required=True, choices=list(TARGETS), help="format to write; hf picks one that fits")
     command.add_argument("--dtype", type=str | None, default=None, choices=[*DTYPES, None], help="cast every weight")
+    command.add_argument(
+        "--state", action="store_true", help="a run with its optimizer, for the other trainer to go on"
+    )
     command.add_argument("--unrolled", action="store_true", help="jax: keep blocks apart instead of stacked")
     command.add_argument(
         "--allow-remote-code", action="store_true", help="hf: bring modelling code along where no architecture fits"
@@ -249,7 +305,36 @@ def _dtypes(options: Namespace) -> list[DType]:
     return [dtype for dtype in _DTYPES if dtype in options.dtype]
 
 
+def _convert_state(options: Namespace) -> int:
+    from parity.state import CROSSING_PARTS, convert_state
+
+    others = {"--dtype": options.dtype, "--unrolled": options.unrolled, "--report": options.report}
+    given = [flag for flag, value in others.items() if value]
+    if given:
+        raise InputError(f"{given[0]} does not go with --state: a training state crosses over as it is")
+    refuse_existing(options.destination, force=options.force)
+    with local_checkpoint(options.source) as source, progress() as bar:
+        task = bar.add_task("converting", total=CROSSING_PARTS)
+        done = convert_state(
+            source,
+            options.destination,
+            options.to,
+            force=options.force,
+            advance=lambda parts: bar.advance(task, parts),
+        )
+    if options.json:
+        print_json(done.to_dict())
+    else:
+        print(
+            f"{done.source} -> {done.destination}: step {done.step:,}, read back and equal. Go on with the same "
+            f"config: {done.framework}-gpt train --config ... --out {done.destination}"
+        )
+    return SUCCESS
+
+
 def _convert(options: Namespace) -> int:
+    if options.state:
+        return _convert_state(options)
     from gpt_core.formats.hf_folder import parity_result
 
     hugging_face = is_hugging_face(options.to) or options.to == HUGGING_FACE

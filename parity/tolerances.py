@@ -47,6 +47,13 @@ NOISE_RATIO = 2.0
 # ours, which is not more than a factor of two; a wrong formula is a factor of thousands.
 PEER_NOISE_RATIO = 3.0
 
+# Training is chaotic: a difference grows whatever made it. `training` above holds for this many steps. From then on the
+# distance between the twins may be at most DRIFT_RATIO times the distance of one of them from itself when it starts one
+# ulp away: one disturbance at the start against one rounding in every step. Below the bound of `training` nothing is
+# compared.
+TRAINING_STEPS = 50
+DRIFT_RATIO = 10.0
+
 # The scale of a gradient leaf is at least this share of the largest leaf's maximum, so that a leaf that is tiny
 # beside the others is not held to digits that its own summation does not have.
 GRADIENT_FLOOR = 1e-6
