@@ -151,9 +151,10 @@ def test_sigterm_saves_and_ends_well(framework: str, config: Path, undisturbed: 
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 0
+    # It may have been faster than the signal, which then meets a process that has nothing left to save.
+    assert process.returncode == 0 or (run / "summary.json").exists(), said
     steps = saved_steps(run)
-    if "stopped by a signal" in said:  # it may have been faster than the signal
+    if "stopped by a signal" in said:
         assert steps[-1] < 12
         assert not (run / "summary.json").exists()
     assert train(framework, config, run) == 0
