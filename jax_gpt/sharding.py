@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from gpt_core.config import ModelConfig
 from gpt_core.data.batches import Batch
 from gpt_core.errors import InputError
-from gpt_core.parameters import Parameter, axis_sizes, parameter_table
+from gpt_core.parameters import Parameter, axis_sizes, block_table, parameter_table
 from gpt_core.run_config import MeshConfig, RunConfig
 from jax_gpt.model import BlockStep, Layer, Taps
 from jax_gpt.state_paths import table_row
@@ -132,35 +132,100 @@ def state_shardings(state: Any, model: ModelConfig, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def gathered(parameters: Any, model: ModelConfig, mesh: Mesh) -> Any:
-    """Parameters outside the blocks, whole along the fsdp axis, for use in a step (blocks are gathered one by one).
+def manual_axes(mesh: Mesh) -> frozenset[str]:
+    """Mesh axes whose communication the step writes out; what the tensor axis needs is left to the compiler."""
+    return frozenset(mesh.axis_names) - {"tensor"}
 
-    Without this the compiler looks tokens up in a table that is cut along `embed` and then moves the activations.
+
+def written_out(shardings: Any, mesh: Mesh) -> Any:
+    """The part of shardings that `jax.shard_map` over `manual_axes` is told of, as partition specs."""
+    manual = manual_axes(mesh)
+
+    def spec(sharding: NamedSharding) -> PartitionSpec:
+        return PartitionSpec(*(tuple(name for name in names if name in manual) or None for names in _names(sharding.spec)))
+
+    return jax.tree.map(spec, shardings)
+
+
+def _names(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """Of every array axis, the mesh axes that share it; a PartitionSpec has tuples, single names and None."""
+    return [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
+
+
+def gathered(parameters: Any, model: ModelConfig, mesh: Mesh, compute_dtype: Any, *, blocks: bool) -> Any:
+    """Parameters whole along the fsdp axis, for use inside `jax.shard_map`; their gradients are reduce-scattered.
+
+    Matrices travel in the dtype that they are used in, so that half the bytes are sent in bfloat16, there and back.
+
+    Args:
+        parameters: Of a model, or of one block (`blocks`). Of a whole model those of the blocks are left as they are:
+            each block is gathered when its turn comes, and again in the backward pass.
+        model: The architecture.
+        mesh: Of `create_mesh`.
+        compute_dtype: Of `Precision`.
+        blocks: Whether these are the parameters of one block.
     """
     table = parameter_table(model)
+    if blocks:
+        table = {name.removeprefix("blocks."): row for name, row in block_table(table, 0).items()}
 
     def whole(path: tuple[Any, ...], leaf: Any) -> Any:
         row = table_row(path, table)
-        if row is None or row.stacked:
+        if row is None or row.stacked or mesh.shape["fsdp"] == 1:
             return leaf
-        spec = partition(row, mesh, within_copy=("tensor",))
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+        places = [index for index, names in enumerate(_names(partition(row, mesh))) if "fsdp" in names]
+        if not places:
+            return leaf
+        sent = leaf.astype(compute_dtype) if row.decay else leaf
+        return jax.lax.all_gather(sent, "fsdp", axis=places[0], tiled=True).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(whole, parameters)
 
 
-def rows_kept_apart(mesh: Mesh) -> Callable[[BlockStep], BlockStep]:
-    """For `GPT(around_block=...)`: the residual stream stays dealt out by rows from block to block."""
-    sharding = NamedSharding(mesh, ROWS)
+def reduced(gradients: Any, specs: Any, mesh: Mesh) -> Any:
+    """Gradients of a device's rows, summed over all rows; along fsdp most of them are by their own `gathered`.
+
+    Args:
+        gradients: As they are within `jax.shard_map`.
+        specs: Of the parameters, from `written_out`.
+        mesh: Of `create_mesh`.
+    """
+
+    def total(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
+        scattered = set().union(*_names(spec))
+        left = tuple(axis for axis in ("data", "fsdp") if axis not in scattered and mesh.shape[axis] > 1)
+        return jax.lax.psum(gradient, left) if left else gradient
+
+    return jax.tree.map(total, gradients, specs)
+
+
+def summed_over_rows(value: jax.Array, mesh: Mesh) -> jax.Array:
+    """A number of every device's rows, summed over all rows, within `jax.shard_map`."""
+    axes = tuple(axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1)
+    return jax.lax.psum(value, axes) if axes else value
+
+
+def block_gathered(model: ModelConfig, mesh: Mesh, compute_dtype: Any) -> Callable[[BlockStep], BlockStep]:
+    """For `GPT(around_block=...)`: a block's parameters come together when its turn comes.
+
+    Between blocks every device of the tensor axis has the whole residual stream of its rows.
+    """
 
     def around(step: BlockStep) -> BlockStep:
-        def constrained(x: jax.Array, layer: Layer) -> tuple[jax.Array, Taps]:
-            x, taps = step(jax.lax.with_sharding_constraint(x, sharding), layer)
-            return jax.lax.with_sharding_constraint(x, sharding), taps
+        def with_whole_parameters(x: jax.Array, layer: Layer) -> tuple[jax.Array, Taps]:
+            parameters, key = layer
+            whole = gathered(parameters, model, mesh, compute_dtype, blocks=True)
+            x, taps = step(not_split(x, mesh), (whole, key))
+            return not_split(x, mesh), taps
 
-        return constrained
+        return with_whole_parameters
 
     return around
+
+
+def not_split(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """The same array, whole on each device of the tensor axis, within `jax.shard_map`."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh.shape["tensor"] > 1 else x
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:

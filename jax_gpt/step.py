@@ -14,13 +14,28 @@ from gpt_core.run_config import Remat, RunConfig
 from jax_gpt.loss import chunked_loss
 from jax_gpt.model import GPT, BlockStep, initialiser
 from jax_gpt.optimizer import create_optimizer, update
-from jax_gpt.sharding import ROWS, gathered, rows_kept_apart, state_shardings
+from jax_gpt.sharding import (
+    ROWS,
+    block_gathered,
+    gathered,
+    manual_axes,
+    reduced,
+    state_shardings,
+    summed_over_rows,
+    written_out,
+)
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive is not jax.lax.all_gather_p
+
+
+# Whatever is kept for the backward pass, the gathered parameters of a block are not: they would be the whole model.
 _REMAT: dict[Remat, Callable[[BlockStep], BlockStep]] = {
-    "none": lambda step: step,
+    "none": partial(jax.checkpoint, policy=_all_but_gathered),
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "full": jax.checkpoint,
 }
@@ -61,6 +76,7 @@ class Program(NamedTuple):
 def create_program(config: RunConfig, mesh: Mesh) -> Program:
     """Everything that a run does on its devices; nothing is computed yet."""
     optimizer = create_optimizer(config.optimizer, config.model)
+    gather_block = block_gathered(config.model, mesh, config.precision.compute_dtype)
 
     def model() -> GPT:
         return GPT(
@@ -69,7 +85,7 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
             precision=config.precision,
             implementation=config.jax.attention,
             scan_layers=config.jax.scan_layers,
-            around_block=lambda step: rows_kept_apart(mesh)(_REMAT[config.jax.remat](step)),
+            around_block=lambda step: _REMAT[config.jax.remat](gather_block(step)),
         )
 
     def first_state() -> TrainState:
@@ -87,19 +103,17 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
     rows = config.train.batch_size // config.train.accumulation // copies
     chunk = max(1, config.jax.loss_chunk // rows)
 
-    def gather(parameters: nnx.State) -> nnx.State:
-        return gathered(parameters, config.model, mesh)
-
+    places = Places(mesh, config, written_out(shardings.parameters, mesh))
     return Program(
         create=jax.jit(first_state, out_shardings=shardings),
         step=jax.jit(
-            training_step(config, graph, optimizer, chunk, gather),
+            training_step(config, graph, optimizer, chunk, places),
             donate_argnums=0,
             in_shardings=(shardings, NamedSharding(mesh, ROWS), everywhere),
             out_shardings=(shardings, everywhere),
         ),
         evaluate=jax.jit(
-            evaluation_step(graph, chunk, gather),
+            evaluation_step(graph, chunk, places),
             in_shardings=(shardings.parameters, NamedSharding(mesh, ROWS)),
             out_shardings=everywhere,
         ),
@@ -108,12 +122,42 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
     )
 
 
+class Places(NamedTuple):
+    """Where the numbers of a step are.
+
+    Args:
+        mesh: The devices.
+        config: The run.
+        parameters: Of each parameter, which axes are shared out over data and fsdp.
+    """
+
+    mesh: Mesh
+    config: RunConfig
+    parameters: Any
+
+    def model(self, graph: nnx.GraphDef[GPT], parameters: nnx.State) -> GPT:
+        """The model of a device's share of the parameters."""
+        compute_dtype = self.config.precision.compute_dtype
+        return nnx.merge(graph, gathered(parameters, self.config.model, self.mesh, compute_dtype, blocks=False))
+
+    def of_own_rows(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+        """A function that sees this device's rows and share of the parameters; it must sum over rows by itself."""
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=inputs,
+            out_specs=outputs,
+            axis_names=manual_axes(self.mesh),
+            check_vma=False,  # Pallas kernels do not say over which axes their results vary
+        )
+
+
 def training_step(
     config: RunConfig,
     graph: nnx.GraphDef[GPT],
     optimizer: optax.GradientTransformation,
     chunk: int,
-    gather: Callable[[nnx.State], nnx.State] = lambda parameters: parameters,
+    places: Places,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """The step as one function: gradients over all micro-batches, clip, AdamW.
 
@@ -124,32 +168,47 @@ def training_step(
         graph: Of the model.
         optimizer: Of `create_optimizer`.
         chunk: Positions of every row whose logits are in memory at a time.
-        gather: Brings sharded parameters together where they are used; must not change their values.
+        places: Which part of it each device has.
     """
     parts = config.train.accumulation
     wide = config.precision.wide_dtype
 
-    def mean_loss(parameters: nnx.State, part: Batch, count: jax.Array, key: jax.Array | None) -> jax.Array:
-        model = nnx.merge(graph, gather(parameters))
-        hidden = model.hidden(part["tokens"], dropout_key=key)
+    def mean_loss(parameters: nnx.State, part: Batch, keys: jax.Array | None, count: jax.Array) -> jax.Array:
+        model = places.model(graph, parameters)
+        if keys is None:
+            hidden = model.hidden(part["tokens"])
+        else:  # a key for every row, so that what is dropped does not depend on the mesh
+            by_row = jax.vmap(lambda tokens, key: model.hidden(tokens[None], dropout_key=key)[0])
+            hidden = by_row(part["tokens"], keys)
         loss = chunked_loss(model.unembed, hidden, part["targets"], part["mask"], chunk)
         return loss / count  # by the tokens of the whole step
 
-    def step(state: TrainState, batch: Batch, rate: Any) -> tuple[TrainState, Metrics]:
-        count = batch["mask"].sum().astype(wide)
+    def of_own_rows(
+        parameters: nnx.State, batch: Batch, keys: jax.Array | None, count: jax.Array
+    ) -> tuple[jax.Array, nnx.State]:
         # Row r goes to part r mod parts, so that every device keeps its own rows.
-        micro_batches = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), dict(batch))
-        keys = None
-        if config.model.dropout:
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(config.train.seed), state.step), parts)
+        micro_batches = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (dict(batch), keys))
 
         def add(total: Any, part: tuple[Batch, jax.Array | None]) -> tuple[Any, None]:
-            rows, key = part
-            gradients = jax.value_and_grad(mean_loss)(state.parameters, rows, count, key)
+            gradients = jax.value_and_grad(mean_loss)(parameters, *part, count)
             return jax.tree.map(jnp.add, total, gradients), None
 
-        zero = (jnp.zeros((), wide), jax.tree.map(jnp.zeros_like, state.parameters))
-        (loss, gradients), _ = jax.lax.scan(add, zero, (micro_batches, keys), length=parts)
+        zero = (jnp.zeros((), wide), jax.tree.map(jnp.zeros_like, parameters))
+        (loss, gradients), _ = jax.lax.scan(add, zero, micro_batches, length=parts)
+        return summed_over_rows(loss, places.mesh), reduced(gradients, places.parameters, places.mesh)
+
+    def step(state: TrainState, batch: Batch, rate: Any) -> tuple[TrainState, Metrics]:
+        count = batch["mask"].sum().astype(wide)
+        keys = None
+        if config.model.dropout:
+            of_step = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(of_step, jnp.arange(config.train.batch_size))
+        differentiate = places.of_own_rows(
+            of_own_rows,
+            (places.parameters, ROWS, ROWS, PartitionSpec()),
+            (PartitionSpec(), places.parameters),
+        )
+        loss, gradients = differentiate(state.parameters, dict(batch), keys, count)
         parameters, moments, norm = update(
             optimizer, config.optimizer, state.parameters, gradients, state.moments, rate
         )
@@ -165,13 +224,19 @@ def training_step(
 def evaluation_step(
     graph: nnx.GraphDef[GPT],
     chunk: int,
-    gather: Callable[[nnx.State], nnx.State] = lambda parameters: parameters,
+    places: Places,
 ) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
     """Summed loss and number of tokens of a batch, without dropout."""
 
-    def evaluate(parameters: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graph, gather(parameters))
+    def of_own_rows(parameters: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        model = places.model(graph, parameters)
         hidden = model.hidden(batch["tokens"])
-        return chunked_loss(model.unembed, hidden, batch["targets"], batch["mask"], chunk), batch["mask"].sum()
+        loss = chunked_loss(model.unembed, hidden, batch["targets"], batch["mask"], chunk)
+        return summed_over_rows(loss, places.mesh), summed_over_rows(batch["mask"].sum(), places.mesh)
+
+    def evaluate(parameters: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        everywhere = PartitionSpec()
+        summed = places.of_own_rows(of_own_rows, (places.parameters, ROWS), (everywhere, everywhere))
+        return summed(parameters, dict(batch))
 
     return evaluate
