@@ -7,7 +7,7 @@ A mesh has three axes (Rajbhandari et al., 2020; Shoeybi et al., 2019; Xu et al.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from gpt_core.config import ModelConfig
 from gpt_core.data.batches import Batch
 from gpt_core.errors import InputError
-from gpt_core.parameters import Parameter, axis_sizes, block_table, parameter_table
+from gpt_core.parameters import Parameter, axis_sizes, parameter_table
 from gpt_core.run_config import MeshConfig, RunConfig
-from jax_gpt.model import BlockStep, Layer, Taps
 from jax_gpt.state_paths import table_row
 
 ROWS = PartitionSpec(("data", "fsdp"))  # of a batch and of activations: [batch, ...]
@@ -84,9 +83,7 @@ def check_divides(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-def partition(
-    parameter: Parameter, mesh: Mesh | AbstractMesh, within_copy: Collection[str] = ("tensor", "fsdp")
-) -> PartitionSpec:
+def partition(parameter: Parameter, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How a parameter, its gradient and its moments lie on a mesh.
 
     Kv heads that the tensor axis does not divide are copied whole to every device of that axis.
@@ -94,7 +91,6 @@ def partition(
     Args:
         parameter: A row of the table.
         mesh: Of `create_mesh`.
-        within_copy: Mesh axes that share the parameter.
     """
     places: list[list[str]] = [[] for _ in parameter.axes]
 
@@ -106,9 +102,9 @@ def partition(
         return divides
 
     for index, axis in enumerate(parameter.axes):
-        if axis in _TENSOR_AXES and "tensor" in within_copy:
+        if axis in _TENSOR_AXES:
             place(index, "tensor")
-    for axis in _FSDP_AXES if "fsdp" in within_copy else ():
+    for axis in _FSDP_AXES:
         if axis in parameter.axes and place(parameter.axes.index(axis), "fsdp"):
             break
     return PartitionSpec(*(tuple(names) or None for names in places))
@@ -130,102 +126,6 @@ def state_shardings(state: Any, model: ModelConfig, mesh: Mesh) -> Any:
         return NamedSharding(mesh, partition(row.of_layer(0) if of_block else row, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
-
-
-def manual_axes(mesh: Mesh) -> frozenset[str]:
-    """Mesh axes whose communication the step writes out; what the tensor axis needs is left to the compiler."""
-    return frozenset(mesh.axis_names) - {"tensor"}
-
-
-def written_out(shardings: Any, mesh: Mesh) -> Any:
-    """The part of shardings that `jax.shard_map` over `manual_axes` is told of, as partition specs."""
-    manual = manual_axes(mesh)
-
-    def spec(sharding: NamedSharding) -> PartitionSpec:
-        return PartitionSpec(*(tuple(name for name in names if name in manual) or None for names in _names(sharding.spec)))
-
-    return jax.tree.map(spec, shardings)
-
-
-def _names(spec: PartitionSpec) -> list[tuple[str, ...]]:
-    """Of every array axis, the mesh axes that share it; a PartitionSpec has tuples, single names and None."""
-    return [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
-
-
-def gathered(parameters: Any, model: ModelConfig, mesh: Mesh, compute_dtype: Any, *, blocks: bool) -> Any:
-    """Parameters whole along the fsdp axis, for use inside `jax.shard_map`; their gradients are reduce-scattered.
-
-    Matrices travel in the dtype that they are used in, so that half the bytes are sent in bfloat16, there and back.
-
-    Args:
-        parameters: Of a model, or of one block (`blocks`). Of a whole model those of the blocks are left as they are:
-            each block is gathered when its turn comes, and again in the backward pass.
-        model: The architecture.
-        mesh: Of `create_mesh`.
-        compute_dtype: Of `Precision`.
-        blocks: Whether these are the parameters of one block.
-    """
-    table = parameter_table(model)
-    if blocks:
-        table = {name.removeprefix("blocks."): row for name, row in block_table(table, 0).items()}
-
-    def whole(path: tuple[Any, ...], leaf: Any) -> Any:
-        row = table_row(path, table)
-        if row is None or row.stacked or mesh.shape["fsdp"] == 1:
-            return leaf
-        places = [index for index, names in enumerate(_names(partition(row, mesh))) if "fsdp" in names]
-        if not places:
-            return leaf
-        sent = leaf.astype(compute_dtype) if row.decay else leaf
-        return jax.lax.all_gather(sent, "fsdp", axis=places[0], tiled=True).astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(whole, parameters)
-
-
-def reduced(gradients: Any, specs: Any, mesh: Mesh) -> Any:
-    """Gradients of a device's rows, summed over all rows; along fsdp most of them are by their own `gathered`.
-
-    Args:
-        gradients: As they are within `jax.shard_map`.
-        specs: Of the parameters, from `written_out`.
-        mesh: Of `create_mesh`.
-    """
-
-    def total(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
-        scattered = set().union(*_names(spec))
-        left = tuple(axis for axis in ("data", "fsdp") if axis not in scattered and mesh.shape[axis] > 1)
-        return jax.lax.psum(gradient, left) if left else gradient
-
-    return jax.tree.map(total, gradients, specs)
-
-
-def summed_over_rows(value: jax.Array, mesh: Mesh) -> jax.Array:
-    """A number of every device's rows, summed over all rows, within `jax.shard_map`."""
-    axes = tuple(axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1)
-    return jax.lax.psum(value, axes) if axes else value
-
-
-def block_gathered(model: ModelConfig, mesh: Mesh, compute_dtype: Any) -> Callable[[BlockStep], BlockStep]:
-    """For `GPT(around_block=...)`: a block's parameters come together when its turn comes.
-
-    Between blocks every device of the tensor axis has the whole residual stream of its rows.
-    """
-
-    def around(step: BlockStep) -> BlockStep:
-        def with_whole_parameters(x: jax.Array, layer: Layer) -> tuple[jax.Array, Taps]:
-            parameters, key = layer
-            whole = gathered(parameters, model, mesh, compute_dtype, blocks=True)
-            x, taps = step(not_split(x, mesh), (whole, key))
-            return not_split(x, mesh), taps
-
-        return with_whole_parameters
-
-    return around
-
-
-def not_split(x: jax.Array, mesh: Mesh) -> jax.Array:
-    """The same array, whole on each device of the tensor axis, within `jax.shard_map`."""
-    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh.shape["tensor"] > 1 else x
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:

@@ -11,19 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt_core.run_config import Remat, RunConfig
+from jax_gpt.layout import Layout
 from jax_gpt.loss import chunked_loss
 from jax_gpt.model import GPT, BlockStep, initialiser
 from jax_gpt.optimizer import create_optimizer, update
-from jax_gpt.sharding import (
-    ROWS,
-    block_gathered,
-    gathered,
-    manual_axes,
-    reduced,
-    state_shardings,
-    summed_over_rows,
-    written_out,
-)
+from jax_gpt.sharding import ROWS, state_shardings
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -76,7 +68,7 @@ class Program(NamedTuple):
 def create_program(config: RunConfig, mesh: Mesh) -> Program:
     """Everything that a run does on its devices; nothing is computed yet."""
     optimizer = create_optimizer(config.optimizer, config.model)
-    gather_block = block_gathered(config.model, mesh, config.precision.compute_dtype)
+    layout = Layout(config, mesh)
 
     def model() -> GPT:
         return GPT(
@@ -85,7 +77,7 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
             precision=config.precision,
             implementation=config.jax.attention,
             scan_layers=config.jax.scan_layers,
-            around_block=lambda step: _REMAT[config.jax.remat](gather_block(step)),
+            around_block=lambda step: _REMAT[config.jax.remat](layout.around_block(step)),
         )
 
     def first_state() -> TrainState:
@@ -103,17 +95,16 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
     rows = config.train.batch_size // config.train.accumulation // copies
     chunk = max(1, config.jax.loss_chunk // rows)
 
-    places = Places(mesh, config, written_out(shardings.parameters, mesh))
     return Program(
         create=jax.jit(first_state, out_shardings=shardings),
         step=jax.jit(
-            training_step(config, graph, optimizer, chunk, places),
+            training_step(config, graph, optimizer, chunk, layout),
             donate_argnums=0,
             in_shardings=(shardings, NamedSharding(mesh, ROWS), everywhere),
             out_shardings=(shardings, everywhere),
         ),
         evaluate=jax.jit(
-            evaluation_step(graph, chunk, places),
+            evaluation_step(graph, chunk, layout),
             in_shardings=(shardings.parameters, NamedSharding(mesh, ROWS)),
             out_shardings=everywhere,
         ),
@@ -122,42 +113,12 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
     )
 
 
-class Places(NamedTuple):
-    """Where the numbers of a step are.
-
-    Args:
-        mesh: The devices.
-        config: The run.
-        parameters: Of each parameter, which axes are shared out over data and fsdp.
-    """
-
-    mesh: Mesh
-    config: RunConfig
-    parameters: Any
-
-    def model(self, graph: nnx.GraphDef[GPT], parameters: nnx.State) -> GPT:
-        """The model of a device's share of the parameters."""
-        compute_dtype = self.config.precision.compute_dtype
-        return nnx.merge(graph, gathered(parameters, self.config.model, self.mesh, compute_dtype, blocks=False))
-
-    def of_own_rows(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
-        """A function that sees this device's rows and share of the parameters; it must sum over rows by itself."""
-        return jax.shard_map(
-            function,
-            mesh=self.mesh,
-            in_specs=inputs,
-            out_specs=outputs,
-            axis_names=manual_axes(self.mesh),
-            check_vma=False,  # Pallas kernels do not say over which axes their results vary
-        )
-
-
 def training_step(
     config: RunConfig,
     graph: nnx.GraphDef[GPT],
     optimizer: optax.GradientTransformation,
     chunk: int,
-    places: Places,
+    layout: Layout,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """The step as one function: gradients over all micro-batches, clip, AdamW.
 
@@ -168,13 +129,13 @@ def training_step(
         graph: Of the model.
         optimizer: Of `create_optimizer`.
         chunk: Positions of every row whose logits are in memory at a time.
-        places: Which part of it each device has.
+        layout: Which part of it each device has.
     """
     parts = config.train.accumulation
     wide = config.precision.wide_dtype
 
     def mean_loss(parameters: nnx.State, part: Batch, keys: jax.Array | None, count: jax.Array) -> jax.Array:
-        model = places.model(graph, parameters)
+        model = nnx.merge(graph, layout.gathered(parameters))
         if keys is None:
             hidden = model.hidden(part["tokens"])
         else:  # a key for every row, so that what is dropped does not depend on the mesh
@@ -183,11 +144,9 @@ def training_step(
         loss = chunked_loss(model.unembed, hidden, part["targets"], part["mask"], chunk)
         return loss / count  # by the tokens of the whole step
 
-    def of_own_rows(
-        parameters: nnx.State, batch: Batch, keys: jax.Array | None, count: jax.Array
-    ) -> tuple[jax.Array, nnx.State]:
+    def gradients_of_rows(parameters: nnx.State, rows: Any, count: jax.Array) -> tuple[jax.Array, nnx.State]:
         # Row r goes to part r mod parts, so that every device keeps its own rows.
-        micro_batches = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (dict(batch), keys))
+        micro_batches = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
 
         def add(total: Any, part: tuple[Batch, jax.Array | None]) -> tuple[Any, None]:
             gradients = jax.value_and_grad(mean_loss)(parameters, *part, count)
@@ -195,7 +154,7 @@ def training_step(
 
         zero = (jnp.zeros((), wide), jax.tree.map(jnp.zeros_like, parameters))
         (loss, gradients), _ = jax.lax.scan(add, zero, micro_batches, length=parts)
-        return summed_over_rows(loss, places.mesh), reduced(gradients, places.parameters, places.mesh)
+        return layout.summed(loss), layout.summed_gradients(gradients)
 
     def step(state: TrainState, batch: Batch, rate: Any) -> tuple[TrainState, Metrics]:
         count = batch["mask"].sum().astype(wide)
@@ -203,12 +162,8 @@ def training_step(
         if config.model.dropout:
             of_step = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(of_step, jnp.arange(config.train.batch_size))
-        differentiate = places.of_own_rows(
-            of_own_rows,
-            (places.parameters, ROWS, ROWS, PartitionSpec()),
-            (PartitionSpec(), places.parameters),
-        )
-        loss, gradients = differentiate(state.parameters, dict(batch), keys, count)
+        differentiate = layout.over_rows(gradients_of_rows, ("sum", "parameters"))
+        loss, gradients = differentiate(state.parameters, (dict(batch), keys), count)
         parameters, moments, norm = update(
             optimizer, config.optimizer, state.parameters, gradients, state.moments, rate
         )
@@ -224,19 +179,17 @@ def training_step(
 def evaluation_step(
     graph: nnx.GraphDef[GPT],
     chunk: int,
-    places: Places,
+    layout: Layout,
 ) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
     """Summed loss and number of tokens of a batch, without dropout."""
 
-    def of_own_rows(parameters: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model = places.model(graph, parameters)
+    def summed_loss(parameters: nnx.State, batch: Batch, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graph, layout.gathered(parameters))
         hidden = model.hidden(batch["tokens"])
         loss = chunked_loss(model.unembed, hidden, batch["targets"], batch["mask"], chunk)
-        return summed_over_rows(loss, places.mesh), summed_over_rows(batch["mask"].sum(), places.mesh)
+        return layout.summed(loss), layout.summed(batch["mask"].sum())
 
     def evaluate(parameters: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        everywhere = PartitionSpec()
-        summed = places.of_own_rows(of_own_rows, (places.parameters, ROWS), (everywhere, everywhere))
-        return summed(parameters, dict(batch))
+        return layout.over_rows(summed_loss, ("sum", "sum"))(parameters, dict(batch), jnp.zeros(()))
 
     return evaluate
