@@ -111,3 +111,14 @@ def print_summary(summary: dict[str, Any], run: Path, *, as_json: bool) -> None:
         f"how often each token occurs gives {entropy:.4f}\n"
         f"curve: {run / 'loss.png'}"
     )
+
+
+def print_evaluation(result: dict[str, Any], checkpoint: Path, *, as_json: bool) -> None:
+    """What `eval` found."""
+    if as_json:
+        print_json(result)
+        return
+    print(
+        f"{checkpoint}: validation loss {result['validation_loss']:.4f} nats a token, perplexity "
+        f"{result['validation_perplexity']:.2f}, {result['tokens']:,} tokens"
+    )

@@ -6,10 +6,11 @@ RUN/checkpoints/STEP/                               weights, optimizer and the r
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 
@@ -22,9 +23,11 @@ from gpt_core.sections import from_mapping
 from gpt_core.tokenizer import Tokenizer
 
 Framework = Literal["jax", "torch"]
+Found = TypeVar("Found")
 
 RUN_FILE = "config.yaml"
 RECORD_FILE = "record/record.json"  # within a checkpoint; Orbax gives every part a folder
+DAMAGED = "damaged"
 
 # What may change when a run goes on. Anything else would make it another run.
 _FREE_SECTIONS = {"tracking", "torch"}
@@ -177,6 +180,69 @@ def read_record(checkpoint: Path) -> StepRecord:
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from None
     return StepRecord.from_dict(content, str(file))
+
+
+def newest_readable(
+    run: Path,
+    read: Callable[[int], Found],
+    damage: tuple[type[Exception], ...],
+    agree: Callable[[bool], bool] = lambda yes: yes,
+) -> tuple[Found | None, dict[int, str]]:
+    """Read the newest checkpoint that is whole.
+
+    Args:
+        run: Folder of the run.
+        read: Reads the checkpoint of a step.
+        damage: What `read` raises for one that is not whole.
+        agree: Whether every process says yes; a checkpoint that one of them cannot read is damaged for all.
+
+    Returns:
+        What was read, None when there is no checkpoint; and the steps of damaged ones with the reason of each.
+
+    Raises:
+        InputError: there are checkpoints and all are damaged.
+    """
+    reasons: dict[int, str] = {}
+    for step in reversed(saved_steps(run)):
+        found = None
+        try:
+            found = read(step)
+        except damage as error:
+            reasons[step] = (str(error) or type(error).__name__).splitlines()[0]
+        if agree(found is not None):
+            return found, reasons
+        reasons.setdefault(step, "another process could not read it")
+    if reasons:
+        raise InputError(
+            f"{run / CHECKPOINTS}: no checkpoint can be read: {listed(reasons)}; move the run's folder away to start "
+            f"again"
+        )
+    return None, {}
+
+
+def set_aside(run: Path, steps: Iterable[int]) -> None:
+    """Move damaged checkpoints to `RUN/damaged/`, so that the run can save these steps again."""
+    for step in steps:
+        target = run / DAMAGED / str(step)
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        checkpoint_folder(run, step).rename(target)
+
+
+def listed(reasons: Mapping[int, str]) -> str:
+    """Steps and why they cannot be read, for messages."""
+    return ", ".join(f"step {step} ({reason})" for step, reason in reasons.items())
+
+
+def not_written(run: Path, error: Exception) -> InputError:
+    """What to say when a checkpoint could not be written."""
+    complete = saved_steps(run)
+    state = f"the checkpoint of step {complete[-1]} is complete" if complete else "there is none before it"
+    reason = str(error).splitlines()[0]
+    return InputError(
+        f"{run / CHECKPOINTS}: a checkpoint cannot be written: {reason}; {state}. Make room, and the same command goes "
+        f"on from there"
+    )
 
 
 def kept_steps(losses: Mapping[int, float | None], *, last: int, best: int, every: int | None) -> set[int]:

@@ -16,6 +16,12 @@ from safetensors import SafetensorError, safe_open
 from gpt_core.errors import InputError
 from gpt_core.tensor_info import Array, TensorInfo
 
+OPTIMIZER_FILE = "optimizer.safetensors"
+FIRST_MOMENT, SECOND_MOMENT = "first_moment", "second_moment"
+UPDATES = "updates"
+"""AdamW's state beside the weights of a run: `first_moment.KEY` and `second_moment.KEY`, and in the header's metadata
+how many updates they hold."""
+
 _NAMES: dict[np.dtype[Any], str] = {
     np.dtype(np.float64): "F64",
     np.dtype(np.float32): "F32",

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 from gpt_core.cli import SUCCESS, parser, print_json, run
 from gpt_core.config import ModelConfig
 from gpt_core.parameters import parameter_count
-from gpt_core.run_cli import eval_config, eval_parser, print_summary, train_config, train_parser
+from gpt_core.run_cli import eval_config, eval_parser, print_evaluation, print_summary, train_config, train_parser
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import find_checkpoint
 from gpt_core.sweep import sweep_command, sweep_parser
@@ -50,14 +50,7 @@ def _eval(options: Namespace) -> int:
     _set_up(config)
     from jax_gpt.train import evaluate_checkpoint
 
-    result = evaluate_checkpoint(config, checkpoint)
-    if options.json:
-        print_json(result)
-    else:
-        print(
-            f"{checkpoint}: validation loss {result['validation_loss']:.4f} nats a token, perplexity "
-            f"{result['validation_perplexity']:.2f}, {result['tokens']:,} tokens"
-        )
+    print_evaluation(evaluate_checkpoint(config, checkpoint), checkpoint, as_json=options.json)
     return SUCCESS
 
 

@@ -1,4 +1,7 @@
-"""Several processes that train together: how they find each other, agree, and share what is small."""
+"""Several processes that train together: how they find each other, agree, and share what is small.
+
+`torch_gpt/distributed.py` is its twin.
+"""
 
 import json
 from typing import Any
@@ -22,25 +25,35 @@ def connect(coordinator: str | None, processes: int | None, process_id: int | No
     jax.distributed.initialize(coordinator, processes, process_id)
 
 
+def process_count() -> int:
+    """How many processes train together."""
+    return jax.process_count()
+
+
+def process_index() -> int:
+    """Which of them this is, from 0."""
+    return jax.process_index()
+
+
 def is_primary() -> bool:
     """Whether this process writes what is written once."""
-    return jax.process_index() == 0
+    return process_index() == 0
 
 
 def all_agree(yes: bool) -> bool:
     """Whether every process says yes."""
-    return yes if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(yes))))
+    return yes if process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(yes))))
 
 
 def wait_for_all(reason: str) -> None:
     """Until every process is here."""
-    if jax.process_count() > 1:
+    if process_count() > 1:
         multihost_utils.sync_global_devices(reason)
 
 
 def merged_state(state: dict[str, Any]) -> dict[str, Any]:
     """The data's state of all processes as one, for any number of processes to go on from."""
-    if jax.process_count() == 1:
+    if process_count() == 1:
         return state
     text = np.frombuffer(json.dumps(state).encode(), np.uint8)
     longest = int(np.max(multihost_utils.process_allgather(np.asarray(len(text)))))
@@ -50,6 +63,6 @@ def merged_state(state: dict[str, Any]) -> dict[str, Any]:
 
 def preempted(step: int, signalled: bool) -> bool:
     """Whether to save and end after this step. All processes answer alike, whichever of them got the signal."""
-    if jax.process_count() == 1:
+    if process_count() == 1:
         return signalled
     return multihost_utils.reached_preemption_sync_point(step)

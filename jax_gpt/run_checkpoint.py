@@ -3,8 +3,10 @@
 `torch_gpt/run_checkpoint.py` is its twin. `params/` of a checkpoint is what `jax_gpt.checkpoint` and `parity` read.
 """
 
-import shutil
-from collections.abc import Callable, Sequence
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,21 @@ from flax import nnx
 from gpt_core.checkpoint_config import CHECKPOINTS
 from gpt_core.errors import InputError
 from gpt_core.run_config import TrainConfig
-from gpt_core.runs import RECORD_FILE, StepRecord, checkpoint_folder, kept_steps, read_record, saved_steps
+from gpt_core.runs import (
+    RECORD_FILE,
+    StepRecord,
+    checkpoint_folder,
+    kept_steps,
+    listed,
+    newest_readable,
+    not_written,
+    read_record,
+    set_aside,
+)
 from jax_gpt.checkpoint import PARAMS_FOLDER
 from jax_gpt.distributed import all_agree, is_primary, wait_for_all
 from jax_gpt.step import TrainState
 
-DAMAGED = "damaged"
 _OPTIMIZER = "optimizer"
 _DAMAGE = (ValueError, OSError, KeyError, TypeError)  # what Orbax and TensorStore raise for files that are not right
 
@@ -58,22 +69,14 @@ class RunCheckpoints:
         Raises:
             InputError: there are checkpoints and all are damaged.
         """
-        reasons: dict[int, str] = {}
-        for step in reversed(saved_steps(self._run)):
-            try:
-                restored = self._restore(step, abstract)
-            except _DAMAGE as error:
-                restored, reasons[step] = None, str(error).splitlines()[0]
-            if all_agree(restored is not None) and restored is not None:
-                self._set_aside(reasons, step)
-                return restored
-            reasons.setdefault(step, "another process could not read it")
-        if reasons:
-            folder = self._run / CHECKPOINTS
-            raise InputError(
-                f"{folder}: no checkpoint can be read: {_listed(reasons)}; move the run's folder away to start again"
-            )
-        return None
+        found, reasons = newest_readable(self._run, lambda step: self._restore(step, abstract), _DAMAGE, all_agree)
+        if found is not None and reasons:
+            self._message(f"damaged: {listed(reasons)}; going on from step {found[1].step}")
+            if is_primary():
+                set_aside(self._run, reasons)
+            wait_for_all("damaged checkpoints are aside")
+            self._manager.reload()
+        return found
 
     def save(self, state: TrainState, record: StepRecord) -> None:
         """Begin to save; the arrays are copied before this returns, files are written while training goes on.
@@ -103,10 +106,14 @@ class RunCheckpoints:
         self._written(self._manager.wait_until_finished)
 
     def __enter__(self) -> "RunCheckpoints":
+        # What fails in Orbax's threads is raised again where we wait for it; their own tracebacks say it twice.
+        self._quiet = _quiet_threads()
+        self._quiet.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._manager.close()
+        self._quiet.__exit__(None, None, None)
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, StepRecord]:
         record = read_record(checkpoint_folder(self._run, step))
@@ -121,30 +128,24 @@ class RunCheckpoints:
         )
         return _filled(abstract, restored[PARAMS_FOLDER], restored[_OPTIMIZER]), record
 
-    def _set_aside(self, reasons: dict[int, str], restored: int) -> None:
-        if not reasons:
-            return
-        self._message(f"damaged: {_listed(reasons)}; going on from step {restored}")
-        if is_primary():
-            for step in reasons:
-                target = self._run / DAMAGED / str(step)
-                target.parent.mkdir(exist_ok=True)
-                shutil.rmtree(target, ignore_errors=True)
-                checkpoint_folder(self._run, step).rename(target)
-        wait_for_all("damaged checkpoints are aside")
-        self._manager.reload()
-
     def _written(self, write: Callable[[], Any]) -> None:
         try:
             write()
         except (OSError, ValueError) as error:
-            complete = saved_steps(self._run)
-            state = f"the checkpoint of step {complete[-1]} is complete" if complete else "there is none before it"
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{self._run / CHECKPOINTS}: a checkpoint cannot be written: {reason}; {state}. Make room, and the "
-                f"same command goes on from there"
-            ) from error
+            raise not_written(self._run, error) from error
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda raised: None if str(raised.exc_value) == "Event loop is closed" else hook(raised)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
 
 
 class _Kept:
@@ -188,7 +189,3 @@ def _filled(abstract: TrainState, parameters: Any, optimizer: dict[str, Any]) ->
         count=optimizer["updates"],
     )
     return TrainState(state(parameters), moments, optimizer["step"])
-
-
-def _listed(reasons: dict[int, str]) -> str:
-    return ", ".join(f"step {step} ({reason})" for step, reason in reasons.items())

@@ -1,5 +1,6 @@
 """The `torch-gpt` command. `jax_gpt/cli.py` is its twin: the same words and flags."""
 
+import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -7,14 +8,46 @@ from jsonargparse import ArgumentParser, Namespace
 from gpt_core.cli import SUCCESS, parser, print_json, run
 from gpt_core.config import ModelConfig
 from gpt_core.parameters import parameter_count
+from gpt_core.run_cli import eval_config, eval_parser, print_evaluation, print_summary, train_config, train_parser
+from gpt_core.runs import find_checkpoint
+from gpt_core.sweep import sweep_command, sweep_parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 2 the input was wrong."""
-    top = parser("The PyTorch twin.", "  torch-gpt init runs/torch --config gpt2", prog="torch-gpt")
+    top = parser("The PyTorch twin.", "  torch-gpt train --config tiny-cpu --out runs/tiny-cpu-torch", prog="torch-gpt")
     commands = top.add_subcommands(required=True, dest="subcommand")
+    commands.add_subcommand("train", train_parser("torch-gpt"), help="train, or go on with a run that was interrupted")
+    commands.add_subcommand("eval", eval_parser("torch-gpt"), help="loss and perplexity of a checkpoint")
+    commands.add_subcommand("sweep", sweep_parser("torch-gpt"), help="train with one setting after another")
     commands.add_subcommand("init", _init_parser(), help="write a checkpoint with fresh weights")
-    return run(top, {"init": _init}, arguments)
+    return run(top, {"train": _train, "eval": _eval, "sweep": _sweep, "init": _init}, arguments)
+
+
+def _train(options: Namespace) -> int:
+    config, run = train_config(options)
+    from torch_gpt.train import train
+
+    summary, code = train(config, run)
+    if summary is not None:
+        print_summary(summary, run, as_json=options.json)
+    return code
+
+
+def _eval(options: Namespace) -> int:
+    checkpoint = find_checkpoint(options.checkpoint)
+    config = eval_config(options, checkpoint)
+    from torch_gpt.distributed import is_primary
+    from torch_gpt.train import evaluate_checkpoint
+
+    result = evaluate_checkpoint(config, checkpoint)
+    if is_primary():
+        print_evaluation(result, checkpoint, as_json=options.json)
+    return SUCCESS
+
+
+def _sweep(options: Namespace) -> int:
+    return sweep_command(options, [sys.executable, "-m", "torch_gpt"])
 
 
 def _init_parser() -> ArgumentParser:

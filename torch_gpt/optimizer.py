@@ -1,6 +1,9 @@
 """AdamW with a global-norm clip. `jax_gpt/optimizer.py` is its twin; the rules stand in `gpt_core.optimization`."""
 
+import math
+
 import torch
+from torch.distributed.tensor import DTensor
 
 from gpt_core.optimization import AdamWConfig, canonical_name, clip_scale
 from gpt_core.parameters import parameter_table
@@ -20,6 +23,7 @@ def create_optimizer(config: AdamWConfig, model: GPT) -> torch.optim.Optimizer:
         ],
         betas=(config.beta1, config.beta2),
         eps=config.eps,
+        fused=True,  # one pass over memory, the same numbers
     )
 
 
@@ -27,19 +31,29 @@ def clip_gradients(model: GPT, limit: float) -> torch.Tensor:
     """Scale gradients in place to a global norm of at most `limit`; returns the norm before."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    torch._foreach_mul_(gradients, clip_scale(norm, limit, lambda ratio, most: ratio.clamp(max=most)))
+    if isinstance(norm, DTensor):  # of gradients that processes share
+        norm = norm.full_tensor()
+    scale: torch.Tensor = clip_scale(norm, limit, lambda ratio, most: ratio.clamp(max=most))
+    torch._foreach_mul_(gradients, scale.item())
     return norm
 
 
-def update(optimizer: torch.optim.Optimizer, config: AdamWConfig, model: GPT, rate: float) -> torch.Tensor:
+def update(
+    optimizer: torch.optim.Optimizer, config: AdamWConfig, model: GPT, rate: float, *, finite: bool = True
+) -> torch.Tensor:
     """One step in place; returns the gradients' global norm before clipping.
 
     Args:
+        optimizer: Of `create_optimizer`.
+        config: Its numbers.
+        model: Whose gradients are taken, and reset.
         rate: Learning rate of this step.
+        finite: Whether the loss was finite. If it was not, or the norm is not, parameters and moments stay as they are.
     """
     norm = clip_gradients(model, config.clip_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
+    if finite and math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
     optimizer.zero_grad()
     return norm

@@ -1,0 +1,110 @@
+"""How the processes of a run share the work; what `jax_gpt/sharding.py` is to the JAX twin.
+
+DDP (Li et al., 2020): every process has the whole model. FSDP2 (Zhao et al., 2023): they share parameters, gradients
+and moments, and put one block at a time together. Rows of the batch are dealt out in either case.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt_core.data.batches import Batch
+from gpt_core.data.order import host_rows
+from gpt_core.errors import InputError
+from gpt_core.run_config import RunConfig, TorchConfig
+from torch_gpt.distributed import process_count, process_index
+from torch_gpt.loss import chunked_loss
+from torch_gpt.model import GPT
+
+
+class Objective(nn.Module):
+    """Summed loss of some rows: one module around the model, so that DDP and FSDP see a single forward pass."""
+
+    def __init__(self, model: GPT, chunk: int) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk = chunk
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.model.hidden(tokens)
+        return chunked_loss(self.model.unembed, hidden, targets, mask, self.chunk)
+
+
+def check_divides(config: RunConfig) -> None:
+    """Refuse a batch that the processes cannot share out evenly.
+
+    Raises:
+        InputError: they cannot; the field is named.
+    """
+    rows = config.train.batch_size // config.train.accumulation
+    if rows % process_count():
+        raise InputError(
+            f"{process_count()} processes do not divide the {rows} rows of a micro-batch "
+            f"(train.batch_size / train.accumulation)"
+        )
+
+
+def shared_out(objective: Objective, config: TorchConfig, accelerator: Accelerator) -> nn.Module:
+    """The objective as the processes of a run share it: compiled if wanted, copied by DDP or cut up by FSDP2."""
+    if config.compile:
+        for block in objective.model.blocks:
+            # Block by block: one compilation serves them all, and the hooks of FSDP stay outside.
+            block.forward = torch.compile(block.forward)
+    if process_count() == 1:
+        return objective
+    if config.strategy == "ddp":
+        prepared: nn.Module = accelerator.prepare_model(objective)
+        return prepared
+    mesh = init_device_mesh(accelerator.device.type, (process_count(),))
+    for block in objective.model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+    return objective
+
+
+def summed(value: torch.Tensor) -> torch.Tensor:
+    """Over all processes."""
+    if process_count() > 1:
+        value = value.clone()
+        distributed.all_reduce(value)
+    return value
+
+
+def synchronised(objective: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Gradients of micro-batches are added up where they are, and shared with other processes after the last."""
+    if isinstance(objective, FSDPModule):
+        objective.set_requires_gradient_sync(last)
+    elif isinstance(objective, DistributedDataParallel) and not last:
+        return objective.no_sync()
+    return nullcontext()
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a parameter, or of one of its moments, on the CPU. All processes must ask for it together."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Cut a whole tensor as a parameter is cut, on its device and in its dtype."""
+    whole = whole.to(parameter.device, parameter.dtype)
+    if not isinstance(parameter, DTensor):
+        return whole
+    # Every process has the whole: nothing is sent.
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def local_rows(batch_size: int) -> list[int]:
+    """Rows of a batch that this process reads, in order."""
+    return list(host_rows(batch_size, process_index(), process_count()))
+
+
+def place_batch(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """The rows of this process on its device."""
+    placed = {name: torch.from_numpy(array) for name, array in batch.items()}
+    return {name: array.to(device, non_blocking=True) for name, array in placed.items()}

@@ -1,0 +1,132 @@
+"""One training step: what it holds, and the functions that run it. `jax_gpt/step.py` is its twin."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gpt_core.run_config import RunConfig
+from torch_gpt.distributed import process_count, process_index
+from torch_gpt.dtypes import torch_dtype
+from torch_gpt.model import GPT, BlockStep, initialiser
+from torch_gpt.optimizer import create_optimizer, update
+from torch_gpt.parallel import Objective, shared_out, summed, synchronised
+
+Batch = Mapping[str, torch.Tensor]
+Metrics = dict[str, torch.Tensor]
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step; tensors change in place.
+
+    Args:
+        parameters: The model's by name; with FSDP2 the shares of this process.
+        optimizer: Holds AdamW's means of gradients and of their squares, and the number of updates in them.
+        step: Steps taken, skipped ones included: dropout is drawn from it.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    step: int
+
+
+class Program(NamedTuple):
+    """The functions of a run on the devices of its processes.
+
+    Args:
+        step: (state, batch, learning rate) -> (state, {"loss", "gradient_norm"}); changes the state in place.
+        evaluate: (batch) -> (summed loss in nats, tokens that counted), over all processes.
+        state: Where the run starts: fresh weights, no step taken.
+        device: Of this process.
+    """
+
+    step: Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]
+    evaluate: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
+    state: TrainState
+    device: torch.device
+
+
+def create_program(config: RunConfig, accelerator: Accelerator) -> Program:
+    """Everything that a run does on its devices."""
+    model = GPT(
+        config.model,
+        initialiser(config.train.seed, config.precision),
+        precision=config.precision,
+        implementation=config.torch.attention,
+        around_block=_around_block(config),
+    ).to(accelerator.device)
+    rows = config.train.batch_size // config.train.accumulation // process_count()
+    chunk = max(1, config.torch.loss_chunk // rows)
+    objective = shared_out(Objective(model, chunk), config.torch, accelerator)
+    optimizer = create_optimizer(config.optimizer, model)
+    for parameter in model.parameters():  # there from the start, also where the first step is skipped
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    state = TrainState(dict(model.named_parameters()), optimizer, 0)
+    return Program(training_step(config, model, objective), evaluation_step(objective), state, accelerator.device)
+
+
+def _around_block(config: RunConfig) -> Callable[[BlockStep], BlockStep]:
+    if config.torch.remat == "full":
+        return lambda block: partial(
+            checkpoint, block, use_reentrant=False, preserve_rng_state=config.model.dropout > 0
+        )
+    return lambda block: block
+
+
+def training_step(
+    config: RunConfig, model: GPT, objective: nn.Module
+) -> Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]:
+    """The step as one function: gradients over all micro-batches and processes, clip, AdamW.
+
+    A step whose loss or gradient norm is not finite leaves parameters and moments as they were.
+
+    Args:
+        config: The run.
+        model: What is trained.
+        objective: Of `shared_out`, around it.
+    """
+    parts = config.train.accumulation
+    wide = torch_dtype(config.precision.wide_dtype)
+    processes = process_count()
+
+    def step(state: TrainState, batch: Batch, rate: float) -> tuple[TrainState, Metrics]:
+        model.train()
+        if config.model.dropout:
+            entropy = (config.train.seed, state.step, process_index())
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        count = summed(batch["mask"].sum()).to(wide)  # the tokens of the whole step
+        loss = torch.zeros((), dtype=wide, device=count.device)
+        for part in range(parts):
+            rows = {name: array[part::parts] for name, array in batch.items()}
+            with synchronised(objective, last=part == parts - 1):
+                part_loss = objective(rows["tokens"], rows["targets"], rows["mask"]) / count
+                # DDP and FSDP take the mean over processes where the sum is wanted.
+                (part_loss * processes).backward()
+            loss += part_loss.detach()
+        loss = summed(loss)
+        finite = bool(torch.isfinite(loss))
+        norm = update(state.optimizer, config.optimizer, model, rate, finite=finite)
+        return state._replace(step=state.step + 1), {"loss": loss, "gradient_norm": norm}
+
+    return step
+
+
+def evaluation_step(objective: nn.Module) -> Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]:
+    """Summed loss and number of tokens of a batch, without dropout."""
+
+    @torch.no_grad()
+    def evaluate(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        objective.eval()
+        loss = objective(batch["tokens"], batch["targets"], batch["mask"])
+        return summed(loss), summed(batch["mask"].sum())
+
+    return evaluate
