@@ -27,7 +27,7 @@ def train_parser(program: str) -> ArgumentParser:
         f"  {program} train --config tiny-cpu --out runs/tiny-cpu\n"
         f"  {program} train --config my-run.yaml --model.sliding_window 256 --train.steps 2000",
     )
-    _add_run_arguments(command)
+    add_run_arguments(command)
     command.add_argument(
         "--out",
         type=Path,
@@ -45,12 +45,13 @@ def eval_parser(program: str) -> ArgumentParser:
         f"  {program} eval runs/tiny-cpu@best --data.prepared data/stdlib --train.evaluation_batches 100",
     )
     command.add_argument("checkpoint", help="RUN, RUN@STEP, RUN@best, RUN@last, or the folder of a model")
-    _add_run_arguments(command)
+    add_run_arguments(command)
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     return command
 
 
-def _add_run_arguments(command: ArgumentParser) -> None:
+def add_run_arguments(command: ArgumentParser) -> None:
+    """`--config`, and a flag for each field of a run's config."""
     command.add_argument("--config", action=_FileOrPreset, help="a YAML file, or the name of a preset")
     for section in fields(RunConfig):
         command.add_class_arguments(section.default_factory, section.name)

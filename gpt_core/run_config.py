@@ -21,7 +21,7 @@ from gpt_core.sections import from_mapping
 from gpt_core.tracking import TrackingConfig
 
 Remat = Literal["none", "dots", "full"]
-JaxAttention = Literal["reference", "xla"]
+JaxAttention = Literal["reference", "xla", "splash"]
 TorchAttention = Literal["reference", "sdpa"]
 Strategy = Literal["ddp", "fsdp2"]
 

@@ -73,7 +73,8 @@ class Layout:
                 mesh=self.stages,
                 in_specs=(specs, _ROWS, PartitionSpec()),
                 out_specs=tuple(PartitionSpec() if output == "sum" else specs for output in outputs),
-                axis_names=frozenset(_SENT_ALONG),
+                # A tensor axis of one is said to be ours as well: kernels refuse to be split by the compiler.
+                axis_names={axis for axis in self.stages.axis_names if axis != "tensor" or self.mesh.shape[axis] == 1},
                 check_vma=False,  # Pallas kernels do not say along which axes their results vary
             )(parameters, rows, number)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt_core.config import ModelConfig
@@ -47,7 +48,34 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
         raise InputError(
             f"jax.mesh: {asked} does not multiply to the {len(devices)} device(s) there are; set one of them to -1"
         )
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * 3, devices=devices)
+    return Mesh(_arranged(tuple(sizes.values()), devices), tuple(sizes), (AxisType.Auto,) * 3)
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices so that those that talk most are near each other; copies of the model may lie on different slices."""
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if slices == 1:
+        return _in_rings(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
+    data, *rest = shape
+    if data % slices:
+        raise InputError(
+            f"jax.mesh: data = {data} is not a multiple of the {slices} slices: between slices only gradients travel"
+        )
+    return _in_rings(
+        mesh_utils.create_hybrid_device_mesh(
+            (data // slices, *rest), (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    )
+
+
+def _in_rings(devices: np.ndarray) -> np.ndarray:
+    """The devices of each fsdp group in the order of their places in a torus: what comes together in stages of a ring
+    each (see `jax_gpt.layout`) must not wind through it in one."""
+    if not hasattr(devices.flat[0], "coords"):
+        return devices
+    places = np.array([tuple(device.coords) for device in devices.flat]).reshape(*devices.shape, -1)
+    order = np.lexsort(np.moveaxis(places[:, :, :1], -1, 0)[::-1], axis=1)  # neighbours on the tensor axis stay so
+    return np.take_along_axis(devices, order, axis=1)
 
 
 def check_divides(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
