@@ -98,24 +98,21 @@ class Layout:
             if row is None or row.stacked or row.name.startswith("blocks.") != of_block:
                 return leaf
             sent = leaf.astype(self.config.precision.compute_dtype) if row.decay else leaf
-            for index, axes in enumerate(self._row_spec(row)):
-                for axis in reversed(axes or ()):  # the last one shares out the smallest pieces
-                    if self.stages.shape[axis] > 1:
-                        sent = jax.lax.all_gather(sent, axis, axis=index, tiled=True)
-            return sent.astype(leaf.dtype)
+            return self._together(row)(sent).astype(leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(whole, parameters)
 
     def around_block(self, step: BlockStep) -> BlockStep:
         """For `GPT(around_block=...)`: a block's parameters come together when its turn comes.
 
-        Between blocks every device of the tensor axis has the whole residual stream of its rows.
+        Between blocks the devices of the tensor axis share the residual stream, each some of its columns: an all-gather
+        and a reduce-scatter then take the place of each sum, and what is kept for the backward pass is shared out.
         """
 
         def gathered_first(x: jax.Array, layer: Layer) -> tuple[jax.Array, Taps]:
             parameters, key = layer
-            x, taps = step(self._not_split(x), (self.gathered(parameters, of_block=True), key))
-            return self._not_split(x), taps
+            x, taps = step(self._shared_out(x), (self.gathered(parameters, of_block=True), key))
+            return self._shared_out(x), taps
 
         return gathered_first
 
@@ -146,9 +143,47 @@ class Layout:
         shared = ["fsdp" in (axes or ()) for axes in partition(row, self.mesh)]
         return PartitionSpec(*(_SENT_ALONG[1:] if yes else None for yes in shared))
 
-    def _not_split(self, x: jax.Array) -> jax.Array:
-        whole = self.mesh.shape["tensor"] == 1
-        return x if whole else jax.lax.with_sharding_constraint(x, PartitionSpec())
+    def _together(self, row: Parameter) -> Callable[[jax.Array], jax.Array]:
+        """The gathers of a parameter, the smallest pieces first; backward the reduce-scatters of its gradient."""
+        stages = [
+            (axis, index)
+            for index, axes in enumerate(self._row_spec(row))
+            for axis in reversed(axes or ())
+            if self.stages.shape[axis] > 1
+        ]
+        split = PartitionSpec(*("tensor" if "tensor" in (axes or ()) else None for axes in partition(row, self.mesh)))
+
+        def told(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+            # An axis that tensor and fsdp share (of a bias) would come out in another order.
+            apart = all(split[index] is None for _, index in stages)
+            if self.mesh.shape["tensor"] == 1 or "tensor" not in split or not apart:
+                return function
+            # The compiler would bring all parts of the tensor axis together to send along another one.
+            return jax.shard_map(function, in_specs=split, out_specs=split, axis_names={"tensor"}, check_vma=False)
+
+        @told
+        def gather(part: jax.Array) -> jax.Array:
+            for axis, index in stages:
+                part = jax.lax.all_gather(part, axis, axis=index, tiled=True)
+            return part
+
+        @told
+        def scatter(gradient: jax.Array) -> jax.Array:
+            for axis, index in reversed(stages):
+                gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=index, tiled=True)
+            return gradient
+
+        # Said in full: JAX's own transpose of the inner `shard_map` would sum over the axes of the outer one again.
+        together = jax.custom_vjp(gather)
+        together.defvjp(lambda part: (gather(part), None), lambda _, gradient: (scatter(gradient),))
+        return together
+
+    def _shared_out(self, x: jax.Array) -> jax.Array:  # [batch, time, embed]
+        tensor = self.mesh.shape["tensor"]
+        if tensor == 1:
+            return x
+        divides = x.shape[2] % tensor == 0
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(None, None, "tensor" if divides else None))
 
 
 def ring(mesh: Mesh) -> int:

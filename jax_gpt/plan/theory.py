@@ -74,13 +74,13 @@ def matmul_flops(config: RunConfig, mesh: Mesh) -> float:
     table = parameter_table(model)
     copies = mesh.shape["data"] * mesh.shape["fsdp"]
     tokens = config.tokens_per_step / copies
+    tensor = mesh.shape["tensor"]  # shares all products, whatever the compiler does with kv heads that are fewer
     forward = again = 0.0
     for name, row in table.items():
         if row.decay and row.stacked:
-            flops = 2.0 * tokens * row.size / shares(row, mesh)["tensor"]
+            flops = 2.0 * tokens * row.size / tensor
             forward += flops
             again += flops if remat == "full" and name != "blocks.mlp.down.kernel" else 0.0
-    tensor = mesh.shape["tensor"]
     chunk = max(1, config.jax.loss_chunk // max(1, config.train.batch_size // config.train.accumulation // copies))
     chunk = min(chunk, config.context_length)
     padded = math.ceil(config.context_length / chunk) * chunk / config.context_length
@@ -132,11 +132,11 @@ def kept_bytes(config: RunConfig, mesh: Mesh) -> int:
     size = jax.dtypes.canonicalize_dtype(used).itemsize
     copies, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
     positions = config.tokens_per_step // config.train.accumulation // copies
-    width = float(model.embed_dim)
+    width = model.embed_dim / tensor
     if config.jax.remat != "full":
         kv_share = tensor if model.n_kv_heads % tensor == 0 else 1
         width += model.n_heads * model.head_dim / tensor + 2 * model.n_kv_heads * model.head_dim / kv_share
-        width += model.embed_dim + model.mlp_dim / tensor
+        width += (model.embed_dim + model.mlp_dim) / tensor
     return int(model.n_layers * positions * width * size)
 
 
