@@ -38,9 +38,11 @@ def _train_parser() -> ArgumentParser:
 def _train(options: Namespace) -> int:
     config, run = train_config(options)
     _set_up(config, options)
+    from jax_gpt.hosts import ending_together
     from jax_gpt.train import train
 
-    summary, code = train(config, run)
+    with ending_together():
+        summary, code = train(config, run)
     if summary is not None:
         print_summary(summary, run, as_json=options.json)
     return code

@@ -1,4 +1,4 @@
-"""What a step sends between devices, written out: parameters are gathered where they are used, gradients reduce-scattered.
+"""What a step sends between devices, written out: parameters are gathered for their use, gradients reduce-scattered.
 
 Left to the compiler, the gradients of parameters that a whole slice shares are summed everywhere in full and then cut,
 which sends twice as much. What the tensor axis needs is left to the compiler.
@@ -21,6 +21,7 @@ from jax_gpt.state_paths import table_row
 
 _SENT_ALONG = ("data", "fsdp_outer", "fsdp_inner")
 _ROWS = PartitionSpec(_SENT_ALONG)
+_NOWHERE = PartitionSpec()
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class Layout:
         devices = self.mesh.devices.reshape(data, fsdp // self._inner, self._inner, tensor)
         return Mesh(devices, (*_SENT_ALONG, "tensor"))
 
-    def over_rows(self, function: Callable[..., Any], outputs: tuple[Literal["sum", "parameters"], ...]) -> Callable[..., Any]:
+    def over_rows(
+        self, function: Callable[..., Any], outputs: tuple[Literal["sum", "parameters"], ...]
+    ) -> Callable[..., Any]:
         """A function of parameters, rows and a number that runs on each device's share, as one of the whole.
 
         Args:
@@ -116,7 +119,7 @@ class Layout:
 
         return gathered_first
 
-    def summed(self, value: jax.Array, scattered: PartitionSpec = PartitionSpec()) -> jax.Array:
+    def summed(self, value: jax.Array, scattered: PartitionSpec = _NOWHERE) -> jax.Array:
         """What every device has of a sum over its rows, summed over all rows.
 
         Args:
@@ -128,10 +131,8 @@ class Layout:
         return jax.lax.psum(value, axes) if axes else value
 
     def summed_gradients(self, gradients: nnx.State) -> nnx.State:
-        """Gradients of a device's rows summed over all rows: what `gathered` has reduce-scattered needs no more of it."""
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: self.summed(leaf, self._spec(path, leaf)), gradients
-        )
+        """Gradients of a device's rows summed over all rows; what `gathered` reduce-scattered is summed along fsdp."""
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: self.summed(leaf, self._spec(path, leaf)), gradients)
 
     def _spec(self, path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         row = table_row(path, parameter_table(self.config.model))
@@ -189,8 +190,8 @@ class Layout:
 def ring(mesh: Mesh) -> int:
     """How many devices of the fsdp axis lie on one ring of a TPU's torus; where there is none, all of them."""
     row = list(mesh.devices[0, :, 0])
-    places = [getattr(device, "coords", None) for device in row]
-    if None in places:
+    places: list[tuple[int, ...]] = [tuple(getattr(device, "coords", ())) for device in row]
+    if () in places:
         return len(row)
     moved = [sum(a != b for a, b in zip(place, places[0], strict=True)) for place in places]
     length = next((number for number, axes in enumerate(moved) if axes > 1), len(row))

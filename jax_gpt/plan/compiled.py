@@ -75,7 +75,7 @@ def compile_step(config: RunConfig, mesh: Mesh) -> Compiled:
     lowered = lowered_step(config, mesh)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="jax-gpt-plan-") as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
             memory = lowered.compile(compiler_options=options).memory_analysis()
         except jax.errors.JaxRuntimeError as error:

@@ -1,7 +1,7 @@
 """Reads the text of a compiled XLA program: what it multiplies, what it sends, and how often.
 
-The compiler's own totals count the body of a loop once and leave kernels out. Here every instruction is weighed with the
-trips of the loops around it. Only the text is read; nothing of JAX is needed.
+The compiler's own totals count the body of a loop once and leave kernels out. Here every instruction is weighed with
+the trips of the loops around it. Only the text is read; nothing of JAX is needed.
 """
 
 import math
@@ -120,7 +120,7 @@ class Collective:
     def wire_bytes(self) -> float:
         """What a device sends in one execution, on a ring: each part passes every device but one."""
         if self.kind == "collective-permute":
-            return self.payload
+            return float(self.payload)
         n = max(map(len, self.groups), default=1)
         return (2 if self.kind == "all-reduce" else 1) * self.payload * (n - 1) / n
 
@@ -297,7 +297,9 @@ class Program:
         left, right = sides
         if left is None or right is None or (left[0] is not None and right[0] is not None):
             return None
-        return left[0] if left[0] is not None else right[0], left[1] + (right[1] if result.opcode == "add" else -right[1])
+        return left[0] if left[0] is not None else right[0], left[1] + (
+            right[1] if result.opcode == "add" else -right[1]
+        )
 
     def matmul_flops(self) -> float:
         """Multiplications and additions of all matrix products and convolutions of a step, on one device."""

@@ -157,7 +157,9 @@ def _with_costs(plan: Plan, mesh: Mesh) -> Plan:
     )
 
 
-def search(config: RunConfig, topology: Topology, devices: Sequence[Any], say: Say) -> tuple[dict[str, Any], Plan] | None:
+def search(
+    config: RunConfig, topology: Topology, devices: Sequence[Any], say: Say
+) -> tuple[dict[str, Any], Plan] | None:
     """The change that costs least among those with which a run fits: the first in order of cost that compiles.
 
     Batch, model and precision stay as they are: rows of a device at a time, what is recomputed, the loss's chunk and
@@ -221,7 +223,9 @@ def _changes(config: RunConfig, mesh: Mesh) -> Iterator[tuple[dict[str, Any], Ru
         for remat in _REMATS[_REMATS.index(config.jax.remat) :]:
             for chunk in dict.fromkeys((config.jax.loss_chunk, min(config.jax.loss_chunk, 256))):
                 accumulation = config.train.accumulation
-                while accumulation <= config.train.batch_size and rows % (accumulation // config.train.accumulation) == 0:
+                while (
+                    accumulation <= config.train.batch_size and rows % (accumulation // config.train.accumulation) == 0
+                ):
                     flags: dict[str, Any] = {}
                     if sizes != (data, fsdp, tensor):
                         flags |= dict(zip(("jax.mesh.data", "jax.mesh.fsdp", "jax.mesh.tensor"), sizes, strict=True))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from gpt_core.flops import peak_flops
 from jax_gpt.plan.hlo import Collective
@@ -31,7 +31,7 @@ class Traffic:
     exposed_seconds: float
 
 
-def traffic(collectives: Sequence[Collective], mesh: Mesh, topology: Topology) -> Traffic:
+def traffic(collectives: Sequence[Collective], mesh: Mesh | AbstractMesh, topology: Topology) -> Traffic:
     """Sum up the collectives of a program that was compiled for a mesh."""
     by_kind: dict[str, float] = {}
     by_axis: dict[str, float] = {}
@@ -50,7 +50,7 @@ def traffic(collectives: Sequence[Collective], mesh: Mesh, topology: Topology) -
     return Traffic(by_kind, by_axis, seconds, exposed)
 
 
-def axes_of(collective: Collective, mesh: Mesh) -> str:
+def axes_of(collective: Collective, mesh: Mesh | AbstractMesh) -> str:
     """The mesh axes along which the devices of a collective differ, joined by a plus sign."""
     members = np.array(collective.groups[0]) if collective.groups else np.arange(mesh.size)
     places = np.unravel_index(members, tuple(mesh.shape.values()))

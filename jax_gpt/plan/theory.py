@@ -1,6 +1,6 @@
-"""What a step must at least multiply and send, counted from the config alone: what the compiled program is held against.
+"""What a step must at least multiply and send, counted from the config alone.
 
-All numbers are of one device and one step.
+The compiled program is held against it. All numbers are of one device and one step.
 """
 
 import math
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.run_config import RunConfig
@@ -21,7 +21,7 @@ from jax_gpt.splash import block_size, padded_length
 _KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
-def shares(row: Parameter, mesh: Mesh) -> dict[str, int]:
+def shares(row: Parameter, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """How many devices share a parameter along each mesh axis."""
     found = {"fsdp": 1, "tensor": 1}
     for names in partition(row, mesh):
@@ -30,7 +30,7 @@ def shares(row: Parameter, mesh: Mesh) -> dict[str, int]:
     return found
 
 
-def parameter_bytes(config: RunConfig, mesh: Mesh) -> int:
+def parameter_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
     """Of one device's share of the parameters; its gradients have as many, its moments twice as many."""
     size = np.dtype(config.precision.param_dtype).itemsize
     rows = parameter_table(config.model).values()
@@ -65,7 +65,7 @@ def kernel_flops(kernels: list[Kernel], config: RunConfig) -> float:
     return total
 
 
-def matmul_flops(config: RunConfig, mesh: Mesh) -> float:
+def matmul_flops(config: RunConfig, mesh: Mesh | AbstractMesh) -> float:
     """Of all matrix products outside of kernels, recomputed ones included.
 
     A block's last product is not recomputed by "full": nothing in the backward pass needs its result.
@@ -86,13 +86,13 @@ def matmul_flops(config: RunConfig, mesh: Mesh) -> float:
     padded = math.ceil(config.context_length / chunk) * chunk / config.context_length
     head = 2.0 * tokens * padded * model.padded_vocab_size * model.embed_dim / tensor
     attention = 0.0
-    if config.jax.attention != "splash":  # the whole square, masked: scores and mix, forward, perhaps again, and backward
+    if config.jax.attention != "splash":  # the whole square, masked: scores and mix, forward, again, backward
         square = 4.0 * tokens * config.context_length * model.n_heads * model.head_dim / tensor
         attention = model.n_layers * square * (3 if remat == "none" else 4)
     return 3 * forward + again + 4 * head + attention
 
 
-def minimum_wire_bytes(config: RunConfig, mesh: Mesh) -> Mapping[str, float]:
+def minimum_wire_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> Mapping[str, float]:
     """What a device must send in a step with this layout, by mesh axis, on rings.
 
     fsdp: every block's matrices come together in the forward and in the backward pass and their gradients are
@@ -123,7 +123,7 @@ def minimum_wire_bytes(config: RunConfig, mesh: Mesh) -> Mapping[str, float]:
     return found
 
 
-def kept_bytes(config: RunConfig, mesh: Mesh) -> int:
+def kept_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
     """Activations of one device that the blocks keep for the backward pass, at least.
 
     Every block keeps its input; "dots" and "none" keep the results of its matrix products as well.
@@ -140,7 +140,7 @@ def kept_bytes(config: RunConfig, mesh: Mesh) -> int:
     return int(model.n_layers * positions * width * size)
 
 
-def least_bytes(config: RunConfig, mesh: Mesh) -> int:
+def least_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
     """Memory of one device that no compiler can do without: state, gradients, what is kept, and a chunk of logits."""
     tensor = mesh.shape["tensor"]
     copies = mesh.shape["data"] * mesh.shape["fsdp"]

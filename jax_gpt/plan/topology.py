@@ -41,9 +41,9 @@ class Chip:
     wraps_at: int
 
 
-# Slices: https://cloud.google.com/tpu/docs/v5e, /v5p, /v6e. Bandwidths: "How to Scale Your Model" (Austin et al., 2025),
-# chapter 2. Clocks: those with which the compiler's cycles come out at published step times (docs/pods.md); v6e has none
-# published that we could hold it against, so its clock is that of its peak: 918e12 / (2 x 256 x 256 x 4 x 2).
+# Slices: https://cloud.google.com/tpu/docs/v5e, /v5p, /v6e. Bandwidths: "How to Scale Your Model" (Austin et al.,
+# 2025), chapter 2. Memory: as the compiler says. Clocks: held against published step times
+# (docs/pods.md); v6e has none, and its clock is taken to be that of v5p.
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CHIPS = {
     chip.name: chip

@@ -1,17 +1,20 @@
 """The collectives that a step writes out: same gradients, and no more is sent than must be."""
 
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from gpt_core.errors import InputError
 from gpt_core.run_config import RunConfig
 from jax_gpt.layout import Layout, ring
+from jax_gpt.sharding import create_mesh
 
 MODEL: dict[str, Any] = {
     "vocab_size": 61,
@@ -73,14 +76,11 @@ class Grid:
     ],
 )
 def test_a_ring_ends_where_a_second_coordinate_changes(devices: list[Any], expected: int) -> None:
-    assert ring(Grid(devices)) == expected  # type: ignore[arg-type]
+    unchecked = inspect.unwrap(ring)  # without the tests' own type check
+    assert unchecked(Grid(devices)) == expected  # type: ignore[arg-type]
 
 
 def test_stages_that_do_not_divide_are_refused() -> None:
     config = RunConfig.from_dict({"jax": {"mesh": {"fsdp_inner": 3}}})
-
-    class Mesh:
-        shape = {"data": 1, "fsdp": 8, "tensor": 1}
-
-    with pytest.raises(InputError, match="fsdp_inner = 3 does not divide fsdp = 8"):
-        Layout(config, Mesh())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="fsdp_inner = 3 does not divide fsdp = 1"):
+        Layout(config, create_mesh(config.jax.mesh, jax.devices()[:1]))
