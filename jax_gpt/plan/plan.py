@@ -255,11 +255,12 @@ def described(plan: Plan) -> str:
     config, compiled, topology = plan.config, plan.compiled, plan.topology
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     hbm = topology.chip.hbm_bytes
+    copies = plan.mesh["data"] * plan.mesh["fsdp"]
     lines = [
-        f"{topology.name}, {_product(plan.mesh)} chips as {mesh}: {parameter_count(config.model) / 1e9:.2f}B parameters, "
+        f"{topology.name}, {_product(plan.mesh)} chips as {mesh}: "
+        f"{parameter_count(config.model) / 1e9:.2f}B parameters, "
         f"{config.train.batch_size} x {config.context_length} = {config.tokens_per_step:,} tokens a step, "
-        f"{config.train.batch_size // config.train.accumulation // (plan.mesh['data'] * plan.mesh['fsdp'])} row(s) of a "
-        f"device at a time"
+        f"{config.train.batch_size // config.train.accumulation // copies} row(s) of a device at a time"
     ]
     free = hbm - compiled.needed_bytes
     verdict = f"yes, {_gib(free)} ({free / hbm:.0%}) left" if compiled.fits else "NO"
@@ -272,13 +273,13 @@ def described(plan: Plan) -> str:
     hardware = plan.matmul_flops + plan.kernel_flops
     lines.append(
         f"FLOPs     model {plan.model_flops / 1e12:.1f} T, hardware {hardware / 1e12:.1f} T (products "
-        f"{plan.matmul_flops / 1e12:.1f}, kernels {plan.kernel_flops / 1e12:.1f}): {plan.model_flops / hardware:.0%} of it "
-        f"is the model's; products against theory {plan.matmul_flops / plan.theory_flops:.4f}"
+        f"{plan.matmul_flops / 1e12:.1f}, kernels {plan.kernel_flops / 1e12:.1f}): {plan.model_flops / hardware:.0%} "
+        f"of it is the model's; products against theory {plan.matmul_flops / plan.theory_flops:.4f}"
     )
     total, least = sum(plan.sent.by_axis.values()), sum(plan.minimum_bytes.values())
     lines.append(
-        f"sends     {_gb(total)} ({_each(plan.sent.by_kind)}; along {_each(plan.sent.by_axis)}); this layout's least is "
-        f"{_gb(least)}" + (f", so {total / least:.2f}x" if least else "")
+        f"sends     {_gb(total)} ({_each(plan.sent.by_kind)}; along {_each(plan.sent.by_axis)}); this layout's least "
+        f"is {_gb(least)}" + (f", so {total / least:.2f}x" if least else "")
     )
     (fast, slow), (low, high) = plan.seconds, plan.mfu
     fewest, most = plan.tokens_per_day or (0.0, 0.0)
@@ -288,18 +289,18 @@ def described(plan: Plan) -> str:
     )
     lines.append(f"limit     {_limit(plan.sent, fast)}")
     lines.append(
-        "          a prediction from the compiler's estimates; reading data, evaluation, checkpoints and restarts are left "
-        "out"
+        "          a prediction from the compiler's estimates; reading data, evaluation, checkpoints and restarts are "
+        "left out"
     )
     return "\n".join(lines)
 
 
 def _limit(sent: Traffic, fast: float) -> str:
     if sent.seconds >= fast:
-        return f"communication: {sent.seconds:.2f} s of it, more than there is to compute; more rows a device would hide it"
+        return f"communication: {sent.seconds:.2f} s of it, more than there is to compute; more rows of a device would hide it"
     return (
-        f"computation; of {sent.seconds:.2f} s of communication {sent.exposed_seconds:.2f} s are not hidden behind it in "
-        f"the program"
+        f"computation; of {sent.seconds:.2f} s of communication {sent.exposed_seconds:.2f} s are not hidden behind it "
+        f"in the program"
     )
 
 
