@@ -297,7 +297,10 @@ def described(plan: Plan) -> str:
 
 def _limit(sent: Traffic, fast: float) -> str:
     if sent.seconds >= fast:
-        return f"communication: {sent.seconds:.2f} s of it, more than there is to compute; more rows of a device would hide it"
+        return (
+            f"communication: {sent.seconds:.2f} s of it, more than there is to compute; more rows of a device would hide "
+            f"it"
+        )
     return (
         f"computation; of {sent.seconds:.2f} s of communication {sent.exposed_seconds:.2f} s are not hidden behind it "
         f"in the program"
