@@ -298,7 +298,7 @@ def described(plan: Plan) -> str:
 def _limit(sent: Traffic, fast: float) -> str:
     if sent.seconds >= fast:
         return (
-            f"communication: {sent.seconds:.2f} s of it, more than there is to compute; more rows of a device would hide "
+            f"communication: {sent.seconds:.2f} s of it, more than there is to compute; more rows of a device hide "
             f"it"
         )
     return (
