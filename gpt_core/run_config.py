@@ -21,8 +21,8 @@ from gpt_core.sections import from_mapping
 from gpt_core.tracking import TrackingConfig
 
 Remat = Literal["none", "dots", "full"]
-JaxAttention = Literal["reference", "xla"]
-TorchAttention = Literal["reference", "sdpa"]
+JaxAttention = Literal["auto", "reference", "banded", "xla", "cudnn"]
+TorchAttention = Literal["auto", "reference", "banded", "sdpa", "flex"]
 Strategy = Literal["ddp", "fsdp2"]
 
 
