@@ -7,7 +7,7 @@ unrolled (a scan would copy each block's weights first), matrices as `[outputs, 
 import math
 import os
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +61,8 @@ class Weights(NamedTuple):
 class Cache(NamedTuple):
     """Keys `[batch kv_heads, head_dim, slots]` and values `[batch kv_heads, slots, head_dim]` of every block.
 
-    Position p lies in slot p mod slots. The axes are those in which products read them: XLA copies a whole cache that is
-    reshaped or transposed between being written to and being read.
+    Position p lies in slot p mod slots. The axes are those in which products read them: XLA copies a whole cache that
+    is reshaped or transposed between being written to and being read.
     """
 
     key: tuple[jax.Array, ...]
@@ -74,10 +74,10 @@ def prepare(model: GPT, limit: int) -> Weights:
     config, precision = model.config, model.precision
     wide = precision.wide_dtype
 
-    def norm(module: nnx.Module) -> Norm:
+    def norm(module: Any) -> Norm:
         return Norm(module.scale[...].astype(wide), module.bias[...].astype(wide))
 
-    def matrix(*modules: nnx.Module) -> Matrix:
+    def matrix(*modules: Any) -> Matrix:
         kernels, biases = [], []
         for module in modules:
             kernel = module.kernel[...]
@@ -87,7 +87,7 @@ def prepare(model: GPT, limit: int) -> Weights:
                 biases.append(module.bias[...].astype(precision.compute_dtype).reshape(-1))
         return Matrix(_parted(jnp.concatenate(kernels)), jnp.concatenate(biases) if biases else None)
 
-    def layer(block: nnx.Module) -> Layer:
+    def layer(block: Any) -> Layer:
         attention, mlp = block.attention, block.mlp
         return Layer(
             norm(block.attention_norm),
@@ -98,19 +98,20 @@ def prepare(model: GPT, limit: int) -> Weights:
             matrix(mlp.down),
         )
 
-    def block_of(index: int) -> nnx.Module:
+    def block_of(index: int) -> Any:
         if not model.scan_layers:
             return model.blocks[index]
         graph, stacked = nnx.split(model.blocks)
         return nnx.merge(graph, jax.tree.map(lambda x: x[index], stacked))
 
     learned = config.position == "learned"
+    cosine, sine = (jnp.asarray(table) for table in rotary_angles(config, limit, wide))
     embedding = model.token_embedding[...]
     stored = _stored(embedding, precision)
     return Weights(
         token_embedding=stored,
         position_embedding=model.position_embedding[...].astype(precision.compute_dtype) if learned else None,
-        rotary=None if learned else tuple(jnp.asarray(table) for table in rotary_angles(config, limit, wide)),
+        rotary=None if learned else (cosine, sine),
         layers=tuple(layer(block_of(index)) for index in range(config.n_layers)),
         final_norm=norm(model.final_norm),
         head=Matrix(_parted(stored), None) if config.tied_embeddings else matrix(model.head),

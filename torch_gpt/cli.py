@@ -6,6 +6,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from gpt_core.cli import SUCCESS, parser, print_json, run
 from gpt_core.config import ModelConfig
+from gpt_core.generate_cli import Chunks, Request, generate_command, generate_parser
 from gpt_core.parameters import parameter_count
 
 
@@ -13,8 +14,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 2 the input was wrong."""
     top = parser("The PyTorch twin.", "  torch-gpt init runs/torch --config gpt2", prog="torch-gpt")
     commands = top.add_subcommands(required=True, dest="subcommand")
+    commands.add_subcommand("generate", generate_parser("torch-gpt"), help="continue prompts")
     commands.add_subcommand("init", _init_parser(), help="write a checkpoint with fresh weights")
-    return run(top, {"init": _init}, arguments)
+    return run(top, {"generate": _generate, "init": _init}, arguments)
+
+
+def _generate(options: Namespace) -> int:
+    def start(request: Request) -> Chunks:
+        from torch_gpt.checkpoint import load
+        from torch_gpt.generate import stream
+
+        model = load(request.checkpoint, precision=request.precision, implementation="auto")
+        return stream(model, request.prompts, request.options, chunk=4)
+
+    return generate_command(options, start)
 
 
 def _init_parser() -> ArgumentParser:
