@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,7 +21,16 @@ HALF, ALL = 8, 12
 
 def train(framework: str, config: Path, run: Path, *more: str) -> None:
     arguments = ["train", "--config", str(config), "--out", str(run), "--train.dtype", "float64", *more]
-    assert importlib.import_module(f"{framework}_gpt.cli").main(arguments) == 0
+    assert command(framework, arguments) == 0
+
+
+def command(framework: str, arguments: list[str]) -> int:
+    """Run a trainer's command here; x64, which it switches on in JAX for its whole process, is switched back."""
+    before = jax.config.jax_enable_x64
+    try:
+        return int(importlib.import_module(f"{framework}_gpt.cli").main(arguments))
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def losses(run: Path) -> list[float]:
@@ -111,8 +121,7 @@ def test_a_crossed_run_refuses_another_config(
     crossed = tmp_path / "crossed"
     assert main(["convert", "--state", f"{whole}@{HALF}", str(crossed), "--to", OTHER[framework]]) == 0
     arguments = ["train", "--config", str(config), "--out", str(crossed), "--train.dtype", "float64"]
-    cli = importlib.import_module(f"{OTHER[framework]}_gpt.cli")
-    assert cli.main([*arguments, "--optimizer.beta2", "0.9"]) == 2
+    assert command(OTHER[framework], [*arguments, "--optimizer.beta2", "0.9"]) == 2
     assert "optimizer.beta2 0.95 against 0.9" in capfd.readouterr().err
 
 
