@@ -105,11 +105,13 @@ def main() -> int:
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        torch, jax = folder / "torch", folder / "jax"
+        torch, jax, hugging_face = folder / "torch", folder / "jax", folder / "hf"
         write_checkpoint(torch, ModelConfig.from_yaml("gpt2"))
         nbytes = (torch / "model.safetensors").stat().st_size
         convert(torch, jax, "jax")
-        for name, source, to in (("jax -> torch", jax, "torch"), ("torch -> jax", torch, "jax")):
+        convert(torch, hugging_face, "hf")
+        for source, to in ((jax, "torch"), (torch, "jax"), (jax, "hf"), (torch, "hf"), (hugging_face, "jax")):
+            name = f"{source.name} -> {to}"
             runs, copies = [], []
             for _ in range(ROUNDS):  # in turns, so that both see the same machine
                 copies.append(copy_seconds(source, folder / "copy"))

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gpt_core.errors import InputError
-from gpt_core.tensor_info import Array, TensorInfo, contiguous, mapped, pieces
+from gpt_core.tensor_info import Array, Scratch, TensorInfo, contiguous, mapped, pieces
 from gpt_core.threads import for_each
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -31,6 +31,7 @@ _NAMES: dict[np.dtype[Any], str] = {
     np.dtype(np.float16): "F16",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_PAGE = 4096
 
 
 def write_safetensors(
@@ -57,11 +58,12 @@ def write_safetensors(
         }
         offset += info.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-(8 + len(encoded)) % _PAGE)  # so that threads share few pages of the file
     start = 8 + len(encoded)
+    scratch = Scratch()
 
     def write(key: str) -> None:
-        info, array = tensors[key], contiguous(np.asarray(read(key)))
+        info, array = tensors[key], contiguous(np.asarray(read(key)), scratch.empty)
         assert (array.shape, array.dtype) == (info.shape, info.dtype), f"{key} is not what was announced"
         place = position = start + header[key]["data_offsets"][0]
         for piece in pieces(array):

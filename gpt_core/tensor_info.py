@@ -2,7 +2,8 @@
 
 import math
 import mmap
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,21 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def contiguous(array: Array) -> Array:
+class Scratch(threading.local):
+    """Memory that a thread uses again and again: fresh pages cost several times what is done in them."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array of any content, until this thread asks for the next one."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._memory.size < nbytes:
+            self._memory = np.empty(nbytes, np.uint8)
+        return self._memory[:nbytes].view(dtype).reshape(shape)
+
+
+def contiguous(array: Array, empty: Callable[[tuple[int, ...], np.dtype[Any]], Array] = np.empty) -> Array:
     """The same array in C order: itself, or a copy. A transposed matrix, heads flattened or not, goes by panels."""
     if array.flags.c_contiguous:
         return array
@@ -43,7 +58,7 @@ def contiguous(array: Array) -> Array:
         except ValueError:
             continue
         if matrix.flags.f_contiguous:
-            return _transposed(matrix.T).reshape(array.shape)
+            return _transposed(matrix.T, empty(shape, array.dtype)).reshape(array.shape)
     return np.ascontiguousarray(array)
 
 
@@ -74,9 +89,8 @@ def pieces(array: Array) -> Iterator[Array]:
             file.madvise(mmap.MADV_DONTNEED)  # read again from the file, should anybody ask
 
 
-def _transposed(matrix: Array) -> Array:
+def _transposed(matrix: Array, result: Array) -> Array:
     """The transpose of a matrix in C order, itself in C order."""
-    result = np.empty(matrix.shape[::-1], matrix.dtype)
     for start in range(0, matrix.shape[1], _PANEL):
         result[start : start + _PANEL] = matrix[:, start : start + _PANEL].copy().T
     return result

@@ -11,6 +11,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.formats.orbax_jax import spoke
 from gpt_core.precision import Precision
 from gpt_core.pretrained import Origin, Written, open_pretrained, write_pretrained
+from gpt_core.tensor_info import Array
 from gpt_core.tokenizer import Tokenizer
 from gpt_core.weights import slots, source_of
 from jax_gpt.attention import Implementation
@@ -79,7 +80,7 @@ class Pretrained:
         state = {".".join(map(str, key)): v[...] for key, v in nnx.to_flat_state(nnx.state(self, nnx.Param))}
         expected = slots(self.config, spoke(self.config, scan_layers=self.scan_layers))
 
-        def read(key: str, layer: int | None = None) -> np.ndarray[Any, Any]:
+        def read(key: str, layer: int | None = None) -> Array:
             return np.asarray(state[key] if layer is None else state[key][layer])
 
         return write_pretrained(

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from gpt_core.config import ModelConfig
 from gpt_core.formats.safetensors_torch import SPOKE
 from gpt_core.precision import Precision
 from gpt_core.pretrained import Origin, Written, open_pretrained, write_pretrained
+from gpt_core.tensor_info import Array
 from gpt_core.tokenizer import Tokenizer
 from gpt_core.weights import slots, source_of
 from torch_gpt.arrays import from_numpy, to_numpy
@@ -77,7 +76,7 @@ class Pretrained:
         state = model.state_dict()
         expected = slots(self.config, SPOKE)
 
-        def read(key: str) -> np.ndarray[Any, Any]:
+        def read(key: str) -> Array:
             return to_numpy(state[key])
 
         return write_pretrained(
