@@ -21,7 +21,7 @@ from gpt_core.sections import from_mapping
 from gpt_core.tracking import TrackingConfig
 
 Remat = Literal["none", "dots", "full"]
-JaxAttention = Literal["reference", "xla"]
+JaxAttention = Literal["reference", "xla", "splash"]
 TorchAttention = Literal["reference", "sdpa"]
 Strategy = Literal["ddp", "fsdp2"]
 
@@ -135,6 +135,8 @@ class MeshConfig:
         data: Copies of the model. One of the three sizes may be -1: all devices that are left.
         fsdp: Devices that share the parameters, gradients and moments of a copy.
         tensor: Devices that share heads, MLP columns and vocabulary.
+        fsdp_inner: What fsdp devices share comes together in two stages, first among this many neighbours. Default: a
+            ring of a TPU slice; elsewhere there is one stage.
 
     Raises:
         InputError: a size is neither -1 nor at least 1, or more than one is -1.
@@ -143,8 +145,11 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    fsdp_inner: int | None = None
 
     def __post_init__(self) -> None:
+        if self.fsdp_inner is not None:
+            _require_count(self, "fsdp_inner")
         for name in ("data", "fsdp", "tensor"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from gpt_core.errors import InputError
+from jax_gpt.splash import splash_attention
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "splash"]
 
 
 def attention(
@@ -32,7 +33,8 @@ def attention(
         value: `[batch, time, kv_heads, head_dim]`.
         window: Query i sees keys j with 0 <= i - j < window; None means all of 0 <= i - j.
         scale: Factor on the scores before the softmax.
-        implementation: "reference" runs in any precision; "xla" has its softmax in fp32 and refuses fp64.
+        implementation: "reference" runs in any precision; "xla" and "splash" (TPU) have their softmax in fp32 and
+            refuse fp64.
 
     Returns:
         `[batch, time, heads, head_dim]` in the dtype of `query`.
@@ -78,4 +80,8 @@ def _xla(query: jax.Array, key: jax.Array, value: jax.Array, window: int | None,
     )
 
 
-_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": _reference, "xla": _xla}
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "reference": _reference,
+    "xla": _xla,
+    "splash": splash_attention,
+}

@@ -12,6 +12,7 @@ from gpt_core.run_cli import eval_config, eval_parser, print_evaluation, print_s
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import find_checkpoint
 from gpt_core.sweep import sweep_command, sweep_parser
+from jax_gpt.plan.cli import plan_command, plan_parser
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,8 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_subcommand("train", _train_parser(), help="train, or go on with a run that was interrupted")
     commands.add_subcommand("eval", eval_parser("jax-gpt"), help="loss and perplexity of a checkpoint")
     commands.add_subcommand("sweep", sweep_parser("jax-gpt"), help="train with one setting after another")
+    commands.add_subcommand("plan", plan_parser(), help="will it fit on a TPU slice, and what will it cost")
     commands.add_subcommand("init", _init_parser(), help="write a checkpoint with fresh weights")
-    return run(top, {"train": _train, "eval": _eval, "sweep": _sweep, "init": _init}, arguments)
+    return run(top, {"train": _train, "eval": _eval, "sweep": _sweep, "plan": plan_command, "init": _init}, arguments)
 
 
 def _train_parser() -> ArgumentParser:
@@ -36,9 +38,11 @@ def _train_parser() -> ArgumentParser:
 def _train(options: Namespace) -> int:
     config, run = train_config(options)
     _set_up(config, options)
+    from jax_gpt.hosts import ending_together
     from jax_gpt.train import train
 
-    summary, code = train(config, run)
+    with ending_together():
+        summary, code = train(config, run)
     if summary is not None:
         print_summary(summary, run, as_json=options.json)
     return code

@@ -7,11 +7,12 @@ A mesh has three axes (Rajbhandari et al., 2020; Shoeybi et al., 2019; Xu et al.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt_core.config import ModelConfig
@@ -19,7 +20,6 @@ from gpt_core.data.batches import Batch
 from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, axis_sizes, parameter_table
 from gpt_core.run_config import MeshConfig, RunConfig
-from jax_gpt.model import BlockStep, Layer, Taps
 from jax_gpt.state_paths import table_row
 
 ROWS = PartitionSpec(("data", "fsdp"))  # of a batch and of activations: [batch, ...]
@@ -48,7 +48,34 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
         raise InputError(
             f"jax.mesh: {asked} does not multiply to the {len(devices)} device(s) there are; set one of them to -1"
         )
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * 3, devices=devices)
+    return Mesh(_arranged(tuple(sizes.values()), devices), tuple(sizes), (AxisType.Auto,) * 3)
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices so that those that talk most are near each other; copies of the model may lie on different slices."""
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if slices == 1:
+        return _in_rings(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
+    data, *rest = shape
+    if data % slices:
+        raise InputError(
+            f"jax.mesh: data = {data} is not a multiple of the {slices} slices: between slices only gradients travel"
+        )
+    return _in_rings(
+        mesh_utils.create_hybrid_device_mesh(
+            (data // slices, *rest), (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    )
+
+
+def _in_rings(devices: np.ndarray) -> np.ndarray:
+    """The devices of each fsdp group in the order of their places in a torus: what comes together in stages of a ring
+    each (see `jax_gpt.layout`) must not wind through it in one."""
+    if not hasattr(devices.flat[0], "coords"):
+        return devices
+    places = np.array([tuple(device.coords) for device in devices.flat]).reshape(*devices.shape, -1)
+    order = np.lexsort(np.moveaxis(places[:, :, :1], -1, 0)[::-1], axis=1)  # neighbours on the tensor axis stay so
+    return np.take_along_axis(devices, order, axis=1)
 
 
 def check_divides(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
@@ -84,9 +111,7 @@ def check_divides(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-def partition(
-    parameter: Parameter, mesh: Mesh | AbstractMesh, within_copy: Collection[str] = ("tensor", "fsdp")
-) -> PartitionSpec:
+def partition(parameter: Parameter, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How a parameter, its gradient and its moments lie on a mesh.
 
     Kv heads that the tensor axis does not divide are copied whole to every device of that axis.
@@ -94,7 +119,6 @@ def partition(
     Args:
         parameter: A row of the table.
         mesh: Of `create_mesh`.
-        within_copy: Mesh axes that share the parameter.
     """
     places: list[list[str]] = [[] for _ in parameter.axes]
 
@@ -106,9 +130,9 @@ def partition(
         return divides
 
     for index, axis in enumerate(parameter.axes):
-        if axis in _TENSOR_AXES and "tensor" in within_copy:
+        if axis in _TENSOR_AXES:
             place(index, "tensor")
-    for axis in _FSDP_AXES if "fsdp" in within_copy else ():
+    for axis in _FSDP_AXES:
         if axis in parameter.axes and place(parameter.axes.index(axis), "fsdp"):
             break
     return PartitionSpec(*(tuple(names) or None for names in places))
@@ -130,37 +154,6 @@ def state_shardings(state: Any, model: ModelConfig, mesh: Mesh) -> Any:
         return NamedSharding(mesh, partition(row.of_layer(0) if of_block else row, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
-
-
-def gathered(parameters: Any, model: ModelConfig, mesh: Mesh) -> Any:
-    """Parameters outside the blocks, whole along the fsdp axis, for use in a step (blocks are gathered one by one).
-
-    Without this the compiler looks tokens up in a table that is cut along `embed` and then moves the activations.
-    """
-    table = parameter_table(model)
-
-    def whole(path: tuple[Any, ...], leaf: Any) -> Any:
-        row = table_row(path, table)
-        if row is None or row.stacked:
-            return leaf
-        spec = partition(row, mesh, within_copy=("tensor",))
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
-
-    return jax.tree_util.tree_map_with_path(whole, parameters)
-
-
-def rows_kept_apart(mesh: Mesh) -> Callable[[BlockStep], BlockStep]:
-    """For `GPT(around_block=...)`: the residual stream stays dealt out by rows from block to block."""
-    sharding = NamedSharding(mesh, ROWS)
-
-    def around(step: BlockStep) -> BlockStep:
-        def constrained(x: jax.Array, layer: Layer) -> tuple[jax.Array, Taps]:
-            x, taps = step(jax.lax.with_sharding_constraint(x, sharding), layer)
-            return jax.lax.with_sharding_constraint(x, sharding), taps
-
-        return constrained
-
-    return around
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:

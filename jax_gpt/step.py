@@ -11,16 +11,23 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt_core.run_config import Remat, RunConfig
+from jax_gpt.layout import Layout
 from jax_gpt.loss import chunked_loss
 from jax_gpt.model import GPT, BlockStep, initialiser
 from jax_gpt.optimizer import create_optimizer, update
-from jax_gpt.sharding import ROWS, gathered, rows_kept_apart, state_shardings
+from jax_gpt.sharding import ROWS, state_shardings
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in {"all_gather", "shard_map"}  # with a tensor axis gathers stand within a `shard_map`
+
+
+# Whatever is kept for the backward pass, the gathered parameters of a block are not: they would be the whole model.
 _REMAT: dict[Remat, Callable[[BlockStep], BlockStep]] = {
-    "none": lambda step: step,
+    "none": partial(jax.checkpoint, policy=_all_but_gathered),
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "full": jax.checkpoint,
 }
@@ -61,6 +68,7 @@ class Program(NamedTuple):
 def create_program(config: RunConfig, mesh: Mesh) -> Program:
     """Everything that a run does on its devices; nothing is computed yet."""
     optimizer = create_optimizer(config.optimizer, config.model)
+    layout = Layout(config, mesh)
 
     def model() -> GPT:
         return GPT(
@@ -69,7 +77,7 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
             precision=config.precision,
             implementation=config.jax.attention,
             scan_layers=config.jax.scan_layers,
-            around_block=lambda step: rows_kept_apart(mesh)(_REMAT[config.jax.remat](step)),
+            around_block=lambda step: _REMAT[config.jax.remat](layout.around_block(step)),
         )
 
     def first_state() -> TrainState:
@@ -87,19 +95,16 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
     rows = config.train.batch_size // config.train.accumulation // copies
     chunk = max(1, config.jax.loss_chunk // rows)
 
-    def gather(parameters: nnx.State) -> nnx.State:
-        return gathered(parameters, config.model, mesh)
-
     return Program(
         create=jax.jit(first_state, out_shardings=shardings),
         step=jax.jit(
-            training_step(config, graph, optimizer, chunk, gather),
+            training_step(config, graph, optimizer, chunk, layout),
             donate_argnums=0,
             in_shardings=(shardings, NamedSharding(mesh, ROWS), everywhere),
             out_shardings=(shardings, everywhere),
         ),
         evaluate=jax.jit(
-            evaluation_step(graph, chunk, gather),
+            evaluation_step(graph, chunk, layout),
             in_shardings=(shardings.parameters, NamedSharding(mesh, ROWS)),
             out_shardings=everywhere,
         ),
@@ -113,7 +118,7 @@ def training_step(
     graph: nnx.GraphDef[GPT],
     optimizer: optax.GradientTransformation,
     chunk: int,
-    gather: Callable[[nnx.State], nnx.State] = lambda parameters: parameters,
+    layout: Layout,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """The step as one function: gradients over all micro-batches, clip, AdamW.
 
@@ -124,32 +129,41 @@ def training_step(
         graph: Of the model.
         optimizer: Of `create_optimizer`.
         chunk: Positions of every row whose logits are in memory at a time.
-        gather: Brings sharded parameters together where they are used; must not change their values.
+        layout: Which part of it each device has.
     """
     parts = config.train.accumulation
     wide = config.precision.wide_dtype
 
-    def mean_loss(parameters: nnx.State, part: Batch, count: jax.Array, key: jax.Array | None) -> jax.Array:
-        model = nnx.merge(graph, gather(parameters))
-        hidden = model.hidden(part["tokens"], dropout_key=key)
+    def mean_loss(parameters: nnx.State, part: Batch, keys: jax.Array | None, count: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, layout.gathered(parameters))
+        if keys is None:
+            hidden = model.hidden(part["tokens"])
+        else:  # a key for every row, so that what is dropped does not depend on the mesh
+            by_row = jax.vmap(lambda tokens, key: model.hidden(tokens[None], dropout_key=key)[0])
+            hidden = by_row(part["tokens"], keys)
         loss = chunked_loss(model.unembed, hidden, part["targets"], part["mask"], chunk)
         return loss / count  # by the tokens of the whole step
 
-    def step(state: TrainState, batch: Batch, rate: Any) -> tuple[TrainState, Metrics]:
-        count = batch["mask"].sum().astype(wide)
+    def gradients_of_rows(parameters: nnx.State, rows: Any, count: jax.Array) -> tuple[jax.Array, nnx.State]:
         # Row r goes to part r mod parts, so that every device keeps its own rows.
-        micro_batches = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), dict(batch))
-        keys = None
-        if config.model.dropout:
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(config.train.seed), state.step), parts)
+        micro_batches = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
 
         def add(total: Any, part: tuple[Batch, jax.Array | None]) -> tuple[Any, None]:
-            rows, key = part
-            gradients = jax.value_and_grad(mean_loss)(state.parameters, rows, count, key)
+            gradients = jax.value_and_grad(mean_loss)(parameters, *part, count)
             return jax.tree.map(jnp.add, total, gradients), None
 
-        zero = (jnp.zeros((), wide), jax.tree.map(jnp.zeros_like, state.parameters))
-        (loss, gradients), _ = jax.lax.scan(add, zero, (micro_batches, keys), length=parts)
+        zero = (jnp.zeros((), wide), jax.tree.map(jnp.zeros_like, parameters))
+        (loss, gradients), _ = jax.lax.scan(add, zero, micro_batches, length=parts)
+        return layout.summed(loss), layout.summed_gradients(gradients)
+
+    def step(state: TrainState, batch: Batch, rate: Any) -> tuple[TrainState, Metrics]:
+        count = batch["mask"].sum().astype(wide)
+        keys = None
+        if config.model.dropout:
+            of_step = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(of_step, jnp.arange(config.train.batch_size))
+        differentiate = layout.over_rows(gradients_of_rows, ("sum", "parameters"))
+        loss, gradients = differentiate(state.parameters, (dict(batch), keys), count)
         parameters, moments, norm = update(
             optimizer, config.optimizer, state.parameters, gradients, state.moments, rate
         )
@@ -165,13 +179,17 @@ def training_step(
 def evaluation_step(
     graph: nnx.GraphDef[GPT],
     chunk: int,
-    gather: Callable[[nnx.State], nnx.State] = lambda parameters: parameters,
+    layout: Layout,
 ) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
     """Summed loss and number of tokens of a batch, without dropout."""
 
-    def evaluate(parameters: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graph, gather(parameters))
+    def summed_loss(parameters: nnx.State, batch: Batch, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graph, layout.gathered(parameters))
         hidden = model.hidden(batch["tokens"])
-        return chunked_loss(model.unembed, hidden, batch["targets"], batch["mask"], chunk), batch["mask"].sum()
+        loss = chunked_loss(model.unembed, hidden, batch["targets"], batch["mask"], chunk)
+        return layout.summed(loss), layout.summed(batch["mask"].sum())
+
+    def evaluate(parameters: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return layout.over_rows(summed_loss, ("sum", "sum"))(parameters, dict(batch), jnp.zeros(()))
 
     return evaluate

@@ -38,6 +38,7 @@ ALL_MESHES = {
     "fsdp": {"data": 1, "fsdp": 8},
     "tensor": {"data": 1, "tensor": 8},
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
+    "stages": {"data": 1, "fsdp": 4, "tensor": 2, "fsdp_inner": 2},
 }
 
 
@@ -55,7 +56,7 @@ def test_every_mesh_gives_the_losses_of_one_device_in_fp64(variant: str) -> None
     found = losses("float64", VARIANTS[variant], ALL_MESHES)
     expected = np.array(found["one"]["losses"])
     assert expected[-1] < expected[0] - 0.3, "nothing was learned, so nothing was compared"
-    for mesh in ("data", "fsdp", "tensor", "all"):
+    for mesh in ("data", "fsdp", "tensor", "all", "stages"):
         np.testing.assert_allclose(found[mesh]["losses"], expected, rtol=1e-10, atol=0, err_msg=mesh)
     assert found["fsdp"]["share"] <= 1.05 / 8
     assert found["one"]["share"] == 1

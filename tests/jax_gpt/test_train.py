@@ -6,12 +6,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gpt_core.orbax_file import OrbaxReader
+from gpt_core.runs import saved_steps
 from gpt_core.tracking import read_metrics
 from jax_gpt.cli import main
 
@@ -33,7 +35,7 @@ def test_a_mesh_that_does_not_fit_ends_with_one_line_and_code_2(
     assert "Traceback" not in said
 
 
-def start(processes: int, devices: int, gathered: str, arguments: list[str]) -> None:
+def begin(processes: int, devices: int, gathered: str, arguments: list[str]) -> list[subprocess.Popen[str]]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -53,6 +55,11 @@ def start(processes: int, devices: int, gathered: str, arguments: list[str]) -> 
         started.append(
             subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
         )
+    return started
+
+
+def start(processes: int, devices: int, gathered: str, arguments: list[str]) -> None:
+    started = begin(processes, devices, gathered, arguments)
     ends = [process.communicate(timeout=400) for process in started]
     assert [process.returncode for process in started] == [0] * processes, "\n".join(said[-2000:] for _, said in ends)
 
@@ -78,3 +85,33 @@ def test_two_processes_train_as_one_and_their_checkpoint_is_whole(config: Path, 
         shutil.rmtree(two / "checkpoints" / str(step))
     start(1, 1, "-", [*common, "--out", str(two)])
     np.testing.assert_allclose(list(losses(two).values()), list(expected.values()), rtol=1e-10, atol=0)
+
+
+@pytest.mark.slow
+def test_a_host_that_is_killed_ends_the_others_and_the_restart_goes_on(config: Path, tmp_path: Path) -> None:
+    one, four = tmp_path / "one", tmp_path / "four"
+    common = ["train", "--config", str(config), "--train.dtype", "float64", "--train.steps", "24"]
+    mesh = ["--jax.mesh", json.dumps({"data": 1, "fsdp": 2, "tensor": 2})]
+    start(1, 1, "-", [*common, "--out", str(one)])
+    arguments = [*common, "--out", str(four), *mesh]
+    started = begin(4, 1, "-", arguments)
+    try:
+        metrics = four / "metrics.jsonl"
+        while started[3].poll() is None and (not saved_steps(four) or len(metrics.read_text().splitlines()) < 7):
+            time.sleep(0.02)
+        started[3].kill()
+        ends = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert all(process.returncode != 0 for process in started)
+    assert any("lost another one" in said and "goes on from the last checkpoint" in said for _, said in ends[:3]), ends
+    assert not any("Traceback" in said for _, said in ends[:3]), ends
+    steps = saved_steps(four)
+    assert steps
+    assert steps[-1] < 24
+
+    start(4, 1, "-", arguments)
+    expected = losses(one)
+    assert list(losses(four)) == list(expected)
+    np.testing.assert_allclose(list(losses(four).values()), list(expected.values()), rtol=1e-10, atol=0)

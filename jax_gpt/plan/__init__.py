@@ -1,0 +1,1 @@
+"""Planning a training run for a TPU slice without owning one."""

@@ -1,0 +1,235 @@
+"""`jax-gpt plan`: the same step as `train`, counts by hand, wrong input; and real compilations where libtpu is."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from jax.sharding import AbstractMesh
+
+from gpt_core.errors import InputError
+from gpt_core.run_config import RunConfig
+from jax_gpt.cli import main
+from jax_gpt.plan import theory
+from jax_gpt.plan.compiled import lowered_step
+from jax_gpt.plan.hlo import Collective, Kernel, Shape
+from jax_gpt.plan.prediction import Traffic, step_seconds, traffic
+from jax_gpt.plan.topology import CHIPS, GIB, parse_topology
+from jax_gpt.sharding import create_mesh, place_batch
+from jax_gpt.step import create_program
+
+ROOT = Path(__file__).parents[3]
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install '.[tpu-plan]'"
+)
+MODEL: dict[str, Any] = {
+    "vocab_size": 1000,
+    "pad_vocab_size_multiple": 128,
+    "context_length": 256,
+    "n_layers": 3,
+    "n_heads": 8,
+    "n_kv_heads": 2,
+    "embed_dim": 512,
+    "position": "rope",
+    "sliding_window": 100,
+    "bias": False,
+}
+
+
+def config(**sections: Any) -> RunConfig:
+    train = {"batch_size": 16, "dtype": "bfloat16"} | sections.pop("train", {})
+    jax_section = {"mesh": {"data": 1, "fsdp": -1}, "remat": "full"} | sections.pop("jax", {})
+    return RunConfig.from_dict({"model": MODEL, "train": train, "data": {"streams": 1}, "jax": jax_section} | sections)
+
+
+def test_what_is_planned_is_what_is_trained() -> None:
+    """The lowered text is equal to that of the trainer's program with real arrays, of a state and a batch."""
+    run = config(train={"batch_size": 2, "dtype": "float32", "accumulation": 2})
+    mesh = create_mesh(run.jax.mesh, jax.devices()[:1])
+    program = create_program(run, mesh)
+    shape = (2, run.context_length)
+    rows = {"tokens": np.zeros(shape, np.int32), "targets": np.zeros(shape, np.int32), "mask": np.ones(shape, bool)}
+    batch = place_batch(rows, mesh, 2)  # type: ignore[arg-type]
+    rate = np.asarray(run.rate(0), run.precision.wide_dtype)
+    trained = program.step.lower(program.create(), batch, rate)  # type: ignore[attr-defined]
+    assert lowered_step(run, mesh).as_text() == trained.as_text()
+
+
+# ------------------------------------------------------------------------------------------------------- by hand
+
+
+@pytest.mark.parametrize(
+    ("time", "window", "block"), [(12, None, 1), (12, 5, 1), (12, None, 4), (12, 5, 4), (12, 1, 4), (16, 6, 4)]
+)
+def test_pairs_are_those_of_blocks_with_a_visible_pair(time: int, window: int | None, block: int) -> None:
+    query, key = np.arange(time)[:, None], np.arange(time)[None, :]
+    seen = (query - key >= 0) & (query - key < (window or time))
+    blocks = seen.reshape(time // block, block, time // block, block).any(axis=(1, 3))
+    assert theory.visible_pairs(time, window, block) == blocks.sum() * block * block
+
+
+def sizes(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Any:
+    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+
+
+def test_products_by_hand() -> None:
+    run = config(jax={"attention": "splash", "loss_chunk": 512})
+    tokens = 16 * 256 / 4
+    attention = 512 * 512 * 2 + 2 * 512 * 128
+    block = attention + 2 * 512 * 2048
+    again = block - 512 * 2048  # nothing needs the result of the last product again
+    expected = 2 * tokens * (3 * (3 * block + again) + 4 * 1024 * 512)
+    assert theory.matmul_flops(run, sizes(fsdp=4)) == expected
+
+
+def test_least_traffic_by_hand() -> None:
+    run = config(train={"accumulation": 2})
+    blocks = 3 * (512 * 512 * 2 + 2 * 512 * 128 + 2 * 512 * 2048)
+    norms, last_norm, embedding = 3 * 4 * 512, 2 * 512, 1024 * 512
+    whole = 2 * (3 * (2 * blocks + 4 * norms) + 2 * (2 * embedding + 4 * last_norm))  # two micro-batches
+    assert theory.minimum_wire_bytes(run, sizes(fsdp=4)) == {"data": 0, "fsdp": whole * 3 / 4, "tensor": 0}
+    copied = 2 * 4 * (blocks + norms + last_norm + embedding)
+    assert theory.minimum_wire_bytes(run, sizes(data=2)) == {"data": copied / 2, "fsdp": 0, "tensor": 0}
+
+
+def test_kernels_by_hand() -> None:
+    run = config(jax={"attention": "splash"})
+    query = Shape("bf16", (2, 8, 256, 64))
+    pairs = 256 * 256  # one block
+    kernels = [Kernel("splash_mha_fwd_residuals", (Shape("s8", (1, 1, 1)), query), 3)]
+    assert theory.kernel_flops(kernels, run) == 3 * 2 * 2 * 16 * pairs * 64
+    with pytest.raises(ValueError, match="'my_kernel' is unknown"):
+        theory.kernel_flops([Kernel("my_kernel", (query,), 1)], run)
+
+
+def test_traffic_is_told_apart_by_axis_and_by_what_is_waited_for() -> None:
+    mesh = sizes(data=2, fsdp=2, tensor=2)
+    along = {"data": ((0, 4), (1, 5), (2, 6), (3, 7)), "tensor": ((0, 1), (2, 3), (4, 5), (6, 7))}
+    collectives = [
+        Collective("all-reduce", 10**9, along["data"], 2, hidden=False, place=""),
+        Collective("all-gather", 10**9, along["tensor"], 4, hidden=True, place=""),
+        Collective("all-reduce", 100, ((0, 1, 2, 3, 4, 5, 6, 7),), 1, hidden=False, place=""),
+    ]
+    found = traffic(collectives, mesh, parse_topology("v5e:2x2", slices=2))
+    assert found.by_axis == {"data": 2e9, "tensor": 2e9, "data+fsdp+tensor": 175.0}
+    assert found.by_kind == {"all-reduce": 2e9 + 175, "all-gather": 2e9}
+    assert found.exposed_seconds == pytest.approx(2e9 / CHIPS["v5e"].dcn_bandwidth)
+    assert found.seconds - found.exposed_seconds == pytest.approx(2e9 / CHIPS["v5e"].ring_bandwidth)
+
+
+def test_a_step_is_computation_kernels_and_what_is_waited_for() -> None:
+    sent = Traffic({}, {}, seconds=2.0, exposed_seconds=0.5)
+    kernels = 0.35 * 197e12
+    fast, slow = step_seconds(int(3 * 1.5e9), kernels, sent, parse_topology("v5e:2x2"))
+    assert (fast, slow) == (pytest.approx(3.5), pytest.approx(4.5))
+    assert step_seconds(0, 0.0, sent, parse_topology("v5e:2x2"))[0] == 2.0
+
+
+# ---------------------------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize("text", ["v5e:3x3", "v5e:4x4x4", "v4:2x2x1", "v5e", "v5e:", "16x16", "v5p:4x4"])
+def test_an_unknown_topology_is_refused_with_the_known(text: str) -> None:
+    with pytest.raises(InputError, match=r"known are: v5e:\{2x2, .*16x16\}; v5p:\{2x2x1, .*; v6e:"):
+        parse_topology(text)
+
+
+def plan(tmp_path: Path, topology: str, *flags: str, **sections: Any) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: the TPU compiler leaves settings behind."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"model": MODEL, "data": {"streams": 1}} | sections))
+    command = [sys.executable, "-m", "jax_gpt", "plan", "--config", str(path), "--topology", topology, *flags]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}
+    )
+
+
+def test_without_libtpu_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+
+    def without(name: str, *rest: Any) -> Any:
+        return None if name == "libtpu" else find(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    assert main(["plan", "--config", "gpt-7b", "--topology", "v5e:16x16"]) == 2
+    said = capfd.readouterr().err
+    assert "pip install 'twingpt[tpu-plan]'" in said
+    assert "Traceback" not in said
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"jax": {"mesh": {"data": 3}}}, "does not multiply to the 4 device"),
+        ({"jax": {"mesh": {"data": 1, "fsdp": 1, "tensor": 4}}, "model": MODEL | {"n_heads": 2}}, "n_heads = 2"),
+    ],
+)
+def test_meshes_that_do_not_fit_the_slice_are_refused(sections: dict[str, Any], named: str, tmp_path: Path) -> None:
+    done = plan(tmp_path, "v5e:2x2", **sections)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- real compilations
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "mesh"),
+    [
+        ("v5e:4x4", {"data": 1, "fsdp": 16}),
+        ("v5p:2x2x2", {"data": 1, "fsdp": 4, "tensor": 2}),
+        ("v6e:2x2", {"data": 2, "fsdp": 2}),
+    ],
+)
+def test_a_step_is_compiled_for_a_slice_and_its_costs_are_read(
+    topology: str, mesh: dict[str, int], tmp_path: Path
+) -> None:
+    train = {"batch_size": 16, "dtype": "bfloat16"}
+    done = plan(tmp_path, topology, "--json", train=train, jax={"mesh": mesh, "remat": "full", "attention": "splash"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["fits"]
+    assert found["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1} | mesh
+    assert 0 < found["peak_bytes"] < found["hbm_bytes"]
+    assert found["flops"]["matmul"] == pytest.approx(found["flops"]["theory"], rel=0.01)
+    assert found["flops"]["kernels"] > 0
+    assert 0 < found["flops"]["model"] < found["flops"]["hardware"]
+    wire = found["wire_bytes"]
+    assert sum(wire["by_kind"].values()) == pytest.approx(sum(wire["by_axis"].values()))
+    assert wire["total"] >= 0.99 * wire["minimum_by_axis"]["fsdp"]
+    low, high = found["predicted_step_seconds"]
+    assert 0 < low <= high
+    assert 0 < found["mfu"][0] <= found["mfu"][1] < 1
+
+
+@needs_libtpu
+def test_what_does_not_fit_is_named_and_a_change_that_compiles_is_found(tmp_path: Path) -> None:
+    sections = {
+        "train": {"batch_size": 4096, "dtype": "bfloat16"},
+        "jax": {"mesh": {"data": 1, "fsdp": 4}, "remat": "none", "attention": "splash"},
+    }
+    done = plan(tmp_path, "v5e:2x2", "--json", **sections)
+    assert done.returncode == 1, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert not found["fits"]
+    assert found["compile_seconds"] <= 5
+    assert found["peak_bytes"] > 15 * GIB
+    assert found["largest_buffers"][0]["bytes"] > GIB
+    suggestion = found["suggestion"]
+    assert suggestion["plan"]["fits"]
+    flags = [word for name, value in suggestion["flags"].items() for word in (f"--{name}", str(value))]
+    assert flags
+    assert all(flag in suggestion["command"] for flag in flags)

@@ -1,0 +1,86 @@
+"""The collectives that a step writes out: same gradients, and no more is sent than must be."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from gpt_core.errors import InputError
+from gpt_core.run_config import RunConfig
+from jax_gpt.layout import Layout, ring
+from jax_gpt.sharding import create_mesh
+
+MODEL: dict[str, Any] = {
+    "vocab_size": 61,
+    "pad_vocab_size_multiple": 64,
+    "context_length": 32,
+    "n_layers": 2,
+    "n_heads": 8,
+    "n_kv_heads": 2,
+    "embed_dim": 64,
+    "position": "rope",
+    "sliding_window": 5,
+}
+MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "fsdp": ({"data": 1, "fsdp": 8}, {"remat": "none"}),
+    "fsdp in two stages": ({"data": 1, "fsdp": 8, "fsdp_inner": 2}, {"remat": "full"}),
+    "fsdp x tensor": ({"data": 1, "fsdp": 4, "tensor": 2, "fsdp_inner": 2}, {"remat": "dots"}),
+    "kv heads copied": ({"data": 1, "fsdp": 2, "tensor": 4}, {"remat": "full"}),
+    "data x fsdp": ({"data": 2, "fsdp": 4, "fsdp_inner": 2}, {"train": {"accumulation": 2}}),
+    "data": ({"data": 8}, {}),
+}
+
+
+@pytest.mark.slow
+def test_gradients_of_every_layout_are_those_of_the_model_alone() -> None:
+    request = {"model": MODEL, "meshes": MESHES}
+    script = Path(__file__).with_name("layout_gradients.py")
+    done = subprocess.run([sys.executable, script, json.dumps(request)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    errors = {name: result["error"] for name, result in found.items()}
+    assert set(errors) == set(MESHES)
+    assert max(errors.values()) <= 1e-11, errors
+    for name in ("fsdp", "fsdp in two stages", "data x fsdp"):
+        assert {"all-gather", "reduce-scatter"} <= set(found[name]["kinds"]), name
+    assert found["data"]["kinds"] == ["all-reduce"]
+
+
+class Device:
+    """A place in a torus."""
+
+    def __init__(self, *coords: int) -> None:
+        self.coords = coords
+
+
+class Grid:
+    """Stands for a mesh of data 1, fsdp all, tensor 1."""
+
+    def __init__(self, devices: list[Any]) -> None:
+        self.devices = np.array(devices, dtype=object).reshape(1, -1, 1)
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        ([Device(x, y, 0) for x in range(4) for y in range(8)], 8),
+        ([Device(x, 0, 0) for x in range(6)], 6),
+        ([Device(x, y, z) for x in range(2) for y in range(2) for z in range(4)], 4),
+        ([object() for _ in range(6)], 6),  # no torus
+    ],
+)
+def test_a_ring_ends_where_a_second_coordinate_changes(devices: list[Any], expected: int) -> None:
+    unchecked = inspect.unwrap(ring)  # without the tests' own type check
+    assert unchecked(Grid(devices)) == expected  # type: ignore[arg-type]
+
+
+def test_stages_that_do_not_divide_are_refused() -> None:
+    config = RunConfig.from_dict({"jax": {"mesh": {"fsdp_inner": 3}}})
+    with pytest.raises(InputError, match="fsdp_inner = 3 does not divide fsdp = 1"):
+        Layout(config, create_mesh(config.jax.mesh, jax.devices()[:1]))
