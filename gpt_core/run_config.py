@@ -21,8 +21,8 @@ from gpt_core.sections import from_mapping
 from gpt_core.tracking import TrackingConfig
 
 Remat = Literal["none", "dots", "full"]
-JaxAttention = Literal["reference", "xla", "splash"]
-TorchAttention = Literal["reference", "sdpa"]
+JaxAttention = Literal["auto", "reference", "banded", "xla", "splash", "cudnn"]
+TorchAttention = Literal["auto", "reference", "banded", "sdpa", "flex"]
 Strategy = Literal["ddp", "fsdp2"]
 
 
@@ -175,7 +175,7 @@ class JaxConfig:
 
     mesh: MeshConfig = field(default_factory=MeshConfig)
     remat: Remat = "none"
-    attention: JaxAttention = "reference"
+    attention: JaxAttention = "auto"
     scan_layers: bool = True
     loss_chunk: int = 512
 
@@ -207,7 +207,7 @@ class TorchConfig:
     strategy: Strategy = "ddp"
     compile: bool = False
     remat: Literal["none", "full"] = "none"
-    attention: TorchAttention = "sdpa"
+    attention: TorchAttention = "auto"
     loss_chunk: int = 512
 
     def __post_init__(self) -> None:

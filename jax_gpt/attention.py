@@ -1,19 +1,33 @@
 """Causal attention over grouped heads, with an optional sliding window: one signature, several implementations.
 
-`reference` is the definition, a plain masked softmax; every other implementation is held against it.
+`reference` is the definition, a plain masked softmax; every other implementation is held against it. What runs where
+stands in docs/variants.md.
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from gpt_core.errors import InputError
+from gpt_core.precision import DType
+from jax_gpt.banded import banded
+from jax_gpt.device import platform as current_platform
 from jax_gpt.splash import splash_attention
 
-Implementation = Literal["reference", "xla", "splash"]
+Implementation = Literal["auto", "reference", "banded", "xla", "splash", "cudnn"]
+
+
+class Pick(NamedTuple):
+    """What `auto` stands for, and why."""
+
+    implementation: Implementation
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.implementation} ({self.reason})"
 
 
 def attention(
@@ -33,19 +47,40 @@ def attention(
         value: `[batch, time, kv_heads, head_dim]`.
         window: Query i sees keys j with 0 <= i - j < window; None means all of 0 <= i - j.
         scale: Factor on the scores before the softmax.
-        implementation: "reference" runs in any precision; "xla" and "splash" (TPU) have their softmax in fp32 and
-            refuse fp64.
+        implementation: "auto" is what `pick` says; "reference" and "banded" run in any precision; "xla", "splash" (TPU)
+            and "cudnn" (GPU) have their softmax in fp32 and refuse fp64.
 
     Returns:
         `[batch, time, heads, head_dim]` in the dtype of `query`.
 
     Raises:
-        InputError: unknown implementation, or one that cannot run in the dtype of `query`.
+        InputError: unknown implementation, or one that cannot run here or in the dtype of `query`.
     """
+    if implementation == "auto":
+        dtype: Any = query.dtype.name
+        implementation = pick(current_platform(), dtype, query.shape[-1], window).implementation
     if implementation not in _IMPLEMENTATIONS:
         known = ", ".join(get_args(Implementation))
         raise InputError(f"attention implementation {implementation!r} is unknown; choose from: {known}")
     return _IMPLEMENTATIONS[implementation](query, key, value, window, scale)
+
+
+def pick(platform: str, dtype: DType, head_dim: int, window: int | None) -> Pick:
+    """The fastest implementation that is exact here.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+        dtype: Format of computation.
+        head_dim: Width of one head.
+        window: Of the config.
+    """
+    if platform == "gpu" and dtype == "bfloat16" and _fits_cudnn(head_dim):
+        return Pick("cudnn", "bf16 on a GPU: cuDNN's fused kernel, which skips what the window hides")
+    if platform == "tpu" and dtype != "float64":
+        return Pick("splash", f"{dtype} on a TPU: the Pallas kernel, which skips what the window hides")
+    if window is not None:
+        return Pick("banded", f"{dtype} on {platform}: blocks cost O(time x window), the masked square O(time^2)")
+    return Pick("banded", f"{dtype} on {platform}: blocks need half the products and O(time) memory")
 
 
 def causal_mask(time: int, window: int | None) -> Bool[jax.Array, "query key"]:
@@ -67,21 +102,48 @@ def _reference(query: jax.Array, key: jax.Array, value: jax.Array, window: int |
     return mixed.reshape(batch, time, heads, head_dim)
 
 
+def _fits_cudnn(head_dim: int) -> bool:
+    return head_dim <= 128 and head_dim % 8 == 0
+
+
+def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, scale: float) -> jax.Array:
+    platform, dtype, head_dim = current_platform(), query.dtype, query.shape[-1]
+    if platform != "gpu" or dtype != jnp.bfloat16 or not _fits_cudnn(head_dim):
+        raise InputError(
+            f"attention implementation 'cudnn' runs in bfloat16 on a GPU, with a head_dim of up to 128 that is a "
+            f"multiple of 8, not in {dtype} on {platform} with head_dim = {head_dim}: use 'banded' or 'reference'"
+        )
+    return _dot_product_attention(query, key, value, window, scale, "cudnn")
+
+
 def _xla(query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, scale: float) -> jax.Array:
     if query.dtype == jnp.float64:
         raise InputError(
-            "attention implementation 'xla' has an fp32 softmax and cannot run in float64: use 'reference'"
+            "attention implementation 'xla' has an fp32 softmax and cannot run in float64: use 'reference' or 'banded'"
         )
+    return _dot_product_attention(query, key, value, window, scale, "xla")
+
+
+def _dot_product_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    window: int | None,
+    scale: float,
+    implementation: Literal["xla", "cudnn"],
+) -> jax.Array:
     # The size is (left, right) without the query's own key. `is_causal` must be said as well: without it some
     # releases ignore the window or see the future.
     local = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
-        query, key, value, scale=scale, is_causal=True, local_window_size=local, implementation="xla"
+        query, key, value, scale=scale, is_causal=True, local_window_size=local, implementation=implementation
     )
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": _reference,
+    "banded": banded,
     "xla": _xla,
     "splash": splash_attention,
+    "cudnn": _cudnn,
 }

@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from gpt_core.cli import SUCCESS, parser, print_json, run
 from gpt_core.config import ModelConfig
+from gpt_core.generate_cli import Chunks, Request, generate_command, generate_parser
 from gpt_core.parameters import parameter_count
 from gpt_core.run_cli import eval_config, eval_parser, print_evaluation, print_summary, train_config, train_parser
 from gpt_core.run_config import RunConfig
@@ -22,9 +23,18 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_subcommand("train", _train_parser(), help="train, or go on with a run that was interrupted")
     commands.add_subcommand("eval", eval_parser("jax-gpt"), help="loss and perplexity of a checkpoint")
     commands.add_subcommand("sweep", sweep_parser("jax-gpt"), help="train with one setting after another")
+    commands.add_subcommand("generate", generate_parser("jax-gpt"), help="continue prompts")
     commands.add_subcommand("plan", plan_parser(), help="will it fit on a TPU slice, and what will it cost")
     commands.add_subcommand("init", _init_parser(), help="write a checkpoint with fresh weights")
-    return run(top, {"train": _train, "eval": _eval, "sweep": _sweep, "plan": plan_command, "init": _init}, arguments)
+    actions = {
+        "train": _train,
+        "eval": _eval,
+        "sweep": _sweep,
+        "generate": _generate,
+        "plan": plan_command,
+        "init": _init,
+    }
+    return run(top, actions, arguments)
 
 
 def _train_parser() -> ArgumentParser:
@@ -73,6 +83,21 @@ def _set_up(config: RunConfig, options: Namespace | None = None) -> None:
 
         automatic = options.coordinator in {None, "auto"}
         connect(None if automatic else options.coordinator, options.processes, options.process_id)
+
+
+def _generate(options: Namespace) -> int:
+    def start(request: Request) -> Chunks:
+        import jax
+
+        if request.precision.wide_dtype == "float64":
+            jax.config.update("jax_enable_x64", True)
+        from jax_gpt.checkpoint import load
+        from jax_gpt.generate import stream
+
+        model = load(request.checkpoint, precision=request.precision, implementation="auto")
+        return stream(model, request.prompts, request.options, chunk=4)
+
+    return generate_command(options, start)
 
 
 def _init_parser() -> ArgumentParser:

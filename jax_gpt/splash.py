@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
 from gpt_core.errors import InputError
+from jax_gpt.device import platform
 
 LANES = 128  # blocks are multiples of this many positions
 LARGEST_BLOCK = 512  # positions of a block of queries or keys
@@ -33,16 +34,16 @@ def splash_attention(
     """
     if query.dtype == jnp.float64:
         raise InputError(
-            "attention implementation 'splash' has an fp32 softmax and cannot run in float64: use 'reference'"
+            "attention implementation 'splash' has an fp32 softmax and cannot run in float64: use 'banded'"
         )
-    mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    if platform not in {"tpu", "cpu"}:
-        raise InputError(f"attention implementation 'splash' is a kernel for TPUs, and this is a {platform}")
+    mesh, device = jax.sharding.get_abstract_mesh(), platform()
+    if device not in {"tpu", "cpu"}:
+        raise InputError(
+            f"attention implementation 'splash' is a kernel for TPUs, and this is a {device}: use 'banded' or 'auto'"
+        )
 
     def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return _of_own_heads(query, key, value, window, scale, interpret=platform == "cpu")
+        return _of_own_heads(query, key, value, window, scale, interpret=device == "cpu")
 
     tensor = dict(mesh.shape).get("tensor", 1)
     if tensor == 1:

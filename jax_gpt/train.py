@@ -18,6 +18,7 @@ from gpt_core.runs import open_run
 from gpt_core.tokenizer import gpt2_tokenizer
 from gpt_core.tracking import Tracker
 from gpt_core.training import Journal, StopRequest, check_vocabulary, evaluation_text, perplexity
+from jax_gpt.attention import pick
 from jax_gpt.checkpoint import load
 from jax_gpt.device import peak_memory, total_peak_flops
 from jax_gpt.distributed import is_primary, merged_state, preempted, wait_for_all
@@ -51,6 +52,10 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
     rows = local_rows(mesh, config.train.batch_size)
     steps = config.train.steps
     opening: list[str] = []
+    if config.jax.attention == "auto":
+        model = config.model
+        chosen = pick(jax.default_backend(), config.train.dtype, model.head_dim, model.sliding_window)
+        opening.append(f"attention: {chosen}")
     with StopRequest() as stop, RunCheckpoints(run, config.train, opening.append) as checkpoints:
         restored = checkpoints.restore(program.state)
         state, record = restored or (program.create(), None)

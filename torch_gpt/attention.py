@@ -1,18 +1,33 @@
 """Causal attention over grouped heads, with an optional sliding window: one signature, several implementations.
 
-`reference` is the definition, a plain masked softmax; every other implementation is held against it.
+`reference` is the definition, a plain masked softmax; every other implementation is held against it. What runs where
+stands in docs/variants.md.
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from gpt_core.errors import InputError
+from gpt_core.precision import DType
+from torch_gpt.banded import banded
 
-Implementation = Literal["reference", "sdpa"]
+Implementation = Literal["auto", "reference", "banded", "sdpa", "flex"]
+
+
+class Pick(NamedTuple):
+    """What `auto` stands for, and why."""
+
+    implementation: Implementation
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.implementation} ({self.reason})"
 
 
 def attention(
@@ -32,18 +47,39 @@ def attention(
         value: `[batch, time, kv_heads, head_dim]`.
         window: Query i sees keys j with 0 <= i - j < window; None means all of 0 <= i - j.
         scale: Factor on the scores before the softmax.
-        implementation: Both run in any precision; "sdpa" is PyTorch's fused kernel.
+        implementation: "auto" is what `pick` says; "reference", "banded" and "sdpa", PyTorch's fused kernel, run in any
+            precision; "flex", a kernel that is compiled for the window, needs a GPU and refuses fp64.
 
     Returns:
         `[batch, time, heads, head_dim]` in the dtype of `query`.
 
     Raises:
-        InputError: unknown implementation.
+        InputError: unknown implementation, or one that cannot run here or in the dtype of `query`.
     """
+    if implementation == "auto":
+        dtype: Any = str(query.dtype).removeprefix("torch.")
+        seen = None if window is None or window >= query.shape[1] else window
+        implementation = pick(query.device.type, dtype, query.shape[-1], seen).implementation
     if implementation not in _IMPLEMENTATIONS:
         known = ", ".join(get_args(Implementation))
         raise InputError(f"attention implementation {implementation!r} is unknown; choose from: {known}")
     return _IMPLEMENTATIONS[implementation](query, key, value, window, scale)
+
+
+def pick(platform: str, dtype: DType, head_dim: int, window: int | None) -> Pick:
+    """The fastest implementation that is exact here.
+
+    Args:
+        platform: "cpu" or "cuda".
+        dtype: Format of computation.
+        head_dim: Width of one head.
+        window: Of the config.
+    """
+    if window is None:
+        return Pick("sdpa", f"{dtype} on {platform}: PyTorch's fused causal kernel, O(time) memory")
+    if platform == "cuda" and dtype != "float64" and _fits_flex(head_dim):
+        return Pick("flex", f"{dtype} on a GPU: a compiled kernel that skips what the window hides")
+    return Pick("banded", f"{dtype} on {platform}: blocks cost O(time x window), the masked square O(time^2)")
 
 
 def causal_mask(time: int, window: int | None, device: torch.device) -> Bool[torch.Tensor, "query key"]:
@@ -68,6 +104,59 @@ def _reference(
     return mixed.reshape(batch, time, heads, head_dim)
 
 
+def _fits_flex(head_dim: int) -> bool:
+    return head_dim >= 16 and head_dim & (head_dim - 1) == 0
+
+
+def _flex(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float
+) -> torch.Tensor:
+    device, head_dim = query.device.type, query.shape[-1]
+    if device != "cuda" or query.dtype == torch.float64 or not _fits_flex(head_dim):
+        raise InputError(
+            f"attention implementation 'flex' runs in float32 and bfloat16 on a GPU, with a head_dim that is a power "
+            f"of 2 from 16 on, not in {query.dtype} on {device} with head_dim = {head_dim}: use 'banded' or 'sdpa'"
+        )
+    return _by_flex(query, key, value, window, scale, _compiled_flex())
+
+
+def _by_flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    scale: float,
+    kernel: Callable[..., Any],
+) -> torch.Tensor:
+    mixed: torch.Tensor = kernel(
+        query.transpose(1, 2),  # [batch, heads, time, head_dim]
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        block_mask=_flex_mask(query.shape[1], window, query.device),
+        scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return mixed.transpose(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention)  # without it the whole square is computed
+
+
+@lru_cache(maxsize=16)
+def _flex_mask(time: int, window: int | None, device: torch.device) -> Any:
+    seen = time if window is None else window
+    return create_block_mask(
+        lambda _batch, _head, query, key: (query >= key) & (query - key < seen),
+        None,
+        None,
+        time,
+        time,
+        device=str(device),
+    )
+
+
 def _sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float
 ) -> torch.Tensor:
@@ -85,4 +174,9 @@ def _sdpa(
     return mixed.transpose(1, 2)
 
 
-_IMPLEMENTATIONS: dict[str, Callable[..., torch.Tensor]] = {"reference": _reference, "sdpa": _sdpa}
+_IMPLEMENTATIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "reference": _reference,
+    "banded": banded,
+    "sdpa": _sdpa,
+    "flex": _flex,
+}

@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from gpt_core.cli import SUCCESS, parser, print_json, run
 from gpt_core.config import ModelConfig
+from gpt_core.generate_cli import Chunks, Request, generate_command, generate_parser
 from gpt_core.parameters import parameter_count
 from gpt_core.run_cli import eval_config, eval_parser, print_evaluation, print_summary, train_config, train_parser
 from gpt_core.runs import find_checkpoint
@@ -20,8 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_subcommand("train", train_parser("torch-gpt"), help="train, or go on with a run that was interrupted")
     commands.add_subcommand("eval", eval_parser("torch-gpt"), help="loss and perplexity of a checkpoint")
     commands.add_subcommand("sweep", sweep_parser("torch-gpt"), help="train with one setting after another")
+    commands.add_subcommand("generate", generate_parser("torch-gpt"), help="continue prompts")
     commands.add_subcommand("init", _init_parser(), help="write a checkpoint with fresh weights")
-    return run(top, {"train": _train, "eval": _eval, "sweep": _sweep, "init": _init}, arguments)
+    actions = {"train": _train, "eval": _eval, "sweep": _sweep, "generate": _generate, "init": _init}
+    return run(top, actions, arguments)
 
 
 def _train(options: Namespace) -> int:
@@ -48,6 +51,17 @@ def _eval(options: Namespace) -> int:
 
 def _sweep(options: Namespace) -> int:
     return sweep_command(options, [sys.executable, "-m", "torch_gpt"])
+
+
+def _generate(options: Namespace) -> int:
+    def start(request: Request) -> Chunks:
+        from torch_gpt.checkpoint import load
+        from torch_gpt.generate import stream
+
+        model = load(request.checkpoint, precision=request.precision, implementation="auto")
+        return stream(model, request.prompts, request.options, chunk=4)
+
+    return generate_command(options, start)
 
 
 def _init_parser() -> ArgumentParser:

@@ -15,6 +15,7 @@ from gpt_core.runs import open_run
 from gpt_core.tokenizer import gpt2_tokenizer
 from gpt_core.tracking import Tracker
 from gpt_core.training import Journal, StopRequest, check_vocabulary, evaluation_text, perplexity
+from torch_gpt.attention import pick
 from torch_gpt.checkpoint import load
 from torch_gpt.device import peak_memory, total_peak_flops
 from torch_gpt.distributed import connect, is_primary, merged_state, preempted, wait_for_all
@@ -50,6 +51,10 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
     rows = local_rows(config.train.batch_size)
     steps = config.train.steps
     opening: list[str] = []
+    if config.torch.attention == "auto":
+        model = config.model
+        chosen = pick(program.device.type, config.train.dtype, model.head_dim, model.sliding_window)
+        opening.append(f"attention: {chosen}")
     with StopRequest() as stop, RunCheckpoints(run, config.train, opening.append) as checkpoints:
         restored = checkpoints.restore(program.state)
         state, record = restored or (program.state, None)

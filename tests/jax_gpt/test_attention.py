@@ -8,7 +8,7 @@ import numpy_gpt
 import pytest
 
 from gpt_core.errors import InputError
-from jax_gpt.attention import attention, causal_mask
+from jax_gpt.attention import attention, causal_mask, pick
 
 BATCH, TIME, W, HEAD_DIM, SCALE = 2, 19, 7, 5, 0.9
 WINDOWS = [None, 1, 2, W - 1, W, W + 1, TIME - 1, TIME, TIME + 1]
@@ -52,10 +52,11 @@ def errors(implementation: str, dtype: str, heads: int, kv_heads: int, window: i
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("heads", "kv_heads"), LAYOUTS)
-def test_reference_in_fp64_is_the_definition_forward_and_backward(
-    heads: int, kv_heads: int, window: int | None, x64: None
+@pytest.mark.parametrize("implementation", ["reference", "banded"])
+def test_fp64_is_the_definition_forward_and_backward(
+    implementation: str, heads: int, kv_heads: int, window: int | None, x64: None
 ) -> None:
-    found = errors("reference", "float64", heads, kv_heads, window)
+    found = errors(implementation, "float64", heads, kv_heads, window)
     assert max(found.values()) <= 1e-12, found
 
 
@@ -68,12 +69,15 @@ def test_xla_in_fp32_is_the_definition_up_to_rounding(heads: int, kv_heads: int,
 
 @pytest.mark.parametrize("window", [None, 1, W, TIME + 1])
 @pytest.mark.parametrize(("heads", "kv_heads"), LAYOUTS)
-def test_reference_in_fp32_is_the_definition_up_to_rounding(heads: int, kv_heads: int, window: int | None) -> None:
-    found = errors("reference", "float32", heads, kv_heads, window)
+@pytest.mark.parametrize("implementation", ["reference", "banded"])
+def test_fp32_is_the_definition_up_to_rounding(
+    implementation: str, heads: int, kv_heads: int, window: int | None
+) -> None:
+    found = errors(implementation, "float32", heads, kv_heads, window)
     assert max(found.values()) <= FP32_BOUND, found
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "banded", "xla"])
 @pytest.mark.parametrize("window", [None, W])
 def test_bf16_keeps_its_scores_and_softmax_in_fp32(implementation: str, window: int | None) -> None:
     """Scores of about 60 in bf16 would be off by 0.2 and probabilities by a fifth."""
@@ -85,7 +89,7 @@ def test_bf16_keeps_its_scores_and_softmax_in_fp32(implementation: str, window: 
     assert numpy_gpt.relative_error(mixed, truth) <= BF16_BOUND
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "banded", "xla"])
 def test_window_excludes_the_key_one_past_its_edge(implementation: str) -> None:
     """The gradient of query i reaches keys and values i - W + 1 to i and no other."""
     query, key, value, _ = (jnp.array(array, "float32") for array in inputs(6, 2))
@@ -109,14 +113,49 @@ def test_the_mask_is_true_where_a_query_sees_a_key(window: int | None) -> None:
 def test_an_unknown_implementation_is_refused_with_the_known() -> None:
     query, key, value, _ = (jnp.array(array, "float32") for array in inputs(6, 2))
     unchecked = inspect.unwrap(attention)  # without the tests' own type check, which comes first
-    with pytest.raises(InputError, match="'flash' is unknown; choose from: reference, xla"):
+    with pytest.raises(InputError, match=r"'flash' is unknown; choose from: auto, .*, banded, xla, splash, cudnn"):
         unchecked(query, key, value, window=None, scale=1.0, implementation="flash")
 
 
 def test_xla_refuses_fp64_and_names_what_can(x64: None) -> None:
     query, key, value, _ = (jnp.array(array) for array in inputs(6, 2))
-    with pytest.raises(InputError, match=r"'xla' .* cannot run in float64: use 'reference'"):
+    with pytest.raises(InputError, match=r"'xla' .* cannot run in float64: use 'reference' or 'banded'"):
         attention(query, key, value, window=None, scale=1.0, implementation="xla")
+
+
+def test_cudnn_refuses_a_cpu_and_names_what_can() -> None:
+    query, key, value, _ = (jnp.array(array, "bfloat16") for array in inputs(6, 2))
+    with pytest.raises(InputError, match=r"'cudnn' .* not in bfloat16 on cpu with head_dim = 5: use 'banded' or"):
+        attention(query, key, value, window=None, scale=1.0, implementation="cudnn")
+
+
+def test_auto_is_what_it_picks() -> None:
+    query, key, value, _ = (jnp.array(array, "float32") for array in inputs(6, 2))
+    auto, picked = (
+        attention(query, key, value, window=W, scale=SCALE, implementation=implementation)
+        for implementation in ("auto", pick("cpu", "float32", HEAD_DIM, W).implementation)
+    )
+    assert (auto == picked).all()
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "head_dim", "expected"),
+    [
+        ("cpu", "float32", 64, "banded"),
+        ("gpu", "bfloat16", 64, "cudnn"),
+        ("gpu", "bfloat16", 160, "banded"),
+        ("gpu", "float32", 64, "banded"),
+        ("tpu", "bfloat16", 64, "splash"),
+        ("tpu", "float64", 64, "banded"),
+    ],
+)
+@pytest.mark.parametrize("window", [None, 256])
+def test_auto_picks_what_can_run_and_says_why(
+    platform: str, dtype: str, head_dim: int, window: int | None, expected: str
+) -> None:
+    found = pick(platform, dtype, head_dim, window)
+    assert found.implementation == expected
+    assert platform in found.reason.lower()
 
 
 def test_shapes_are_checked_in_tests() -> None:

@@ -74,3 +74,35 @@ def test_an_existing_folder_is_replaced_by_force_only(config: Path, tmp_path: Pa
     assert main(arguments) == 0
     assert main(arguments) == 2
     assert main([*arguments, "--force"]) == 0
+
+
+def test_generate_prints_the_text_that_it_writes_and_json_has_its_tokens(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", str(tmp_path / "out"), "--config", str(config)]) == 0
+    capsys.readouterr()
+    command = ["generate", str(tmp_path / "out"), "def", "--max-new-tokens", "5", "--temperature", "1", "--seed", "3"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert 1 <= len(row["tokens"]) <= 5
+    assert shown == "def" + row["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["", "--json"], "prompt 0 is empty"),
+        (["def", "--temperature", "-1"], "temperature = -1.0"),
+        (["def", "--top-p", "1.5"], "top_p = 1.5"),
+        (["def", "--max-new-tokens", "99"], "would exceed context_length = 8"),
+    ],
+)
+def test_generate_refuses_bad_input_with_one_line(
+    flags: list[str], message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", str(tmp_path / "out"), "--config", str(config)]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err

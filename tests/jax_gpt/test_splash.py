@@ -64,7 +64,7 @@ def test_splash_sees_exactly_the_keys_of_its_window(window: int | None) -> None:
 
 def test_splash_refuses_fp64_and_names_what_can(x64: None) -> None:
     query, key, value, _ = (jnp.array(array) for array in inputs(20, 2, 1))
-    with pytest.raises(InputError, match=r"'splash' .* cannot run in float64: use 'reference'"):
+    with pytest.raises(InputError, match=r"'splash' .* cannot run in float64: use 'banded'"):
         attention(query, key, value, window=None, scale=1.0, implementation="splash")
 
 

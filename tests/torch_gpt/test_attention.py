@@ -5,14 +5,15 @@ import numpy as np
 import numpy_gpt
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from gpt_core.errors import InputError
-from torch_gpt.attention import attention, causal_mask
+from torch_gpt.attention import _by_flex, attention, causal_mask, pick
 
 BATCH, TIME, W, HEAD_DIM, SCALE = 2, 19, 7, 5, 0.9
 WINDOWS = [None, 1, 2, W - 1, W, W + 1, TIME - 1, TIME, TIME + 1]
 LAYOUTS = [(6, 6), (6, 2), (6, 1)]
-IMPLEMENTATIONS = ["reference", "sdpa"]
+IMPLEMENTATIONS = ["reference", "banded", "sdpa", "auto"]
 # Rounding of fp32 (6e-8) through sums of up to 19 keys, scores of up to 10 in an exponential; 3e-7 to 1e-6 is seen.
 FP32_BOUND = 5e-6
 # bf16 keeps 8 bits: half a unit in the last place of inputs, probabilities and result is 2^-9 each, of gradients more.
@@ -97,8 +98,43 @@ def test_the_mask_is_true_where_a_query_sees_a_key(window: int | None) -> None:
 def test_an_unknown_implementation_is_refused_with_the_known() -> None:
     query, key, value, _ = (torch.tensor(array) for array in inputs(6, 2))
     unchecked = inspect.unwrap(attention)  # without the tests' own type check, which comes first
-    with pytest.raises(InputError, match="'flash' is unknown; choose from: reference, sdpa"):
+    with pytest.raises(InputError, match="'flash' is unknown; choose from: auto, reference, banded, sdpa, flex"):
         unchecked(query, key, value, window=None, scale=1.0, implementation="flash")
+
+
+@pytest.mark.parametrize("window", [None, 1, W - 1, W, W + 1, TIME + 1])
+@pytest.mark.parametrize(("heads", "kv_heads"), LAYOUTS)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_is_asked_for_the_definition(heads: int, kv_heads: int, window: int | None) -> None:
+    """Its mask and grouping, through PyTorch's own uncompiled form, which runs without a GPU."""
+    arrays = inputs(heads, kv_heads)[:3]
+    mixed = _by_flex(*(torch.tensor(array, dtype=torch.float32) for array in arrays), window, SCALE, flex_attention)
+    assert numpy_gpt.relative_error(mixed, numpy_gpt.attention(*arrays, window, SCALE)) <= FP32_BOUND
+
+
+def test_flex_refuses_a_cpu_and_names_what_can() -> None:
+    query, key, value, _ = (torch.tensor(array, dtype=torch.float32) for array in inputs(6, 2))
+    with pytest.raises(InputError, match=r"'flex' .* on cpu with head_dim = 5: use 'banded' or 'sdpa'"):
+        attention(query, key, value, window=None, scale=1.0, implementation="flex")
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "head_dim", "window", "expected"),
+    [
+        ("cpu", "bfloat16", 64, 256, "banded"),
+        ("cpu", "bfloat16", 64, None, "sdpa"),
+        ("cuda", "bfloat16", 64, 256, "flex"),
+        ("cuda", "bfloat16", 80, 256, "banded"),
+        ("cuda", "float64", 64, 256, "banded"),
+        ("cuda", "float32", 64, None, "sdpa"),
+    ],
+)
+def test_auto_picks_what_can_run_and_says_why(
+    platform: str, dtype: str, head_dim: int, window: int | None, expected: str
+) -> None:
+    found = pick(platform, dtype, head_dim, window)
+    assert found.implementation == expected
+    assert dtype in found.reason
 
 
 def test_shapes_are_checked_in_tests() -> None:

@@ -1,0 +1,166 @@
+"""What both frameworks must agree on to write the same text: options, random numbers, limits and places in a cache."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt_core.config import ModelConfig
+from gpt_core.errors import InputError
+
+# What a random number is for; each has its own, so that speculation changes no other.
+DRAW_TOKEN, DRAW_ACCEPT, DRAW_DRAFT = 0, 1, 2
+DRAWS = 3
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are chosen.
+
+    Args:
+        max_new_tokens: Tokens to write at most.
+        temperature: Logits are divided by it; 0 takes the most likely token (greedy).
+        top_k: Keep this many of the most likely tokens, and all that are as likely as the last of them. Null: all.
+        top_p: Keep the most likely tokens that together have this probability, and all as likely as the last of them.
+        stop_tokens: A row ends with the first of these ids, which it keeps.
+        seed: Of the random numbers.
+
+    Raises:
+        InputError: a value is outside its range; the message names field and range.
+    """
+
+    max_new_tokens: int = 100
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
+        if not _is_count(self.max_new_tokens, 1):
+            raise InputError(f"max_new_tokens = {self.max_new_tokens!r} must be a whole number of at least 1")
+        if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
+            raise InputError(f"temperature = {self.temperature!r} must be a number of at least 0; 0 is greedy")
+        if self.top_k is not None and not _is_count(self.top_k, 1):
+            raise InputError(f"top_k = {self.top_k!r} must be a whole number of at least 1")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise InputError(f"top_p = {self.top_p!r} must be a number in (0, 1]; 1 keeps every token")
+        if not all(_is_count(token, 0) for token in self.stop_tokens):
+            raise InputError(f"stop_tokens = {list(self.stop_tokens)!r} must be token ids")
+        if not _is_count(self.seed, 0):
+            raise InputError(f"seed = {self.seed!r} must be a whole number of at least 0")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def uniforms(seed: int, rows: int, first: int, count: int) -> npt.NDArray[np.float32]:
+    """Random numbers in [0, 1) for the tokens `first` to `first + count` of every row, a pure function of all three.
+
+    Philox (Salmon et al., 2011) counts: seed and row are its key, the token's index is its counter.
+
+    Returns:
+        `[count, rows, DRAWS]`, multiples of 2^-24, so that rounding never makes a 1 of them.
+    """
+    if count == 0:
+        return np.zeros((0, rows, DRAWS), np.float32)
+    streams = [
+        np.random.Philox(key=np.array([seed % 2**64, row], np.uint64), counter=first).random_raw(4 * count)
+        for row in range(rows)
+    ]
+    bits = np.stack(streams, axis=1).reshape(count, 4, rows).swapaxes(1, 2)[..., :DRAWS]
+    return ((bits >> np.uint64(40)).astype(np.float64) * 2.0**-24).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of different lengths as one array.
+
+    Args:
+        tokens: `[batch, time]`, rows filled up behind their end.
+        lengths: Tokens of each row, `[batch]`.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]
+
+
+def pack_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, new_tokens: int, multiple: int = 1) -> Prompts:
+    """Check prompts against a model and lay them side by side.
+
+    Args:
+        prompts: Token ids of each row.
+        config: The model.
+        new_tokens: That are to be written behind them.
+        multiple: The array's length is rounded up to it, where the model's context allows.
+
+    Raises:
+        InputError: no prompts, an empty one, ids outside the vocabulary, or more tokens than the model has positions.
+    """
+    if not prompts:
+        raise InputError("there is no prompt")
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise InputError(f"prompt {row} is empty; give it at least one token, such as the end-of-text token")
+        if len(prompt) > config.context_length:
+            raise InputError(
+                f"prompt {row} has {len(prompt)} tokens, more than context_length = {config.context_length}; shorten it"
+            )
+        if config.position == "learned" and len(prompt) + new_tokens > config.context_length:
+            raise InputError(
+                f"prompt {row} has {len(prompt)} tokens, and {new_tokens} more would exceed context_length = "
+                f"{config.context_length}, the table of learned positions; shorten it or lower max_new_tokens"
+            )
+        outside = [token for token in prompt if not 0 <= token < config.vocab_size]
+        if outside:
+            raise InputError(
+                f"prompt {row}: token id {outside[0]} is outside the vocabulary 0..{config.vocab_size - 1}"
+            )
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
+    time = max(longest, min(-(-longest // multiple) * multiple, config.context_length))
+    tokens = np.zeros((len(prompts), time), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return Prompts(tokens, lengths)
+
+
+def cache_slots(config: ModelConfig, limit: int, ahead: int) -> int:
+    """Places of a cache for each row and kv head.
+
+    With a window, a ring: W places, and one more for every further token that a step brings, since the first of them
+    still needs what the last one overwrites.
+
+    Args:
+        config: The model.
+        limit: Tokens of the longest row, prompt and new ones.
+        ahead: Tokens of one step.
+    """
+    whole = limit + ahead - 1
+    return whole if config.sliding_window is None else min(config.sliding_window + ahead - 1, whole)
+
+
+def require_same_vocabulary(draft: ModelConfig, target: ModelConfig) -> None:
+    """A draft must speak the target's language.
+
+    Raises:
+        InputError: the vocabularies differ.
+    """
+    if draft.vocab_size != target.vocab_size:
+        raise InputError(
+            f"the draft has a vocabulary of {draft.vocab_size} tokens and the target one of {target.vocab_size}; "
+            f"choose a draft that was trained with the target's tokenizer"
+        )

@@ -1,0 +1,307 @@
+"""One step of decoding through a cache of keys and values. `torch_gpt/decode.py` is its twin.
+
+The same function as `model.GPT`, laid out for few tokens at a time, where reading the weights is all the work: blocks
+unrolled (a scan would copy each block's weights first), matrices as `[outputs, inputs]`, which a CPU reads fastest.
+"""
+
+import math
+import os
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from gpt_core.config import ModelConfig
+from gpt_core.precision import Precision
+from gpt_core.rotary import rotary_angles
+from jax_gpt.model import GPT, Taps
+
+FEW = 16  # new tokens of all rows together, up to which each is written by an operation of its own
+
+
+class Norm(NamedTuple):
+    """Scale and bias of a LayerNorm, `[embed]`, in wide_dtype."""
+
+    scale: jax.Array
+    bias: jax.Array
+
+
+class Matrix(NamedTuple):
+    """A linear layer: kernel `[parts, outputs, inputs]` and bias `[parts outputs]`."""
+
+    kernel: jax.Array
+    bias: jax.Array | None
+
+
+class Layer(NamedTuple):
+    """One block's weights; `inward` is query, key and value in one."""
+
+    attention_norm: Norm
+    inward: Matrix
+    output: Matrix
+    mlp_norm: Norm
+    up: Matrix
+    down: Matrix
+
+
+class Weights(NamedTuple):
+    """A model's weights as decoding reads them; `rotary` is cosine and sine of every position up to the limit."""
+
+    token_embedding: jax.Array
+    position_embedding: jax.Array | None
+    rotary: tuple[jax.Array, jax.Array] | None
+    layers: tuple[Layer, ...]
+    final_norm: Norm
+    head: Matrix
+
+
+class Cache(NamedTuple):
+    """Keys `[batch kv_heads, head_dim, slots]` and values `[batch kv_heads, slots, head_dim]` of every block.
+
+    Position p lies in slot p mod slots. The axes are those in which products read them: XLA copies a whole cache that
+    is reshaped or transposed between being written to and being read.
+    """
+
+    key: tuple[jax.Array, ...]
+    value: tuple[jax.Array, ...]
+
+
+def prepare(model: GPT, limit: int) -> Weights:
+    """Lay a model's weights out for decoding up to `limit` positions."""
+    config, precision = model.config, model.precision
+    wide = precision.wide_dtype
+
+    def norm(module: Any) -> Norm:
+        return Norm(module.scale[...].astype(wide), module.bias[...].astype(wide))
+
+    def matrix(*modules: Any) -> Matrix:
+        kernels, biases = [], []
+        for module in modules:
+            kernel = module.kernel[...]
+            inputs = kernel.shape[: module.inputs]
+            kernels.append(_stored(kernel.reshape(math.prod(inputs), -1).T, precision))
+            if module.bias is not None:
+                biases.append(module.bias[...].astype(precision.compute_dtype).reshape(-1))
+        return Matrix(_parted(jnp.concatenate(kernels)), jnp.concatenate(biases) if biases else None)
+
+    def layer(block: Any) -> Layer:
+        attention, mlp = block.attention, block.mlp
+        return Layer(
+            norm(block.attention_norm),
+            matrix(attention.query, attention.key, attention.value),
+            matrix(attention.output),
+            norm(block.mlp_norm),
+            matrix(mlp.up),
+            matrix(mlp.down),
+        )
+
+    def block_of(index: int) -> Any:
+        if not model.scan_layers:
+            return model.blocks[index]
+        graph, stacked = nnx.split(model.blocks)
+        return nnx.merge(graph, jax.tree.map(lambda x: x[index], stacked))
+
+    learned = config.position == "learned"
+    cosine, sine = (jnp.asarray(table) for table in rotary_angles(config, limit, wide))
+    embedding = model.token_embedding[...]
+    stored = _stored(embedding, precision)
+    return Weights(
+        token_embedding=stored,
+        position_embedding=model.position_embedding[...].astype(precision.compute_dtype) if learned else None,
+        rotary=None if learned else (cosine, sine),
+        layers=tuple(layer(block_of(index)) for index in range(config.n_layers)),
+        final_norm=norm(model.final_norm),
+        head=Matrix(_parted(stored), None) if config.tied_embeddings else matrix(model.head),
+    )
+
+
+def prefill(
+    model: GPT, tokens: Int[jax.Array, "batch time"], lengths: Int[jax.Array, " batch"], slots: int
+) -> tuple[Float[jax.Array, "batch vocab"], Cache]:
+    """Run prompts through the model at once.
+
+    Args:
+        model: The model.
+        tokens: `[batch, time]`, rows filled up behind their end, which no token before it sees.
+        lengths: Tokens of each row.
+        slots: Of the cache.
+
+    Returns:
+        Logits after each row's last token, and the cache.
+    """
+    taps: Taps = {}
+    hidden = model.hidden(tokens, taps)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [batch, 1, embed]
+    sources = slot_positions(lengths - 1, slots)  # [batch, slots]
+
+    def kept(layer: int, site: str) -> jax.Array:
+        x = taps[f"blocks.{layer}.{site}"]  # [batch, time, kv_heads, head_dim]
+        placed = jnp.take_along_axis(x, jnp.maximum(sources, 0)[:, :, None, None], axis=1)
+        placed = jnp.where((sources >= 0)[:, :, None, None], placed, 0)
+        axes = (0, 2, 1, 3) if site == "attention.value" else (0, 2, 3, 1)
+        return placed.transpose(axes).reshape(-1, *(placed.shape[axis] for axis in axes[2:]))
+
+    key = "attention.rotated_key" if model.config.position == "rope" else "attention.key"
+    layers = range(model.config.n_layers)
+    cache = Cache(
+        tuple(kept(layer, key) for layer in layers), tuple(kept(layer, "attention.value") for layer in layers)
+    )
+    return model.unembed(last)[:, 0], cache
+
+
+def step(
+    weights: Weights,
+    config: ModelConfig,
+    precision: Precision,
+    tokens: Int[jax.Array, "batch new"],
+    first: Int[jax.Array, " batch"],
+    cache: Cache,
+) -> tuple[Float[jax.Array, "batch new vocab"], Cache]:
+    """Logits after each of some new tokens, and the cache with them in it.
+
+    Args:
+        weights: Of `prepare`.
+        config: The model.
+        precision: Number formats.
+        tokens: `[batch, new]`.
+        first: Position of each row's first new token.
+        cache: Of `prefill` or of the step before; what lies in it from `first` on is forgotten.
+    """
+    positions = first[:, None] + jnp.arange(tokens.shape[1])  # [batch, new]
+    slots = cache.key[0].shape[2]
+    visible = visible_slots(positions, slots, config.sliding_window)
+    compute = precision.compute_dtype
+    x = weights.token_embedding[tokens].astype(compute)  # [batch, new, embed]
+    if weights.position_embedding is not None:
+        x = x + weights.position_embedding[jnp.minimum(positions, len(weights.position_embedding) - 1)]
+    keys, values = [], []
+    for layer, key, value in zip(weights.layers, cache.key, cache.value, strict=True):
+        normed = normalise(x, layer.attention_norm, config, precision)
+        heads = multiply(normed, layer.inward, precision)
+        heads = heads.reshape(*heads.shape[:2], -1, config.head_dim)  # [batch, new, heads and kv_heads, head_dim]
+        if weights.rotary is not None:
+            heads = rotate_at(heads, positions, weights.rotary, config)
+        query, new_key, new_value = jnp.split(heads, [config.n_heads, config.n_heads + config.n_kv_heads], axis=2)
+        key = write(key, new_key, positions, axis=2)
+        value = write(value, new_value, positions, axis=1)
+        mixed = attend(query, key, value, visible, config, precision)
+        x = x + multiply(mixed, layer.output, precision)
+        normed = normalise(x, layer.mlp_norm, config, precision)
+        hidden = jax.nn.gelu(multiply(normed, layer.up, precision), approximate=True)
+        x = x + multiply(hidden, layer.down, precision)
+        keys.append(key)
+        values.append(value)
+    logits = multiply(normalise(x, weights.final_norm, config, precision), weights.head, precision)
+    logits = logits[..., : config.vocab_size].astype(precision.wide_dtype)
+    return logits, Cache(tuple(keys), tuple(values))
+
+
+def slot_positions(last: Int[jax.Array, " batch"], slots: int) -> Int[jax.Array, "batch slots"]:
+    """Which position lies in each slot when `last` was written last; negative where nothing does."""
+    return last[:, None] - (last[:, None] - jnp.arange(slots)) % slots
+
+
+def visible_slots(
+    positions: Int[jax.Array, "batch new"], slots: int, window: int | None
+) -> Bool[jax.Array, "batch new slots"]:
+    """True where a new token sees what lies in a slot, once all of them have been written."""
+    held = slot_positions(positions[:, -1], slots)[:, None]  # [batch, 1, slots]
+    distance = positions[:, :, None] - held
+    visible = (held >= 0) & (distance >= 0)
+    return visible if window is None else visible & (distance < window)
+
+
+def write(
+    cache: Float[jax.Array, "batch_kv_heads _ _"],
+    new: Float[jax.Array, "batch new kv_heads head_dim"],
+    positions: Int[jax.Array, "batch new"],
+    axis: int,
+) -> Float[jax.Array, "batch_kv_heads _ _"]:
+    """The cache with new keys or values in the slots of their positions; `axis` is that of the slots."""
+    slots = positions % cache.shape[axis]
+    kv_heads = new.shape[2]
+    if slots.size > FEW:
+        rows = jnp.arange(len(new))[:, None, None] * kv_heads + jnp.arange(kv_heads)[:, None]  # [batch, kv_heads, 1]
+        by_slot = cache.swapaxes(1, axis).at[rows, slots[:, None]].set(new.swapaxes(1, 2))
+        return by_slot.swapaxes(1, axis)
+    for row, index in product(*map(range, slots.shape)):
+        start = [jnp.asarray(row * kv_heads), jnp.asarray(0), jnp.asarray(0)]
+        start[axis] = slots[row, index].astype(start[0].dtype)
+        cache = jax.lax.dynamic_update_slice(cache, jnp.expand_dims(new[row, index], axis), start)
+    return cache
+
+
+def attend(
+    query: Float[jax.Array, "batch new heads head_dim"],
+    key: Float[jax.Array, "batch_kv_heads head_dim slots"],
+    value: Float[jax.Array, "batch_kv_heads slots head_dim"],
+    visible: Bool[jax.Array, "batch new slots"],
+    config: ModelConfig,
+    precision: Precision,
+) -> Float[jax.Array, "batch new embed"]:
+    """Attention of new tokens over the cache."""
+    batch, new, heads, head_dim = query.shape
+    kv_heads, wide = config.n_kv_heads, precision.wide_dtype
+    grouped = query.reshape(batch, new, kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4)
+    rows = grouped.reshape(batch * kv_heads, -1, head_dim)  # [batch kv_heads, new group, head_dim]
+    scores = jnp.einsum("prd,pds->prs", rows.astype(wide), key.astype(wide)) * config.attention_scale
+    scores = scores.reshape(batch, kv_heads, new, -1, key.shape[2])
+    scores = jnp.where(visible[:, None, :, None], scores, -jnp.inf)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(*rows.shape[:2], -1)
+    mixed = jnp.einsum("prs,psd->prd", probabilities, value)
+    return mixed.reshape(batch, kv_heads, new, -1, head_dim).swapaxes(1, 2).reshape(batch, new, heads * head_dim)
+
+
+def rotate_at(
+    x: Float[jax.Array, "batch new heads head_dim"],
+    positions: Int[jax.Array, "batch new"],
+    rotary: tuple[jax.Array, jax.Array],
+    config: ModelConfig,
+) -> Float[jax.Array, "batch new heads head_dim"]:
+    """Queries and keys with their positions rotated in; the values behind them as they are."""
+    turned, values = jnp.split(x, [config.n_heads + config.n_kv_heads], axis=2)
+    cosine, sine = (table[positions][:, :, None] for table in rotary)  # [batch, new, 1, head_dim / 2]
+    first, second = jnp.split(turned.astype(cosine.dtype), 2, axis=-1)
+    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), values], axis=2)
+
+
+def normalise(
+    x: Float[jax.Array, "batch new embed"], norm: Norm, config: ModelConfig, precision: Precision
+) -> Float[jax.Array, "batch new embed"]:
+    """LayerNorm, as in the model."""
+    x = x.astype(precision.wide_dtype)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(variance + config.norm_eps) * norm.scale + norm.bias
+    return normed.astype(precision.compute_dtype)
+
+
+def multiply(
+    x: Float[jax.Array, "batch new inputs"], matrix: Matrix, precision: Precision
+) -> Float[jax.Array, "batch new outputs"]:
+    """A linear layer over the last axis."""
+    rows = x.reshape(-1, x.shape[-1]).astype(matrix.kernel.dtype)
+    rows = jnp.broadcast_to(rows, (len(matrix.kernel), *rows.shape))
+    parts = jnp.einsum("pri,poi->rpo", rows, matrix.kernel).astype(precision.compute_dtype)
+    y = parts.reshape(*x.shape[:2], -1)
+    return y if matrix.bias is None else y[..., : len(matrix.bias)] + matrix.bias
+
+
+def _stored(kernel: jax.Array, precision: Precision) -> jax.Array:
+    """In compute_dtype; bf16 numbers are kept as fp32 on a CPU, whose products of bf16 are 20 times slower.
+
+    Sums are in fp32 either way, and are rounded to bf16 by `multiply`.
+    """
+    rounded = kernel.astype(precision.compute_dtype)
+    return rounded.astype(precision.wide_dtype) if jax.default_backend() == "cpu" else rounded
+
+
+def _parted(kernel: jax.Array) -> jax.Array:
+    """`[outputs, inputs]` to `[parts, outputs, inputs]`: on a CPU a core reads each part of a product with one row."""
+    parts = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
+    kernel = jnp.pad(kernel, ((0, -len(kernel) % parts), (0, 0)))
+    return kernel.reshape(parts, -1, kernel.shape[1])
