@@ -1,0 +1,221 @@
+"""The efficiency table: plain GPT-2, with RoPE, with grouped queries, with a sliding window, each on top of the last.
+
+    python benchmarks/table.py [--part speed perplexity] [--table FILE] [--work DIR]
+
+- `speed`: shape of GPT-2 124M, one row of T 4096: tokens a second and peak memory of training, bytes of the cache of
+  keys and values of one sequence. Each of the other three runs in turns with plain GPT-2.
+- `perplexity`: a small model trained by `jax-gpt train` and `torch-gpt train` on the interpreter's library, rows of
+  1024 tokens, equal steps; perplexity of the validation text in rows of 1, 2 and 4 times that length.
+
+12 heads and 4 kv heads (6 and 2 in the small model), window 256. JAX in fp32, PyTorch in bf16. Prints JSON rows (see
+`turns.row`); FILE gets the table itself.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from training_sides import VOCAB, jax_step, torch_step
+from turns import Row, Side, in_turns, print_rows, row
+
+STANDARD = "Standard GPT-2"
+MODELS: dict[str, dict[str, Any]] = {
+    STANDARD: {},
+    "+ RoPE": {"position": "rope"},
+    "+ GQA": {"position": "rope", "grouped": True},
+    "+ Sliding window": {"position": "rope", "grouped": True, "sliding_window": 256},
+}
+DTYPES = {"JAX": "float32", "PyTorch": "bfloat16"}
+TIME, TRAINED = 4096, 1024
+Table = dict[str, dict[str, dict[str, Any]]]
+
+
+def model(name: str, heads: int, kv_heads: int) -> dict[str, Any]:
+    """The model section of a row of the table."""
+    fields = dict(MODELS[name])
+    grouped = fields.pop("grouped", False)
+    return fields | {"n_heads": heads, "n_kv_heads": kv_heads if grouped else heads}
+
+
+def speed(framework: str, table: Table) -> list[Row]:
+    """Throughput, memory and cache of one framework."""
+    dtype = DTYPES[framework]
+    step = {"JAX": jax_step, "PyTorch": partial(torch_step, compile=True)}[framework]
+    sides: dict[str, Side] = {name: partial(step, 1, TIME, dtype, model(name, 12, 4)) for name in MODELS}
+    results = []
+    for name in list(MODELS)[1:]:
+        found = in_turns({side: sides[side] for side in (STANDARD, name)}, rounds=3)
+        plain, ours = found[STANDARD], found[name]
+        for entry, timing in found.items():
+            numbers = table[framework].setdefault(entry, {})
+            numbers["tokens_per_second"] = max(TIME / timing.best, numbers.get("tokens_per_second", 0))
+            numbers["peak_memory_bytes"] = timing.peak_memory
+        target = 0.97 if name == "+ RoPE" else None
+        what = f"training, T {TIME}, {framework} {dtype}: {name}"
+        results.append(row(what, TIME / ours.best, TIME / plain.best, STANDARD, "tokens/s", target=target))
+        bound = 1.0 if name == "+ GQA" else None
+        memory = (ours.peak_memory, plain.peak_memory)
+        results.append(row(f"{what}: peak memory", *memory, STANDARD, "bytes", at_most=bound, less_is_better=True))
+    for name in MODELS:
+        table[framework][name]["cache_bytes"] = cache_bytes(framework, name)
+    ours_bytes, plain_bytes = (table[framework][name]["cache_bytes"] for name in ("+ GQA", STANDARD))
+    cache = f"cache of one sequence, T {TIME}, {framework} {dtype}: "
+    results.append(row(cache + "+ GQA", ours_bytes, plain_bytes, STANDARD, "bytes", at_most=1 / 3))
+    window_bytes = table[framework]["+ Sliding window"]["cache_bytes"]
+    results.append(row(cache + "+ Sliding window", window_bytes, plain_bytes, STANDARD, "bytes", less_is_better=True))
+    return results
+
+
+def cache_bytes(framework: str, name: str) -> int:
+    """Bytes of keys and values for one sequence of T tokens, as decoding allocates them; in a process of its own."""
+    command = [sys.executable, __file__, "--cache", framework, name]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def allocated_cache(framework: str, name: str) -> int:
+    """As `cache_bytes`, in this process."""
+    from gpt_core.config import ModelConfig
+    from gpt_core.generation import cache_slots
+    from gpt_core.precision import Precision
+
+    config = ModelConfig(vocab_size=512, context_length=TIME, **model(name, 12, 4))
+    dtype: Any = DTYPES[framework]
+    cache = {"JAX": jax_cache, "PyTorch": torch_cache}[framework]
+    return cache(config, Precision(dtype, dtype), cache_slots(config, TIME, 1))
+
+
+def jax_cache(config: Any, precision: Any, slots: int) -> int:
+    import jax.numpy as jnp
+
+    from jax_gpt.decode import prefill
+    from jax_gpt.model import GPT, initialiser
+
+    gpt = GPT(config, initialiser(0, precision), precision=precision)
+    cache = prefill(gpt, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), slots)[1]
+    return sum(x.nbytes for x in (*cache.key, *cache.value))
+
+
+def torch_cache(config: Any, precision: Any, slots: int) -> int:
+    import torch
+
+    from torch_gpt.decode import prefill
+    from torch_gpt.model import GPT, initialiser
+
+    gpt = GPT(config, initialiser(0, precision), precision=precision)
+    cache = prefill(gpt, torch.zeros(1, 1, dtype=torch.long), torch.ones(1, dtype=torch.long), slots)[1]
+    return sum(x.nbytes for x in (*cache.key, *cache.value))
+
+
+def perplexity(framework: str, table: Table, work: Path, steps: int) -> list[Row]:
+    """Of the small model, at the trained length and beyond it."""
+    data = work / "stdlib"
+    if not data.exists():
+        _command("gpt_core.data", "prepare", "stdlib", str(data))
+    program = {"JAX": "jax_gpt", "PyTorch": "torch_gpt"}[framework]
+    section = {"JAX": {"jax": {"loss_chunk": 256}}, "PyTorch": {"torch": {"compile": True, "loss_chunk": 256}}}
+    for name in MODELS:
+        place = work / f"{program}-{'-'.join(name.lower().replace('+', '').split())}"
+        config = {
+            "model": model(name, 6, 2)
+            | {"vocab_size": VOCAB, "context_length": 4 * TRAINED, "n_layers": 4, "embed_dim": 192},
+            "data": {"prepared": str(data)},
+            "optimizer": {"learning_rate": 3e-3, "warmup_steps": 20, "final_learning_rate": 3e-4},
+            "train": {
+                "steps": steps,
+                "batch_size": 2,
+                "context_length": TRAINED,
+                "dtype": DTYPES[framework],
+                "evaluate_every": steps,
+                "evaluation_batches": 32,
+                "checkpoint_every": steps,
+            },
+            **section[framework],
+        }
+        file = place.with_suffix(".yaml")
+        file.write_text(yaml.safe_dump(config))
+        _command(program, "train", "--config", str(file), "--out", str(place))
+        table[framework].setdefault(name, {})["perplexity"] = {
+            # The same tokens each time, cut into longer rows.
+            times: _command(
+                program,
+                "eval",
+                str(place),
+                f"--train.context_length={times * TRAINED}",
+                "--train.batch_size=1",
+                f"--train.evaluation_batches={64 // times}",
+            )["validation_perplexity"]
+            for times in (1, 2, 4)
+        }
+    found = {name: numbers["perplexity"] for name, numbers in table[framework].items()}
+    what = f"validation perplexity after {steps} steps, {framework} {DTYPES[framework]}"
+    results = [
+        row(
+            f"{what}: {name}",
+            found[name][1],
+            found[STANDARD][1],
+            STANDARD,
+            "perplexity",
+            at_most=1.0 if name == "+ RoPE" else None,
+            less_is_better=True,
+        )
+        for name in list(MODELS)[1:]
+    ]
+    for name, at in found.items():
+        for times in (2, 4):
+            bound = 1.05 if name == "+ Sliding window" and times == 4 else None
+            results.append(
+                row(
+                    f"{what}, rows {times} times as long as trained: {name}",
+                    at[times],
+                    at[1],
+                    "the trained length",
+                    "perplexity",
+                    at_most=bound,
+                    less_is_better=True,
+                )
+            )
+    return results
+
+
+def _command(module: str, *arguments: str) -> Any:
+    command = [sys.executable, "-m", module, *arguments]
+    if "prepare" not in arguments:
+        command.append("--json")
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout) if "--json" in command else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=["speed", "perplexity"], default=["speed", "perplexity"])
+    parser.add_argument("--framework", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--table", type=Path, help="file for the table, as JSON")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench/table"), help="folder of the small model's runs")
+    parser.add_argument("--steps", type=int, default=200, help="of the small model")
+    parser.add_argument("--cache", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cache:
+        print(allocated_cache(*options.cache))
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    table: Table = {framework: {} for framework in options.framework}
+    results = []
+    for framework in options.framework:
+        if "speed" in options.part:
+            results += speed(framework, table)
+        if "perplexity" in options.part:
+            results += perplexity(framework, table, options.work, options.steps)
+        if options.table:
+            options.table.write_text(json.dumps(table, indent=2))
+    print_rows(results)
+
+
+if __name__ == "__main__":
+    main()

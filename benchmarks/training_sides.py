@@ -1,0 +1,129 @@
+"""One training step of ours and of Hugging Face's models, on the same batches: what the training benchmarks run.
+
+All have fp32 parameters and AdamW, and compute in `dtype`: ours by the casts of the model, theirs through autocast.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from turns import Step
+
+VOCAB = 50257
+
+
+def batch(number: int, rows: int, length: int, vocab: int = VOCAB) -> npt.NDArray[np.int64]:
+    """Random tokens `[rows, length + 1]`."""
+    return np.random.default_rng(number).integers(0, vocab, (rows, length + 1)).astype(np.int64)
+
+
+def _config(framework: str, rows: int, length: int, dtype: str, model: dict[str, Any], options: dict[str, Any]) -> Any:
+    from gpt_core.run_config import RunConfig
+
+    return RunConfig.from_dict(
+        {
+            # Padded as in the preset gpt2-124m.
+            "model": {"vocab_size": VOCAB, "pad_vocab_size_multiple": 128, "context_length": max(length, 1024)} | model,
+            "train": {"batch_size": rows, "context_length": length, "dtype": dtype, "steps": 1000},
+            "data": {"streams": 1},
+            framework: options,
+        }
+    )
+
+
+def jax_step(rows: int, length: int, dtype: str, model: dict[str, Any] | None = None, **options: Any) -> Step:
+    """The step of `jax-gpt train`; `options` are those of the section `jax`."""
+    from gpt_core.data.batches import next_token_batch
+    from jax_gpt.sharding import create_mesh, place_batch
+    from jax_gpt.step import create_program
+
+    config = _config("jax", rows, length, dtype, model or {}, options)
+    mesh = create_mesh(config.jax.mesh)
+    program = create_program(config, mesh)
+    state = program.create()
+    rate = np.float32(1e-4)
+
+    def step(number: int) -> float:
+        nonlocal state
+        tokens = next_token_batch(batch(number, rows, length, config.model.vocab_size))
+        state, metrics = program.step(state, place_batch(tokens, mesh, rows), rate)
+        return float(metrics["loss"])
+
+    return step
+
+
+def torch_step(rows: int, length: int, dtype: str, model: dict[str, Any] | None = None, **options: Any) -> Step:
+    """The step of `torch-gpt train`; `options` are those of the section `torch`."""
+    from gpt_core.data.batches import next_token_batch
+    from torch_gpt.distributed import connect
+    from torch_gpt.memory import keep_freed_memory
+    from torch_gpt.parallel import place_batch
+    from torch_gpt.step import create_program
+
+    keep_freed_memory()  # as `torch-gpt train` does
+    config = _config("torch", rows, length, dtype, model or {}, options)
+    program = create_program(config, connect())
+    state = program.state
+
+    def step(number: int) -> float:
+        nonlocal state
+        tokens = next_token_batch(batch(number, rows, length, config.model.vocab_size))
+        state, metrics = program.step(state, place_batch(tokens, program.device), 1e-4)
+        return float(metrics["loss"])
+
+    return step
+
+
+def hugging_face_gpt2_step(rows: int, length: int, dtype: str, *, compiled: bool) -> Step:
+    """`GPT2LMHeadModel` of 124M, attention through `scaled_dot_product_attention`, dropout off."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(vocab_size=VOCAB, n_positions=max(length, 1024), attn_implementation="sdpa", **dropout)
+    return _hugging_face_step(GPT2LMHeadModel(config), rows, length, dtype, compiled=compiled)
+
+
+def hugging_face_starcoder2_step(
+    rows: int, length: int, dtype: str, *, heads: int, kv_heads: int, window: int, compiled: bool
+) -> Step:
+    """`Starcoder2ForCausalLM` in the shape of GPT-2 124M with a sliding window: the same function as ours."""
+    from transformers import Starcoder2Config, Starcoder2ForCausalLM
+
+    config = Starcoder2Config(
+        vocab_size=VOCAB,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=length,
+        sliding_window=window,
+        tie_word_embeddings=True,
+        embedding_dropout=0.0,
+        residual_dropout=0.0,
+        attention_dropout=0.0,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return _hugging_face_step(Starcoder2ForCausalLM(config), rows, length, dtype, compiled=compiled)
+
+
+def _hugging_face_step(model: Any, rows: int, length: int, dtype: str, *, compiled: bool) -> Step:
+    import torch
+
+    model = model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    forward = torch.compile(model) if compiled else model
+
+    def step(number: int) -> float:
+        ids = torch.from_numpy(batch(number, rows, length))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            # `shift_labels` is the next token of every position, so that all of them count, as in ours.
+            loss = forward(input_ids=ids[:, :-1], labels=ids[:, :-1], shift_labels=ids[:, 1:].contiguous()).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
