@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install parity train test lint types imports format clean
+.PHONY: help install parity train bench test lint types imports format clean
 
 help: ## List the targets
 	@echo "Usage: make TARGET [PYTHON=python3.12] [ARGS='...']"
@@ -35,6 +35,9 @@ parity: $(STAMP) ## Prove that both models are the same function; writes runs/pa
 train: $(STAMP) ## Train a small model on the interpreter's own library; writes runs/tiny-cpu/ (ARGS="--train.steps 1000")
 	@[ -e runs/data/stdlib ] || $(BIN)/gpt-data prepare stdlib runs/data/stdlib
 	$(BIN)/jax-gpt train --config tiny-cpu --data.prepared runs/data/stdlib --out runs/tiny-cpu $(ARGS)
+
+bench: $(STAMP) ## Measure what is promised about speed; writes runs/bench/ (ARGS="--only attention decoding")
+	$(BIN)/python benchmarks/bench.py --out runs/bench $(ARGS)
 
 test: $(STAMP) ## Run the tests (ARGS="-k window", WORKERS=2)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

@@ -115,8 +115,8 @@ def perplexity(framework: str, table: Table, work: Path, steps: int) -> list[Row
     """Of the small model, at the trained length and beyond it."""
     data = work / "stdlib"
     if not data.exists():
-        _command("gpt_core.data", "prepare", "stdlib", str(data))
-    program = {"JAX": "jax_gpt", "PyTorch": "torch_gpt"}[framework]
+        _command("gpt-data", "prepare", "stdlib", str(data))
+    program = {"JAX": "jax-gpt", "PyTorch": "torch-gpt"}[framework]
     section = {"JAX": {"jax": {"loss_chunk": 256}}, "PyTorch": {"torch": {"compile": True, "loss_chunk": 256}}}
     for name in MODELS:
         place = work / f"{program}-{'-'.join(name.lower().replace('+', '').split())}"
@@ -182,14 +182,13 @@ def perplexity(framework: str, table: Table, work: Path, steps: int) -> list[Row
     return results
 
 
-def _command(module: str, *arguments: str) -> Any:
-    command = [sys.executable, "-m", module, *arguments]
-    if "prepare" not in arguments:
-        command.append("--json")
+def _command(program: str, *arguments: str) -> Any:
+    """Run a console command beside this interpreter; what it prints as JSON."""
+    command = [str(Path(sys.executable).with_name(program)), *arguments, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
-    return json.loads(done.stdout) if "--json" in command else None
+    return json.loads(done.stdout)
 
 
 def main() -> None:

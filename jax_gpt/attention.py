@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from gpt_core.errors import InputError
 from gpt_core.precision import DType
 from jax_gpt.banded import banded
-from jax_gpt.device import platform as current_platform
+from jax_gpt.platform import platform as current_platform
 from jax_gpt.splash import splash_attention
 
 Implementation = Literal["auto", "reference", "banded", "xla", "splash", "cudnn"]

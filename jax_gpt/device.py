@@ -9,12 +9,6 @@ from gpt_core.flops import peak_flops
 from gpt_core.training import host_peak_memory
 
 
-def platform() -> str:
-    """What programs are traced for: "cpu", "gpu" or "tpu"; the devices of the mesh around, which need not be here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else str(device.platform)
-
-
 def total_peak_flops(dtype: str) -> float | None:
     """Floating-point operations a second of all devices together: from the table or, on a CPU, measured.
 

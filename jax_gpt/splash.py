@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
 from gpt_core.errors import InputError
-from jax_gpt.device import platform
+from jax_gpt.platform import platform
 
 LANES = 128  # blocks are multiples of this many positions
 LARGEST_BLOCK = 512  # positions of a block of queries or keys
