@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -18,6 +18,7 @@ from gpt_core.formats import FORMATS, is_hugging_face
 from gpt_core.formats.targets import HUGGING_FACE, TARGETS
 from gpt_core.precision import DType
 from gpt_core.run_cli import add_run_arguments, run_config
+from gpt_core.run_config import JaxAttention, TorchAttention
 from parity.checks import CheckResult
 from parity.convert import DTYPES, conversion_parts, convert
 from parity.faults import fault_named
@@ -62,6 +63,7 @@ def _check_parser() -> ArgumentParser:
         "  parity check --faults                            plant every known mistake, see each one caught\n"
         "  parity check --fault window-off-by-one           plant one in every check: exit code 1\n"
         "  parity check --full                              adds training curves and fp32 gradients\n"
+        "  parity check --jax-attention banded --torch-attention sdpa   the fast implementations, in every check\n"
         "  parity check runs/jax runs/torch --text book.txt compare two checkpoints on a text",
     )
     check.add_argument("checkpoints", nargs="*", default=[], help="two checkpoint folders, in any known format")
@@ -72,6 +74,13 @@ def _check_parser() -> ArgumentParser:
     check.add_argument("--fault", type=str | None, default=None, metavar="NAME", help="plant one in every check")
     check.add_argument("--full", action="store_true", help="also what takes minutes: training, fp32 gradients")
     check.add_argument("--hugging-face", action="store_true", help="instead: every variant's export in transformers")
+    for framework, known in (("jax", get_args(JaxAttention)), ("torch", get_args(TorchAttention))):
+        check.add_argument(
+            f"--{framework}-attention",
+            default="reference",
+            choices=known,
+            help="what to run in every check; an fp32 softmax needs --dtype float32 bfloat16",
+        )
     _add_inputs(check)
     check.add_argument("--json", action="store_true", help="print the report as JSON")
     return check
@@ -224,7 +233,7 @@ def _check(options: Namespace) -> int:
         results, found = _check_two(options)
     else:
         results, found = (_check_hugging_face if options.hugging_face else _check_the_grid)(options)
-    title = _PEER_TITLE if options.hugging_face else ""
+    title = _PEER_TITLE if options.hugging_face else _attention_title(options)
     return _report(options, results, found, time.perf_counter() - started, title)
 
 
@@ -254,6 +263,7 @@ def _check_two(options: Namespace) -> tuple[list[CheckResult], dict[str, Any]]:
         raise InputError(
             "--variant, --fault, --faults, --full and --hugging-face belong to the grid, not to two checkpoints"
         )
+    _require_reference(options, "two checkpoints")
     dtypes = _dtypes(options)
     with ExitStack() as stack, progress() as bar:
         first, second = (stack.enter_context(local_checkpoint(str(name))) for name in options.checkpoints)
@@ -268,6 +278,7 @@ def _check_hugging_face(options: Namespace) -> tuple[list[CheckResult], dict[str
 
     if options.fault or options.faults or options.full or options.tokens or options.text:
         raise InputError("--hugging-face goes with --variant and --dtype alone")
+    _require_reference(options, "--hugging-face")
     dtypes = [dtype for dtype in _dtypes(options) if dtype in _PEER_DTYPES]
     with progress() as bar:
         total = len(options.variant or hugging_face_cases()) * len(dtypes)
@@ -275,9 +286,23 @@ def _check_hugging_face(options: Namespace) -> tuple[list[CheckResult], dict[str
         return verify_grid(options.variant, dtypes, lambda n: bar.advance(task, n))
 
 
+def _attention_title(options: Namespace) -> str:
+    """Heads the table where a side does not run the definition."""
+    jax, torch = options.jax_attention, options.torch_attention
+    if jax == torch == "reference":
+        return ""
+    return f"JAX ({jax} attention) against PyTorch ({torch}): relative errors in {', '.join(_dtypes(options))}"
+
+
+def _require_reference(options: Namespace, where: str) -> None:
+    for flag in ("jax_attention", "torch_attention"):
+        if getattr(options, flag) != "reference":
+            raise InputError(f"--{flag.replace('_', '-')} belongs to the grid, not to {where}")
+
+
 def _check_the_grid(options: Namespace) -> tuple[list[CheckResult], dict[str, Any]]:
     from parity.check import check_grid
-    from parity.grid import GridOptions
+    from parity.grid import Attention, GridOptions
 
     if options.tokens or options.text:
         raise InputError("--tokens and --text belong to two checkpoints; the grid brings its own text")
@@ -285,6 +310,8 @@ def _check_the_grid(options: Namespace) -> tuple[list[CheckResult], dict[str, An
         raise InputError("--fault plants one fault in every check, --faults plants each in its own; give one of them")
     if options.fault:
         fault_named(options.fault)
+        if options.torch_attention != "reference":
+            raise InputError("--fault plants a mistake in the reference attention; leave --torch-attention out")
     dtypes = [dtype for dtype in _dtypes(options) if not options.faults or dtype != "bfloat16"]
     if not dtypes:
         raise InputError("faults are planted in float64 and float32; add one of them to --dtype")
@@ -295,6 +322,7 @@ def _check_the_grid(options: Namespace) -> tuple[list[CheckResult], dict[str, An
         checks=not options.faults,
         faults=not options.fault,
         full=options.full,
+        attention=Attention(options.jax_attention, options.torch_attention),
     )
     with progress() as bar:
         task = bar.add_task("checking variants", total=len(select(options.variant)) * len(dtypes))

@@ -6,6 +6,7 @@ from typing import Any
 
 from parity.checks import CheckResult
 from parity.checks.activations import check_activations
+from parity.checks.decode import check_decode
 from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
 from parity.checks.loss import check_loss
@@ -15,6 +16,7 @@ from parity.faults import FAULTS, Fault, planted
 from parity.grid import ADAMW, OPTIMIZER_STEPS, Subject
 from parity.tolerances import NOISE_RATIO, TOLERANCE
 
+_IN_EVERY_VARIANT = ("logits", "decode")
 # Faults behind attention do not depend on its variant: the default run plants them in these alone.
 _ENOUGH_FOR_THE_REST = ("learned-mha-full", "rope-gqa-window")
 
@@ -48,14 +50,14 @@ def fault_runs(subject: Subject, *, full: bool = False) -> Iterator[FaultRun]:
         return
     for fault in FAULTS:
         right_dtype = subject.dtype == ("float32" if fault.caught_by == "noise" else "float64")
-        somewhere = fault.caught_by == "logits" or full or subject.case.variant in _ENOUGH_FOR_THE_REST
+        somewhere = fault.caught_by in _IN_EVERY_VARIANT or full or subject.case.variant in _ENOUGH_FOR_THE_REST
         if right_dtype and somewhere and fault.bites(subject.config):
             yield run_fault(fault, subject)
 
 
 def run_fault(fault: Fault, subject: Subject) -> FaultRun:
     """Plant one fault in a PyTorch twin of its own and run the check that must catch it."""
-    model = subject.torch_model()
+    model = subject.definition()
     # Made before the fault is planted: the truth must be free of it.
     truth = subject.truth.sites if fault.caught_by == "noise" else None
     with planted(fault, model):
@@ -82,6 +84,10 @@ def _caught_by(
     run = subject.torch.run(model, subject.tokens, subject.batch, gradients=fault.caught_by == "gradients")
     if fault.caught_by == "loss":
         return check_loss(variant, dtype, {"jax": reference.loss, "torch": run.loss}), "", ""
+    if fault.caught_by == "decode":
+        cached = {"jax": subject.jax_cached, "torch": subject.torch.run_cached(model, subject.text, {})}
+        uncached = {"jax": reference.logits, "torch": run.logits}
+        return check_decode(variant, dtype, subject.text, cached, uncached), "", ""
     if fault.caught_by == "gradients":
         gradients = {"jax": reference.gradients, "torch": run.gradients}
         result = check_gradients(variant, dtype, subject.config, gradients)

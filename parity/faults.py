@@ -14,7 +14,7 @@ from gpt_core.errors import InputError
 from parity import mistakes
 from parity.mistakes import Model, Plant, in_model, replacing, with_config
 
-Area = Literal["logits", "loss", "gradients", "optimizer", "noise"]
+Area = Literal["logits", "loss", "gradients", "optimizer", "decode", "noise"]
 
 
 @dataclass(frozen=True)
@@ -357,6 +357,42 @@ FAULTS = (
         "optimizer",
         _everywhere,
         replacing("torch_gpt.optimizer.clip_gradients", mistakes.clip_each_tensor),
+    ),
+    # decoding
+    Fault(
+        "ring-off-by-one",
+        "a ring of W - 1 places for a window of W keys: the oldest is overwritten one token too early",
+        "decode",
+        _with_window,
+        replacing("torch_gpt.decode.write", mistakes.into_a_shorter_ring),
+    ),
+    Fault(
+        "position-reset",
+        "a step of one token that takes it for the first of a text: RoPE or the table starts at position 0 again",
+        "decode",
+        _everywhere,
+        replacing("torch_gpt.decode.prepare", mistakes.always_position_0),
+    ),
+    Fault(
+        "stale-slot",
+        "a length of the cache that counts one too many: a slot is seen before it is written",
+        "decode",
+        _everywhere,
+        replacing("torch_gpt.decode.visible_slots", mistakes.one_slot_more),
+    ),
+    Fault(
+        "unmasked-cache",
+        "no mask in decoding, since a new token may see all before it: it also sees the slots that are empty",
+        "decode",
+        _everywhere,
+        replacing("torch_gpt.decode.visible_slots", mistakes.every_slot),
+    ),
+    Fault(
+        "padding-seen",
+        "prompts of a batch all taken to be as long as the longest: shorter ones see their padding",
+        "decode",
+        _everywhere,
+        mistakes.as_long_as_the_longest,
     ),
     # dtype
     Fault(

@@ -1,18 +1,24 @@
 """One worker's share of the grid: build both twins for each case, run them, check them, plant faults."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from gpt_core.config import ModelConfig
+from gpt_core.errors import InputError
+from gpt_core.generation import SamplingConfig
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
+from gpt_core.run_config import JaxAttention, TorchAttention
 from gpt_core.schedule import warmup_cosine
 from gpt_core.sites import model_sites
 from parity.checks import CheckResult
 from parity.checks.activations import check_activations
+from parity.checks.decode import check_decode
 from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
 from parity.checks.loss import check_loss
@@ -24,15 +30,55 @@ from parity.convert import DTYPES
 from parity.divergence import Divergence, first_divergence
 from parity.faults import Fault, fault_named, planted
 from parity.hints import explain
-from parity.sides import side_of
-from parity.sides.runs import Batch, Run, Training
+from parity.sides import FRAMEWORKS, side_of
+from parity.sides.runs import Batch, CachedRun, RaggedText, Run, Training
 from parity.tolerances import tolerance
-from parity.variants import Case, next_token_batch, select, sharp_weights, text_batches, text_tokens
-from parity.weights import Weights, cast, weights_source
+from parity.variants import (
+    NEW_TOKENS,
+    Case,
+    next_token_batch,
+    ragged_text,
+    select,
+    sharp_weights,
+    text_batches,
+    text_tokens,
+)
+from parity.weights import Source, Weights, cast, weights_source
 from parity.workers import Emit
 
 ADAMW = AdamWConfig(clip_norm=1.0)
 OPTIMIZER_STEPS, TRAINING_STEPS = 5, 50
+SAMPLINGS = {
+    "greedy": SamplingConfig(NEW_TOKENS),
+    "sampled": SamplingConfig(NEW_TOKENS, temperature=2.0, top_k=50, top_p=0.95, seed=1),
+}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The implementations that the twins are checked with; faults are planted in the definition, and so is the truth.
+
+    Args:
+        jax: Of the JAX twin.
+        torch: Of the PyTorch twin.
+    """
+
+    jax: JaxAttention = "reference"
+    torch: TorchAttention = "reference"
+
+    def require(self, config: ModelConfig, dtypes: Sequence[DType]) -> None:
+        """See that both can run a model here, in every dtype.
+
+        Raises:
+            InputError: one cannot; the message says why.
+        """
+        for framework in FRAMEWORKS:
+            name = getattr(self, framework)
+            for dtype in dtypes:
+                try:
+                    side_of(framework).require_attention(name, config, dtype)
+                except InputError as error:
+                    raise InputError(f"--{framework}-attention {name}, {dtype}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -46,6 +92,7 @@ class GridOptions:
         checks: Whether to run the checks.
         faults: Whether to plant every fault where it bites, and see it caught.
         full: Run what is heavier too: training curves, fp32 gradients, every fault in every variant.
+        attention: What each side runs.
     """
 
     variants: list[str] = field(default_factory=list)
@@ -54,6 +101,7 @@ class GridOptions:
     checks: bool = True
     faults: bool = False
     full: bool = False
+    attention: Attention = Attention()
 
 
 def rates(steps: int) -> list[float]:
@@ -64,22 +112,34 @@ def rates(steps: int) -> list[float]:
 class Subject:
     """One case in one dtype: weights, tokens, and both twins' runs, each made when it is first asked for."""
 
-    def __init__(self, case: Case, dtype: DType) -> None:
-        self.case, self.dtype, self.config = case, dtype, case.config
+    def __init__(self, case: Case, dtype: DType, attention: Attention = Attention()) -> None:
+        self.case, self.dtype, self.config, self.attention = case, dtype, case.config, attention
         self.jax, self.torch = side_of("jax"), side_of("torch")
         stored = DTYPES[Precision.of(dtype).param_dtype]
         self.weights: Weights = {name: a.astype(stored) for name, a in sharp_weights(case.config).items()}
         self.source = weights_source(self.weights)
         self.tokens: Array = text_tokens(case.config.vocab_size)
         self.batch: Batch = next_token_batch(self.tokens)
+        self.text: RaggedText = ragged_text(self.tokens)
+        # bf16 noise decides between tokens that are almost equally likely: there only logits are compared.
+        self.samplings = SAMPLINGS if dtype != "bfloat16" else {}
 
     @cached_property
     def jax_model(self) -> Any:
         """The JAX twin."""
-        return self.jax.build(self.config, self.source, self.dtype, scan_layers=self.case.scan_layers)
+        return self.build_jax(self.source)
+
+    def build_jax(self, source: Source) -> Any:
+        """A JAX model of this case, with other weights."""
+        scan_layers, implementation = self.case.scan_layers, self.attention.jax
+        return self.jax.build(self.config, source, self.dtype, implementation=implementation, scan_layers=scan_layers)
 
     def torch_model(self) -> Any:
-        """A PyTorch twin of its own for each caller, who may break it."""
+        """A PyTorch twin of its own for each caller, who may change it."""
+        return self.torch.build(self.config, self.source, self.dtype, implementation=self.attention.torch)
+
+    def definition(self) -> Any:
+        """A PyTorch twin that runs the reference attention, for a caller who breaks it."""
         return self.torch.build(self.config, self.source, self.dtype)
 
     @cached_property
@@ -109,6 +169,12 @@ class Subject:
         batches = text_batches(self.config.vocab_size, steps)
         training: Training = self.torch.train(model, batches, ADAMW, rates(steps))
         return training
+
+    @cached_property
+    def jax_cached(self) -> CachedRun:
+        """The reference of decoding."""
+        run: CachedRun = self.jax.run_cached(self.jax_model, self.text, self.samplings)
+        return run
 
     @cached_property
     def truth(self) -> Run:
@@ -142,11 +208,15 @@ def worker(emit: Emit, options: GridOptions) -> None:
     jax_side, torch_side = side_of("jax"), side_of("torch")
     for side in (jax_side, torch_side):
         side.prepare(options.dtypes[0])
-    emit({"environment": jax_side.describe() | torch_side.describe()})
+    attention = options.attention
+    for case in select(options.variants) if attention != Attention() else ():
+        attention.require(case.config, options.dtypes)
+    chosen = {f"{framework}_attention": getattr(attention, framework) for framework in FRAMEWORKS}
+    emit({"environment": jax_side.describe() | torch_side.describe() | chosen})
     fault = None if options.fault is None else fault_named(options.fault)
     for case in select(options.variants):
         for dtype in options.dtypes:
-            subject = Subject(case, dtype)
+            subject = Subject(case, dtype, attention)
             found: list[Any] = list(checks(subject, fault, full=options.full)) if options.checks else []
             if options.faults:
                 from parity.fault_runs import fault_runs
@@ -160,10 +230,12 @@ def checks(subject: Subject, fault: Fault | None = None, *, full: bool = False) 
     variant, dtype = subject.case.variant, subject.dtype
     if fault is None:
         yield _weights(subject)
+    elif fault.caught_by == "noise" and dtype != "float32":
+        fault = replace(fault, plant=nullcontext)  # made of fp32 numbers
 
     model = subject.torch_model()
     with_gradients = dtype == "float64" or (full and dtype == "float32")
-    with planted(fault if fault is None or fault.caught_by != "noise" or dtype == "float32" else None, model):
+    with planted(fault, model):
         run: Run = subject.torch.run(model, subject.tokens, subject.batch, gradients=with_gradients)
         divergence = subject.divergence(model, run)
     reference = subject.jax_run
@@ -173,6 +245,8 @@ def checks(subject: Subject, fault: Fault | None = None, *, full: bool = False) 
     logits = {"jax": reference.logits, "torch": run.logits}
     yield check_logits(variant, dtype, logits, None if truth is None else truth.logits)
     yield check_loss(variant, dtype, {"jax": reference.loss, "torch": run.loss})
+    if dtype == "float64" or "+" not in variant:
+        yield _decode(subject, fault, run, truth)
     if with_gradients:
         gradients = {"jax": reference.gradients, "torch": run.gradients}
         yield check_gradients(variant, dtype, subject.config, gradients, forward_differs=divergence is not None)
@@ -192,17 +266,28 @@ def checks(subject: Subject, fault: Fault | None = None, *, full: bool = False) 
         yield from _own_initialisations(subject)
 
 
+def _decode(subject: Subject, fault: Fault | None, run: Run, truth: Run | None) -> CheckResult:
+    """Both twins through their caches, against their runs without one."""
+    model = subject.torch_model()
+    with planted(fault, model):
+        through_cache = subject.torch.run_cached(model, subject.text, subject.samplings)
+    cached = {"jax": subject.jax_cached, "torch": through_cache}
+    uncached = {"jax": subject.jax_run.logits, "torch": run.logits}
+    known = None if truth is None else truth.logits
+    return check_decode(subject.case.variant, subject.dtype, subject.text, cached, uncached, known)
+
+
 def _own_initialisations(subject: Subject) -> Iterator[CheckResult]:
     """Weights that one framework initialised, carried to the other."""
-    config, dtype, case = subject.config, subject.dtype, subject.case
-    in_jax = subject.jax.fresh(config, seed=1, dtype=dtype, scan_layers=case.scan_layers)
-    carried = subject.torch.build(config, weights_source(subject.jax.weights_of(in_jax)), dtype)
+    config, dtype, case, attention = subject.config, subject.dtype, subject.case, subject.attention
+    in_jax = subject.jax.fresh(config, seed=1, dtype=dtype, implementation=attention.jax, scan_layers=case.scan_layers)
+    source = weights_source(subject.jax.weights_of(in_jax))
+    carried = subject.torch.build(config, source, dtype, implementation=attention.torch)
     logits = {"jax": subject.program(in_jax).logits, "torch": subject.torch.run(carried, subject.tokens).logits}
     yield check_logits(case.variant, dtype, logits, origin="jax")
 
-    in_torch = subject.torch.fresh(config, seed=1, dtype=dtype)
-    source = weights_source(subject.torch.weights_of(in_torch))
-    carried = subject.jax.build(config, source, dtype, scan_layers=case.scan_layers)
+    in_torch = subject.torch.fresh(config, seed=1, dtype=dtype, implementation=attention.torch)
+    carried = subject.build_jax(weights_source(subject.torch.weights_of(in_torch)))
     logits = {"jax": subject.program(carried).logits, "torch": subject.torch.run(in_torch, subject.tokens).logits}
     yield check_logits(case.variant, dtype, logits, origin="torch")
 

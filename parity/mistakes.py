@@ -284,6 +284,55 @@ def clip_each_tensor(clip: Any, model: Model, limit: float) -> "torch.Tensor":
     return norm
 
 
+# -------------------------------------------------------------------------------------------------------- decoding
+
+
+def into_a_shorter_ring(write: Any, cache: "torch.Tensor", new: "torch.Tensor", positions: "torch.Tensor") -> None:
+    """Position p goes into slot p mod (slots - 1), and is looked for in slot p mod slots."""
+    write(cache[:, :, :-1], new, positions)
+
+
+def always_position_0(prepare: Any, model: Model, limit: int) -> Any:
+    """Every step rotates by the angles of position 0, or adds the first row of the table."""
+    weights = prepare(model, limit)
+    if weights.rotary is not None:
+        return weights._replace(rotary=tuple(table[:1].expand_as(table) for table in weights.rotary))
+    table = weights.position_embedding
+    return weights._replace(position_embedding=table[:1].expand_as(table))
+
+
+def one_slot_more(visible_slots: Any, positions: "torch.Tensor", slots: int, window: int | None) -> "torch.Tensor":
+    """The slot of the next position is seen too."""
+    visible: "torch.Tensor" = visible_slots(positions, slots, window)
+    return visible | visible.roll(1, dims=-1)
+
+
+def every_slot(visible_slots: Any, positions: "torch.Tensor", slots: int, window: int | None) -> "torch.Tensor":
+    """All slots are seen."""
+    visible: "torch.Tensor" = visible_slots(positions, slots, window)
+    return visible | True
+
+
+@contextmanager
+def as_long_as_the_longest(model: Model) -> Iterator[None]:
+    """The cache of every row has as many tokens as that of the longest prompt, and its steps go on from there."""
+    from torch_gpt import decode
+
+    prefill, step = decode.prefill, decode.step
+    missing: list[Any] = []
+
+    def wrong_prefill(model: Model, tokens: Any, lengths: Any, slots: int) -> Any:
+        missing[:] = [lengths.max() - lengths]
+        logits, _ = prefill(model, tokens, lengths, slots)
+        return logits, prefill(model, tokens, lengths + missing[0], slots)[1]
+
+    def wrong_step(weights: Any, config: Any, precision: Any, tokens: Any, first: Any, cache: Any) -> Any:
+        return step(weights, config, precision, tokens, first + missing[0], cache)
+
+    with mock.patch.multiple("torch_gpt.decode", prefill=wrong_prefill, step=wrong_step):
+        yield
+
+
 # ----------------------------------------------------------------------------------------------------------- dtype
 
 

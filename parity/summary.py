@@ -128,7 +128,7 @@ def rerun(case: Case, content: Content) -> str:
     if case["variant"] not in _variants_of_the_grid():
         return str(content.get("command", ""))
     command = ["parity", "check", *_depth(content), "--variant", case["variant"], "--dtype", case["dtype"]]
-    return shlex.join([*command, *_planted(content)])
+    return shlex.join([*command, *_planted(content), *_attention(content)])
 
 
 def rerun_fault(fault: Case) -> str:
@@ -146,6 +146,12 @@ def _variants_of_the_grid() -> frozenset[str]:
 
 def _depth(content: Content) -> list[str]:
     return ["--full"] if "--full" in str(content.get("command", "")).split() else []
+
+
+def _attention(content: Content) -> list[str]:
+    words = str(content.get("command", "")).split()
+    flags = [flag for flag in ("--jax-attention", "--torch-attention") if flag in words]
+    return [word for flag in flags for word in words[words.index(flag) :][:2]]
 
 
 def _planted(content: Content) -> list[str]:

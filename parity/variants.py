@@ -19,10 +19,12 @@ from gpt_core.data.stdlib import prose
 from gpt_core.errors import InputError
 from gpt_core.parameters import parameter_table
 from gpt_core.tokenizer import gpt2_tokenizer
-from parity.sides.runs import Batch, Batches
+from parity.sides.runs import Batch, Batches, RaggedText
 from parity.weights import Weights
 
 BATCH, TIME, WINDOW = 2, 37, 13
+PROMPTS = (1, 6, 20)  # tokens of each prompt that is decoded from: the least, below the window, beyond it
+NEW_TOKENS = TIME - min(PROMPTS)  # that are written behind each: over four windows in all
 
 _BASE = ModelConfig(
     vocab_size=5000,
@@ -146,3 +148,8 @@ def next_token_batch(tokens: npt.NDArray[np.int64]) -> Batch:
     mask[:, -1] = False
     mask[0, 3:8] = False
     return Batch(targets=np.roll(tokens, -1, axis=1), mask=mask)
+
+
+def ragged_text(tokens: npt.NDArray[np.int64]) -> RaggedText:
+    """Prompts of different length from these rows, and the rest of each row behind them."""
+    return RaggedText(tokens, rows=tuple(row % len(tokens) for row in range(len(PROMPTS))), lengths=PROMPTS)

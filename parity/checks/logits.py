@@ -49,12 +49,9 @@ def check_logits(
     elif found.relative_error > bound:
         reasons.append(f"relative error {found.relative_error:.1e} exceeds {bound:.0e}")
     if truth is not None and finite:
-        noise = {name: difference(side, truth).rms for name, side in logits.items()}
-        measures |= {f"{name}_rms_error": value for name, value in noise.items()}
-        measures["noise_ratio"] = max(noise.values()) / min(noise.values()) if min(noise.values()) else 1.0
-        if dtype == "float32" and measures["noise_ratio"] > NOISE_RATIO:
-            worse = max(noise, key=lambda name: noise[name])
-            reasons.append(f"{worse} is {measures['noise_ratio']:.1f} times as far from the fp64 truth as the other")
+        noise, reason = noise_against(truth, logits, dtype)
+        measures |= noise
+        reasons += [reason] if reason else []
     return CheckResult(
         variant,
         dtype,
@@ -66,3 +63,14 @@ def check_logits(
         reason="; ".join(reasons),
         measures=measures,
     )
+
+
+def noise_against(truth: Array, sides: Mapping[str, Array], dtype: str) -> tuple[dict[str, float], str]:
+    """Each side's RMS error against the fp64 truth and their ratio; and what of it fails in fp32, or ""."""
+    noise = {name: difference(side, truth).rms for name, side in sides.items()}
+    ratio = max(noise.values()) / min(noise.values()) if min(noise.values()) else 1.0
+    measures = {f"{name}_rms_error": value for name, value in noise.items()} | {"noise_ratio": ratio}
+    if dtype != "float32" or ratio <= NOISE_RATIO:
+        return measures, ""
+    worse = max(noise, key=lambda name: noise[name])
+    return measures, f"{worse} is {ratio:.1f} times as far from the fp64 truth as the other"

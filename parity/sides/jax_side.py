@@ -1,6 +1,6 @@
 """Running a model in JAX, on NumPy arrays in and out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +11,16 @@ from flax import nnx
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats.orbax_jax import spoke
+from gpt_core.generation import DRAW_TOKEN, SamplingConfig, cache_slots, uniforms
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
-from jax_gpt.attention import Implementation
+from jax_gpt import decode as decoding
+from jax_gpt.attention import Implementation, attention
+from jax_gpt.generate import choose
 from jax_gpt.loss import token_loss
 from jax_gpt.model import GPT, Taps, initialiser
 from jax_gpt.optimizer import create_optimizer, update
-from parity.sides.runs import Batch, Batches, Run, Training
+from parity.sides.runs import Batch, Batches, CachedRun, RaggedText, Run, Training
 from parity.weights import Array, Source, Weights, decode
 
 
@@ -40,11 +43,19 @@ def build(
     return GPT(config, create, precision=precision, implementation=implementation, scan_layers=scan_layers)
 
 
-def fresh(config: ModelConfig, seed: int, dtype: DType, *, scan_layers: bool = True) -> GPT:
+def fresh(
+    config: ModelConfig,
+    seed: int,
+    dtype: DType,
+    *,
+    implementation: Implementation = "reference",
+    scan_layers: bool = True,
+) -> GPT:
     """A model with this framework's own initialisation."""
     precision = Precision.of(dtype)
     _require_x64(precision)
-    return GPT(config, initialiser(seed, precision), precision=precision, scan_layers=scan_layers)
+    create = initialiser(seed, precision)
+    return GPT(config, create, precision=precision, implementation=implementation, scan_layers=scan_layers)
 
 
 def _require_x64(precision: Precision) -> None:
@@ -88,10 +99,7 @@ class Program:
         function: Any = forward
         if batch is not None:
             function = jax.value_and_grad(loss, has_aux=True) if gradients else loss
-        traced = jax.jit(function).trace(state, *self._inputs)
-        if model.precision.wide_dtype != "float64":
-            assert "f64[" not in str(traced.jaxpr), "float64 leaked into a float32 program"
-        self._compiled = traced.lower().compile()
+        self._compiled = _compiled(function, model.precision, state, *self._inputs)
         self._has_loss, self._has_gradients = batch is not None, batch is not None and gradients
 
     def __call__(self, model: GPT) -> Run:
@@ -128,6 +136,18 @@ class Program:
         )
 
 
+def _compiled(function: Any, precision: Precision, *inputs: Any) -> Any:
+    """One program for inputs of these shapes.
+
+    Raises:
+        AssertionError: fp64 stands in the program of an fp32 or bf16 model.
+    """
+    traced = jax.jit(function).trace(*inputs)
+    if precision.wide_dtype != "float64":
+        assert "f64[" not in str(traced.jaxpr), "float64 leaked into a float32 program"
+    return traced.lower().compile()
+
+
 def _inputs(tokens: Array, batch: Batch | None) -> list[jax.Array]:
     ids = [jnp.asarray(tokens, jnp.int32)]
     return ids if batch is None else [*ids, jnp.asarray(batch.targets, jnp.int32), jnp.asarray(batch.mask)]
@@ -153,6 +173,69 @@ def logits_function(model: GPT) -> Callable[[Array], Array]:
     graph, state = nnx.split(model)
     compiled = jax.jit(lambda state, ids: nnx.merge(graph, state)(ids))
     return lambda tokens: np.asarray(compiled(state, jnp.asarray(tokens, jnp.int32)))
+
+
+def run_cached(model: GPT, text: RaggedText, samplings: Mapping[str, SamplingConfig]) -> CachedRun:
+    """Prefill of prompts, then steps: on the text's own tokens, and again for each way to go on from the prompts.
+
+    One program of what `jax_gpt.generate` consists of, which would itself compile two for each way.
+
+    Args:
+        model: The model.
+        text: What to run on.
+        samplings: Ways to go on, by name, for at most as many tokens as the text has steps.
+    """
+    config, precision, ways = model.config, model.precision, list(samplings.values())
+    graph, state = nnx.split(model)
+    limit = text.limit(samplings)
+    slots, weights = cache_slots(config, limit, 1), decoding.prepare(model, limit)
+
+    def program(
+        state: nnx.State, weights: decoding.Weights, prompts: jax.Array, lengths: jax.Array, way: jax.Array, steps: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits `[1 + steps, batch, vocab]`, and the tokens `[steps, batch]` that were fed."""
+
+        def step(carry: tuple[jax.Array, decoding.Cache], inputs: tuple[jax.Array, ...]) -> Any:
+            (logits, cache), (token, position, noise) = carry, inputs
+            written = [lambda options=options: choose(logits, noise, options) for options in ways]
+            token = jax.lax.switch(way, [lambda: token, *written])
+            after, cache = decoding.step(weights, config, precision, token[:, None], position, cache)
+            return (after[:, 0], cache), (after[:, 0], token)
+
+        first, cache = decoding.prefill(nnx.merge(graph, state), prompts, lengths, slots)
+        _, (rest, tokens) = jax.lax.scan(step, (first, cache), steps)
+        return jnp.concatenate([first[None], rest]), tokens
+
+    prompts, lengths = (jnp.asarray(array, jnp.int32) for array in (text.padded, text.lengths))
+    tokens, positions = (jnp.asarray(array[:, 1:].T, jnp.int32) for array in (text.fed, text.positions))
+    noise = jnp.zeros(tokens.shape, jnp.float32)
+    inputs = [state, weights, prompts, lengths, jnp.asarray(0), (tokens, positions, noise)]
+    compiled = _compiled(program, precision, *inputs)
+    logits = np.asarray(compiled(*inputs)[0]).swapaxes(0, 1)
+    further = lengths + jnp.arange(len(tokens), dtype=jnp.int32)[:, None]
+    written = {}
+    for index, (name, options) in enumerate(samplings.items(), start=1):
+        noise = jnp.asarray(uniforms(options.seed, len(lengths), 0, len(tokens))[..., DRAW_TOKEN])
+        new = compiled(*inputs[:4], jnp.asarray(index), (tokens, further, noise))[1]
+        written[name] = np.asarray(new).T[:, : options.max_new_tokens].tolist()
+    return CachedRun(logits, written)
+
+
+def require_attention(implementation: Implementation, config: ModelConfig, dtype: DType) -> None:
+    """See that an implementation of attention can run a model here.
+
+    Raises:
+        InputError: it cannot; the message says why.
+    """
+
+    def heads(count: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, 2, count, config.head_dim), jnp.dtype(Precision.of(dtype).compute_dtype))
+
+    def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        window, scale = config.sliding_window, config.attention_scale
+        return attention(query, key, value, window=window, scale=scale, implementation=implementation)
+
+    jax.eval_shape(mix, heads(config.n_heads), heads(config.n_kv_heads), heads(config.n_kv_heads))
 
 
 def prepare(dtype: DType) -> None:

@@ -1,8 +1,11 @@
-"""What a side hands back: NumPy arrays by name."""
+"""What a side is given and hands back: NumPy arrays, by name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from gpt_core.generation import SamplingConfig
 from parity.compare import Array
 from parity.weights import Weights
 
@@ -39,6 +42,74 @@ class Run:
     sites: dict[str, Array]
     loss: float = float("nan")
     gradients: Weights = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RaggedText:
+    """A batch of prompts of different length, and how each goes on, to be fed token by token.
+
+    Args:
+        source: Tokens `[rows, time]`, as a model without a cache runs on them.
+        rows: The row of `source` that each row of the batch is.
+        lengths: Tokens of each prompt.
+    """
+
+    source: Array
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> Array:
+        """`[batch, time]`."""
+        return self.source[list(self.rows)]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Each prompt alone."""
+        return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
+
+    @property
+    def padded(self) -> Array:
+        """All prompts side by side, `[batch, longest]`, with zeros behind their ends."""
+        longest = max(self.lengths)
+        return np.where(np.arange(longest) < np.array(self.lengths)[:, None], self.tokens[:, :longest], 0)
+
+    @property
+    def positions(self) -> Array:
+        """After which position the logits come, `[batch, 1 + steps]`: each prompt's last, then one more a step.
+
+        A row that is at its end has its last token again and again until the longest way is gone.
+        """
+        time = self.source.shape[1]
+        steps = np.arange(1 + time - min(self.lengths))
+        return np.minimum(np.array(self.lengths)[:, None] - 1 + steps, time - 1)
+
+    @property
+    def fed(self) -> Array:
+        """The token at each of `positions`, `[batch, 1 + steps]`."""
+        return np.take_along_axis(self.tokens, self.positions, axis=1)
+
+    def limit(self, samplings: Mapping[str, SamplingConfig]) -> int:
+        """Positions of the longest row, read or written."""
+        new = max((way.max_new_tokens for way in samplings.values()), default=0)
+        return max(self.source.shape[1], max(self.lengths) + new)
+
+    def at_positions(self, values: Array) -> Array:
+        """Of values `[rows, time, ...]` of the source, those that belong to `positions`: `[batch, 1 + steps, ...]`."""
+        return values[np.array(self.rows)[:, None], self.positions]
+
+
+@dataclass(frozen=True)
+class CachedRun:
+    """One run through a cache.
+
+    Args:
+        logits: After each of a text's positions, `[batch, 1 + steps, vocab]`.
+        written: By the name of a way of sampling, the tokens that each prompt was continued with.
+    """
+
+    logits: Array
+    written: dict[str, list[list[int]]]
 
 
 @dataclass(frozen=True)

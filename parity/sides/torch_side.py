@@ -8,15 +8,18 @@ import torch
 
 from gpt_core.config import ModelConfig
 from gpt_core.formats.safetensors_torch import SPOKE
+from gpt_core.generation import SamplingConfig, cache_slots
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
-from parity.sides.runs import Batch, Batches, Run, Training
+from parity.sides.runs import Batch, Batches, CachedRun, RaggedText, Run, Training
 from parity.weights import Array, Source, Weights, decode, slots
+from torch_gpt import decode as decoding
 from torch_gpt import loss as loss_module
 from torch_gpt import optimizer as optimization
 from torch_gpt.arrays import from_numpy, to_numpy
-from torch_gpt.attention import Implementation
+from torch_gpt.attention import Implementation, attention
 from torch_gpt.dtypes import torch_dtype
+from torch_gpt.generate import generate
 from torch_gpt.model import GPT, Taps, initialiser
 
 
@@ -37,10 +40,11 @@ def build(config: ModelConfig, source: Source, dtype: DType, *, implementation: 
     return model.eval()
 
 
-def fresh(config: ModelConfig, seed: int, dtype: DType) -> GPT:
+def fresh(config: ModelConfig, seed: int, dtype: DType, *, implementation: Implementation = "reference") -> GPT:
     """A model with this framework's own initialisation."""
     precision = Precision.of(dtype)
-    return GPT(config, initialiser(seed, precision), precision=precision).to(device(dtype)).eval()
+    model = GPT(config, initialiser(seed, precision), precision=precision, implementation=implementation)
+    return model.to(device(dtype)).eval()
 
 
 def weights_of(model: GPT) -> Weights:
@@ -68,6 +72,44 @@ def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: boo
 def logits_function(model: GPT) -> Callable[[Array], Array]:
     """Token ids `[batch, time]` to logits `[batch, time, vocab]`."""
     return lambda tokens: run(model, tokens, trace=False).logits
+
+
+def run_cached(model: GPT, text: RaggedText, samplings: Mapping[str, SamplingConfig]) -> CachedRun:
+    """Prefill of prompts, then steps on the text's own tokens; and for each way to go on what `generate` writes.
+
+    Args:
+        model: The model.
+        text: What to run on.
+        samplings: Ways to go on from the prompts, by name.
+    """
+    config = model.config
+    limit = text.limit(samplings)
+    slots, weights = cache_slots(config, limit, 1), decoding.prepare(model, limit)
+    first, cache = decoding.prefill(model, _tensor(model, text.padded), _tensor(model, text.lengths), slots)
+    logits = [first]
+    tokens, positions = _tensor(model, text.fed), _tensor(model, text.positions)  # [batch, 1 + steps]
+    for index in range(1, tokens.shape[1]):
+        token, position = tokens[:, index, None], positions[:, index]
+        after, cache = decoding.step(weights, config, model.precision, token, position, cache)
+        logits.append(after[:, 0])
+    written = {name: generate(model, text.prompts, way, weights=weights) for name, way in samplings.items()}
+    return CachedRun(to_numpy(torch.stack(logits, dim=1)), written)
+
+
+def require_attention(implementation: Implementation, config: ModelConfig, dtype: DType) -> None:
+    """See that an implementation of attention can run a model here.
+
+    Raises:
+        InputError: it cannot; the message says why.
+    """
+
+    def heads(count: int) -> torch.Tensor:
+        shape, format = (1, 2, count, config.head_dim), torch_dtype(Precision.of(dtype).compute_dtype)
+        return torch.zeros(shape, dtype=format, device=device(dtype))
+
+    query, key = heads(config.n_heads), heads(config.n_kv_heads)
+    window, scale = config.sliding_window, config.attention_scale
+    attention(query, key, key, window=window, scale=scale, implementation=implementation)
 
 
 def train(model: GPT, batches: Batches, config: AdamWConfig, rates: Sequence[float]) -> Training:
@@ -153,7 +195,7 @@ def _after_block(model: GPT, given: Callable[[str], torch.Tensor], layer: int) -
     return after
 
 
-def _tensor(model: GPT, array: Array) -> torch.Tensor:
+def _tensor(model: GPT, array: Array | tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(array, device=model.token_embedding.device)
 
 

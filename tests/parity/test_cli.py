@@ -42,6 +42,16 @@ def test_help_lists_the_commands(parity):
         (["check", "a", "b", "c"], "check takes no checkpoint (the grid) or two, not 3"),
         (["check", "--tokens", "ids.npy"], "--tokens and --text belong to two checkpoints"),
         (["check", "a", "b", "--variant", "rope-mha-full"], "belong to the grid"),
+        (["check", "--jax-attention", "flash"], "flash"),
+        (
+            ["check", "a", "b", "--jax-attention", "banded"],
+            "--jax-attention belongs to the grid, not to two checkpoints",
+        ),
+        (
+            ["check", "--hugging-face", "--torch-attention", "sdpa"],
+            "--torch-attention belongs to the grid, not to --hugg",
+        ),
+        (["check", "--fault", "erf-gelu", "--torch-attention", "sdpa"], "--fault plants a mistake in the reference"),
         (["check", "nowhere-a", "nowhere-b"], "nowhere-a: no such file or folder"),
         (["convert", "a", "b"], "convert.to"),
         (["convert", "a", "b", "--to", "gguf"], "gguf"),

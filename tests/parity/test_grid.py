@@ -7,15 +7,16 @@ import json
 import pytest
 
 from parity.faults import FAULTS
-from parity.grid import Subject
+from parity.grid import Attention, Subject
 from parity.variants import attention_variants, grid, select, sharp_weights, text_tokens
 
 VARIANTS = {case.variant: case for case in attention_variants()}
 CONTRACT = {"passed", "environment", "cases", "faults"}
 CASE = {"variant", "dtype", "check", "relative_error", "tolerance", "passed"}
 FAULT = {"name", "imitates", "caught", "caught_by", "margin", "expected_site", "found_site"}
-CHECKS = {"weights", "activations", "logits", "loss", "gradients", "optimizer"}
-FORWARD = [fault for fault in FAULTS if fault.caught_by in {"activations", "logits"}]
+CHECKS = {"weights", "activations", "logits", "loss", "gradients", "optimizer", "decode"}
+REFERENCE = Attention()
+FORWARD = [fault for fault in FAULTS if fault.caught_by in {"activations", "logits", "decode"}]
 
 # What makes each fault visible at all, stated apart from the code under test; {} is everywhere.
 NEEDS = {
@@ -27,6 +28,7 @@ NEEDS = {
     "window-off-by-one": {"mask": "window"},
     "window-one-short": {"mask": "window"},
     "window-ignored": {"mask": "window"},
+    "ring-off-by-one": {"mask": "window"},
 }
 
 
@@ -50,8 +52,8 @@ def checks_alone(in_this_process, monkeypatch):
 
 
 @functools.cache
-def subject(case, dtype):
-    return Subject(case, dtype)
+def subject(case, dtype, attention=REFERENCE):
+    return Subject(case, dtype, attention)
 
 
 def variant_for(fault) -> str:
@@ -137,11 +139,18 @@ class TestFaults:
         side_of("jax").prepare("float64")
         side_of("torch").prepare("float64")
         here = subject(VARIANTS[variant_for(fault)], "float64")
-        before = here.torch.run(here.torch_model(), here.tokens).logits
+
+        def logits():
+            model = here.torch_model()
+            return (
+                here.torch.run(model, here.tokens).logits.tobytes(),
+                here.torch.run_cached(model, here.text, {}).logits.tobytes(),
+            )
+
+        before = logits()
         with fault.plant(here.torch_model()):
             pass
-        after = here.torch.run(here.torch_model(), here.tokens).logits
-        assert before.tobytes() == after.tobytes()
+        assert logits() == before
 
 
 class TestReport:

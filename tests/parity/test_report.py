@@ -65,6 +65,9 @@ def fabricated(variants: tuple[str, ...] = VARIANTS, *, failing: bool = True) ->
             results.append(
                 CheckResult(variant, dtype, "optimizer", near(bound), bound, True, measures={"leaves": errors})
             )
+        errors = {f"{side} with its cache against without": near(bound) for side in ("jax", "torch")}
+        written = {"comparisons": errors, "positions": 111, "written": {"greedy": 108, "sampled": 108}}
+        results.append(CheckResult(variant, dtype, "decode", max(errors.values()), bound, True, measures=written))
         if dtype != "bfloat16":
             curve = [10.8 * 0.97**step for step in range(50)]
             other = [loss * (1 + random.normal() * near(bound)) for loss in curve]
