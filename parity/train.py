@@ -29,6 +29,7 @@ from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import Framework, checkpoint_folder, open_run
+from gpt_core.tensor_info import Array
 from gpt_core.tracking import METRICS_FILE, read_metrics
 from gpt_core.weights import Weights, weights_source
 from parity.checks import CheckResult
@@ -230,7 +231,7 @@ def judge(
     itself = np.abs(losses["ulp"] - losses["torch"]) / scale
     bound = tolerance("training", dtype)
     early = float(np.max(between[:TRAINING_STEPS]))
-    allowed = np.maximum(DRIFT_RATIO * np.maximum.accumulate(itself), bound)
+    allowed = _allowed(itself, bound)
     late = between[TRAINING_STEPS:] > allowed[TRAINING_STEPS:]
     reasons = []
     if not all(np.isfinite(curve).all() for curve in losses.values()):
@@ -265,8 +266,14 @@ def judge(
     )
 
 
+def _allowed(itself: Array, bound: float) -> Array:
+    """How far apart the frameworks may be at each step, where one of them is `itself` away from itself."""
+    early = np.arange(len(itself)) < TRAINING_STEPS
+    return np.where(early, bound, np.maximum(DRIFT_RATIO * np.maximum.accumulate(itself), bound))
+
+
 def draw(result: CheckResult, path: Path) -> None:
-    """Both curves over each other, and below their distance with what one ulp does, as a PNG."""
+    """Both curves over each other, and below how far apart they have been, with what one ulp does, as a PNG."""
     from matplotlib.figure import Figure
 
     losses = {name: np.array(curve) for name, curve in result.measures["losses"].items()}
@@ -278,22 +285,24 @@ def draw(result: CheckResult, path: Path) -> None:
     above.plot(steps, losses["torch"], color=COLORS["torch"], linewidth=1.2, label="PyTorch")
     above.set_ylabel("loss (nats per token)")
     above.set_title(f"{result.variant}, {result.dtype}", loc="left")
-    floor = np.finfo(float).eps / 10  # zero has no place on a log axis
+    distance = {name: np.abs(losses[name] - losses["torch"]) / np.abs(losses["torch"]) for name in ("jax", "ulp")}
+    floor = np.finfo(result.dtype).eps / 4  # zero has no place on a log axis
     for name, label, color in (
         ("jax", "JAX and PyTorch", COLORS["jax"]),
         ("ulp", "PyTorch and itself, started one ulp away", GREY),
     ):
-        distance = np.abs(losses[name] - losses["torch"]) / np.abs(losses["torch"])
-        below.plot(steps, np.maximum(distance, floor), color=color, linewidth=1.2, label=label)
-    reach = min(TRAINING_STEPS, len(steps))
-    below.plot([1, reach], [result.tolerance] * 2, color="#d1242f", linestyle="--", linewidth=1, label="bound")
+        so_far = np.maximum.accumulate(np.maximum(distance[name], floor))
+        below.plot(steps, so_far, color=color, linewidth=1.6, label=label)
+    allowed = _allowed(distance["ulp"], result.tolerance)
+    below.plot(steps, allowed, color="#d1242f", linestyle="--", linewidth=1.2, label="allowed")
     below.set_yscale("log")
     below.set_xlabel("step")
-    below.set_ylabel("relative distance of the losses")
+    below.set_ylabel("largest relative distance so far")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#d9dee3", linewidth=0.6)
         axes.margins(x=0.01)
-        axes.legend(frameon=False)
+    above.legend(frameon=False)
+    below.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png")
