@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -10,7 +10,7 @@ from gpt_core.checkpoint_config import read_checkpoint_config
 from gpt_core.cli import SUCCESS, parser, print_json
 from gpt_core.errors import InputError
 from gpt_core.generation import SamplingConfig, pack_prompts
-from gpt_core.precision import DType, Precision
+from gpt_core.precision import PARAM_DTYPES, Precision
 from gpt_core.runs import find_checkpoint
 from gpt_core.tokenizer import Tokenizer, tokenizer_of
 
@@ -41,7 +41,7 @@ def generate_parser(program: str) -> ArgumentParser:
     command.add_argument("--top-p", type=float, default=1.0, help="keep the most likely tokens of this probability")
     command.add_argument("--stop", help="end with this text's first token; default: the end-of-text token")
     command.add_argument("--seed", type=int, default=0, help="of the random numbers: the same text in either framework")
-    command.add_argument("--dtype", choices=list(get_args(DType)), default="float32", help="of weights and computation")
+    command.add_argument("--dtype", choices=list(PARAM_DTYPES), default="float32", help="of weights and computation")
     command.add_argument("--json", action="store_true", help="print prompts, texts and token ids as JSON")
     return command
 

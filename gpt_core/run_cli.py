@@ -1,6 +1,7 @@
 """The words and flags that `jax-gpt` and `torch-gpt` share for training and evaluating."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from gpt_core.runs import RUN_FILE, read_run
 class _FileOrPreset(ActionConfigFile):
     """`--config` takes a path or the name of a shipped preset."""
 
+    instead: Mapping[str, Any] = {}
+
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         super().__call__(parser, cfg, str(find_config(values)), option_string)
+        for field, value in self.instead.items():
+            cfg[field] = value
 
 
 def train_parser(program: str) -> ArgumentParser:
@@ -50,11 +55,18 @@ def eval_parser(program: str) -> ArgumentParser:
     return command
 
 
-def add_run_arguments(command: ArgumentParser) -> None:
-    """`--config`, and a flag for every field of a run."""
-    command.add_argument("--config", action=_FileOrPreset, help="a YAML file, or the name of a preset")
+def add_run_arguments(command: ArgumentParser, instead: Mapping[str, Any] | None = None) -> None:
+    """`--config`, and a flag for every field of a run.
+
+    Args:
+        command: Of which subcommand.
+        instead: Values by field ("train.batch_size") that stand in place of the file's; flags override them.
+    """
+    action = type("FileOrPreset", (_FileOrPreset,), {"instead": instead or {}})
+    command.add_argument("--config", action=action, help="a YAML file, or the name of a preset")
     for section in fields(RunConfig):
         command.add_class_arguments(section.default_factory, section.name)
+    command.set_defaults(dict(instead or {}))
 
 
 def train_config(options: Namespace) -> tuple[RunConfig, Path]:

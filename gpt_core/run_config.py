@@ -79,7 +79,8 @@ class TrainConfig:
         context_length: Tokens of a row. Default: the model's context_length.
         accumulation: Micro-batches that a step is computed in. Gradients are those of the mean over all tokens of the
             step, however many it has.
-        dtype: Format of computation; parameters are float32 with bfloat16. float64 is for proofs.
+        dtype: Format of computation; parameters are float32 with bfloat16 and float16. float16, with a loss scale that
+            finds itself, is for PyTorch on GPUs without bfloat16; float64 is for proofs.
         seed: Of fresh weights and of dropout.
         log_every: Steps between two records of the loss.
         evaluate_every: Steps between two evaluations on the validation text; the end has one too.

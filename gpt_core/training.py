@@ -77,18 +77,25 @@ class Journal:
         self._window_steps, self._window_seconds = 0, 0.0
 
     def note(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Take `loss` and `gradient_norm` of a step that has ended (this waits until it has).
+        """Take `loss`, `gradient_norm` and, in float16, `loss_scale` of a step; this waits until it has ended.
+
+        Gradients that overflow because the loss was scaled up are no failure: the trainer halves the scale.
 
         Raises:
             RunFailedError: too many steps in a row were not finite.
         """
-        loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+        loss, norm, scale = (float(metrics.get(name, 1.0)) for name in ("loss", "gradient_norm", "loss_scale"))
         now = time.perf_counter()
         self._timed_steps, self._seconds = self._timed_steps + 1, self._seconds + now - self._since
         self._window_steps, self._window_seconds = self._window_steps + 1, self._window_seconds + now - self._since
         self._since = now
         if math.isfinite(loss) and math.isfinite(norm):
             self._in_a_row, self.train_loss = 0, loss
+        elif math.isfinite(loss) and scale > 1:
+            self.skipped, self.train_loss = self.skipped + 1, loss
+            self.tracker.message(
+                f"step {step}: float16 overflowed at loss scale {scale:g}: skipped, the scale is halved"
+            )
         else:
             self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
             self.tracker.message(f"step {step}: loss {loss}, gradient norm {norm}: skipped, nothing was changed")
@@ -99,9 +106,9 @@ class Journal:
                     f"broken data; train.max_skipped sets how many are allowed"
                 )
         if step % self._config.train.log_every == 0 or step == self._config.train.steps:
-            self._log(step, loss, norm)
+            self._log(step, loss, norm, {"loss_scale": scale} if "loss_scale" in metrics else {})
 
-    def _log(self, step: int, loss: float, norm: float) -> None:
+    def _log(self, step: int, loss: float, norm: float, more: dict[str, float]) -> None:
         rate = self._window_steps * self._config.tokens_per_step / max(self._window_seconds, 1e-9)
         self._window_steps, self._window_seconds = 0, 0.0
         numbers = {
@@ -112,7 +119,7 @@ class Journal:
             "tokens_per_second": rate,
             "skipped": float(self.skipped),
         }
-        self.tracker.log(step, numbers | self._mfu(rate))
+        self.tracker.log(step, numbers | more | self._mfu(rate))
 
     def _mfu(self, tokens_per_second: float) -> dict[str, float]:
         if self._peak_flops is None:
@@ -197,6 +204,19 @@ def evaluation_text(config: RunConfig, rows: Any = None) -> Any:
     """
     train = config.train
     return validation_batches(config.data, train.batch_size, config.context_length, rows, train.evaluation_batches)
+
+
+def check_dtype(config: RunConfig, framework: str) -> None:
+    """Refuse a format of computation that a trainer does not have.
+
+    Raises:
+        InputError: float16 in JAX.
+    """
+    if framework == "jax" and config.train.dtype == "float16":
+        raise InputError(
+            "train.dtype = float16 is PyTorch's alone, for GPUs without bfloat16: the JAX trainer scales no loss. Use "
+            "bfloat16, which has the range of float32 and is what TPUs compute in, or float32"
+        )
 
 
 def check_vocabulary(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from gpt_core.run_config import RunConfig
 from gpt_core.runs import open_run
 from gpt_core.tokenizer import gpt2_tokenizer
 from gpt_core.tracking import Tracker
-from gpt_core.training import Journal, StopRequest, check_vocabulary, evaluation_text, perplexity
+from gpt_core.training import Journal, StopRequest, check_dtype, check_vocabulary, evaluation_text, perplexity
 from jax_gpt.attention import pick
 from jax_gpt.checkpoint import load
 from jax_gpt.device import peak_memory, total_peak_flops
@@ -43,6 +43,7 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
     """
     mesh = create_mesh(config.jax.mesh)
     check_divides(config, mesh)
+    check_dtype(config, "jax")
     check_vocabulary(config)
     tokenizer = gpt2_tokenizer() if config.model.vocab_size == gpt2_tokenizer().vocab_size else None
     open_run(run, config, "jax", tokenizer, primary=is_primary())
@@ -132,6 +133,7 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
     config = replace(config, model=read_checkpoint_config(checkpoint))
     mesh = create_mesh(config.jax.mesh)
     check_divides(config, mesh)
+    check_dtype(config, "jax")
     check_vocabulary(config)
     program = create_program(config, mesh)
     model = load(checkpoint, precision=config.precision, scan_layers=config.jax.scan_layers)

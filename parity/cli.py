@@ -87,14 +87,19 @@ def _check_parser() -> ArgumentParser:
 
 
 def _train_parser() -> ArgumentParser:
-    from parity.train import VARIANTS
+    from parity.train import PROOF, VARIANTS
 
+    shape = " ".join(f"--{field} {value}" for field, value in PROOF.items())
     command = parser(
-        "Train the same run in both frameworks, from the same weights, and hold the losses against each other.",
-        "  parity train --config tiny-cpu --train.steps 200\n"
+        "Train the same run in both frameworks, from the same weights, and hold the losses against each other.\n"
+        "The proof needs no large batch; whatever the config says, it runs as if these flags stood after it:\n"
+        f"  {shape}\n"
+        "Give them with other values to train other batches. Exit code 0: equal, 1: they differ, 2: wrong input.",
+        "  parity train --config tiny-cpu --steps 200\n"
+        "  parity train --config tiny-cpu --steps 200 --train.batch_size 8 --train.context_length 128\n"
         "  parity train --config my-run.yaml --variant config --dtype float32",
     )
-    add_run_arguments(command)
+    add_run_arguments(command, PROOF)
     command.add_argument("--steps", type=int | None, default=None, help="short for --train.steps")
     command.add_argument(
         "--variant", nargs="+", default=list(VARIANTS), help="attention variants; 'config' is the model as it stands"
@@ -125,12 +130,18 @@ def _train(options: Namespace) -> int:
     if options.json:
         print_json(content)
     else:
+        train = config.train
+        print(
+            f"{train.steps} steps of {train.batch_size} rows of {config.context_length} tokens in {train.accumulation} "
+            f"micro-batches"
+        )
         for result in results:
             print(
                 f"{result.variant} {result.dtype}: losses of the first steps differ by {result.relative_error:.0e} "
                 f"(bound {result.tolerance:.0e}), of all {result.measures['steps']} by "
                 f"{result.measures['largest_distance']:.0e}; one ulp at the start makes "
-                f"{result.measures['largest_distance_one_ulp']:.0e}; {result.reason or 'equal'}"
+                f"{result.measures['largest_distance_one_ulp']:.0e}; {result.measures['clipped_steps']} steps were "
+                f"clipped; {result.reason or 'equal'}"
             )
         print(f"report: {options.out / 'report.json'}")
     return SUCCESS if content["passed"] else CHECK_FAILED

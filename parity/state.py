@@ -41,6 +41,7 @@ from gpt_core.safetensors_file import (
 from gpt_core.tensor_info import Array, TensorInfo
 from gpt_core.tokenizer import tokenizer_of
 from gpt_core.tracking import METRICS_FILE, read_metrics
+from gpt_core.training import check_dtype
 from gpt_core.weights import DType, Slot, Source, parameter_dtypes, require_keys, slots, source_of
 
 OPTIMIZER_FOLDER = "optimizer"
@@ -119,6 +120,10 @@ def convert_state(
     config, framework = read_run(run)
     if framework == to:
         raise InputError(f"{run}: is trained in {to} already; `{to}-gpt train --out {run}` goes on with it")
+    try:
+        check_dtype(config, to)
+    except InputError as error:
+        raise InputError(f"{run}: its state cannot go to {to}: {error}. Weights alone go without --state") from None
     state = read_state(checkpoint)
     target: Framework = "jax" if to == "jax" else "torch"
     with atomic_directory(destination, force=force) as folder:

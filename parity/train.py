@@ -7,17 +7,20 @@ A third run, in PyTorch, starts one ulp away: what chaos alone makes of the smal
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
+from gpt_core.checkpoint_config import CHECKPOINTS
 from gpt_core.config import ModelConfig
 from gpt_core.data.loader import training_batches
 from gpt_core.errors import InputError, RunFailedError
@@ -26,15 +29,50 @@ from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import Framework, checkpoint_folder, open_run
+from gpt_core.tensor_info import Array
 from gpt_core.tracking import METRICS_FILE, read_metrics
-from gpt_core.weights import Source, Weights, weights_source
+from gpt_core.weights import Weights, weights_source
 from parity.checks import CheckResult
 from parity.figure_style import COLORS, GREY
 from parity.state import fresh_state, write_state
 from parity.tolerances import DRIFT_RATIO, TRAINING_STEPS, tolerance
+from parity.workers import framework_environment
 
 RUNS: dict[str, Framework] = {"jax": "jax", "torch": "torch", "ulp": "torch"}
+LOG_FILE = "log.txt"
 VARIANTS = ("learned-mha-full", "rope-gqa-full", "rope-mqa-window")
+
+# What makes two trainers the same shows in small batches as well: several rows in each of several micro-batches, and
+# rows of several windows. These stand in place of what a config says, so that eighteen runs take minutes; flags
+# override them. The rate goes down with the batch: at a rate meant for eight times as many tokens gradients explode now
+# and then, and each time every difference, of one ulp too, grows a thousandfold (docs/numerics.md).
+PROOF = {
+    "train.batch_size": 4,
+    "train.context_length": 32,
+    "train.accumulation": 2,
+    "data.streams": 4,
+    "optimizer.learning_rate": 3e-4,
+    "optimizer.final_learning_rate": 3e-5,
+}
+
+SIDE_BY_SIDE = 4
+"""Trainers that run at a time, where there are as many cores; each has its share of them."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One variant in one dtype: what the three runs train, and where."""
+
+    config: RunConfig
+    folder: Path
+
+    @property
+    def variant(self) -> str:
+        return self.config.model.variant
+
+    @property
+    def dtype(self) -> DType:
+        return self.config.train.dtype
 
 
 def compare_training(
@@ -57,21 +95,33 @@ def compare_training(
         InputError: a variant that the model cannot be changed to, or a config that cannot run.
         RunFailedError: a trainer failed; the message is its own.
     """
+    models = [
+        config.model if name == "config" else as_variant(config.model, name, config.context_length) for name in variants
+    ]
+    cases = [
+        _Case(_settings(replace(config, model=model), dtype), out / model.variant / dtype)
+        for model in models
+        for dtype in dtypes
+    ]
+    _run_side_by_side([(case, name) for case in cases for name in RUNS], advance)
     results = []
-    for variant in variants:
-        model = config.model if variant == "config" else as_variant(config.model, variant)
-        for dtype in dtypes:
-            run = _settings(replace(config, model=model), dtype)
-            folder = out / model.variant / dtype
-            curves = _train(run, folder, advance)
-            result = judge(model.variant, dtype, curves, clip_norm=config.optimizer.clip_norm)
-            draw(result, out / f"{model.variant}-{dtype}.png")
-            results.append(result)
+    for case in cases:
+        curves = {
+            name: [record for record in read_metrics(case.folder / name) if "train_loss" in record] for name in RUNS
+        }
+        result = judge(case.variant, case.dtype, curves, clip_norm=config.optimizer.clip_norm)
+        draw(result, out / f"{case.variant}-{case.dtype}.png")
+        results.append(result)
     return results
 
 
-def as_variant(model: ModelConfig, variant: str) -> ModelConfig:
-    """A model changed to another attention variant: a quarter of its heads for GQA, of its context for a window.
+def as_variant(model: ModelConfig, variant: str, context_length: int) -> ModelConfig:
+    """A model changed to another attention variant: a quarter of its heads for GQA, of a row for a window.
+
+    Args:
+        model: What is changed.
+        variant: Such as "rope-gqa-window".
+        context_length: Tokens of a row.
 
     Raises:
         InputError: no such variant, or the model has too few heads or positions for it.
@@ -82,7 +132,7 @@ def as_variant(model: ModelConfig, variant: str) -> ModelConfig:
             f"unknown variant {variant!r}; an example is rope-gqa-window, 'config' keeps the model as it is"
         )
     kv_heads = {"mha": model.n_heads, "gqa": max(2, model.n_heads // 4), "mqa": 1}.get(parts[1], 0)
-    window = max(1, model.context_length // 4) if parts[2] == "window" else None
+    window = max(1, context_length // 4) if parts[2] == "window" else None
     values = model.to_dict() | {"position": parts[0], "n_kv_heads": kv_heads, "sliding_window": window}
     changed = ModelConfig.from_dict(values, source=f"variant {variant}")
     if changed.variant != variant:
@@ -105,53 +155,58 @@ def initial_weights(config: RunConfig) -> Weights:
     }
 
 
-def _train(config: RunConfig, folder: Path, advance: Callable[[int], None]) -> dict[str, list[dict[str, Any]]]:
-    """Run all three and return their records step by step."""
+def _run_side_by_side(runs: Sequence[tuple[_Case, str]], advance: Callable[[int], None]) -> None:
+    """Train every run of every case to its end, a few at a time.
+
+    Raises:
+        RunFailedError: a trainer failed; the others are stopped.
+    """
+    workers = min(SIDE_BY_SIDE, os.cpu_count() or 1, len(runs))
+    waiting, running, seen = list(runs), dict[Path, "subprocess.Popen[bytes]"](), 0
+    finished = 0
+    with ExitStack() as stack:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                case, name = waiting.pop(0)
+                running[case.folder / name] = process = _start(case, name, workers)
+                stack.callback(_stop, process)
+            time.sleep(0.2)
+            for run in [run for run, process in running.items() if process.poll() is not None]:
+                if running.pop(run).returncode:
+                    raise RunFailedError(f"{run}: training failed: {_last_line(run / LOG_FILE)}")
+                shutil.rmtree(run / CHECKPOINTS)  # gigabytes, all runs together
+                finished += _lines(run)
+            now = finished + sum(map(_lines, running))
+            advance(now - seen)
+            seen = now
+
+
+def _start(case: _Case, name: str, workers: int) -> "subprocess.Popen[bytes]":
+    """Start one of a case's three runs, from the weights that all of them begin with."""
+    config, framework, run = case.config, RUNS[name], case.folder / name
     weights = initial_weights(config)
-    nearby = {name: np.nextafter(array, np.inf, dtype=array.dtype) for name, array in weights.items()}
+    if name == "ulp":
+        weights = {key: np.nextafter(array, np.inf, dtype=array.dtype) for key, array in weights.items()}
     with training_batches(config.data, config.train.batch_size, config.context_length) as batches:
         data = batches.state()
-    curves = {}
-    for name, framework in RUNS.items():
-        run = folder / name
-        source: Source = weights_source(nearby if name == "ulp" else weights)
-        open_run(run, config, framework, None)
-        write_state(checkpoint_folder(run, 0), fresh_state(config, source, data), framework)
-        with _started(run, framework) as process:
-            seen = 0
-            while process.poll() is None:
-                time.sleep(0.2)
-                now = _lines(run)
-                advance(now - seen)
-                seen = now
-        if process.returncode:
-            log = (run / "log.txt").read_text(encoding="utf-8").strip()
-            raise RunFailedError(
-                f"{run}: training in {framework} failed: {log.splitlines()[-1] if log else 'no message'}"
-            )
-        curves[name] = [record for record in read_metrics(run) if "train_loss" in record]
-    return curves
-
-
-@contextmanager
-def _started(run: Path, framework: Framework) -> Iterator["subprocess.Popen[bytes]"]:
-    import yaml
-
-    from gpt_core.runs import read_run
-
-    config, _ = read_run(run)
+    open_run(run, config, framework, None)
+    write_state(checkpoint_folder(run, 0), fresh_state(config, weights_source(weights), data), framework)
     file = run.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", f"{framework}_gpt", "train", "--config", str(file), "--out", str(run)]
-    environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if config.train.dtype == "float64" else {})
-    with (run / "log.txt").open("wb") as log:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+    environment = os.environ | framework_environment(case.dtype, workers)
+    with (run / LOG_FILE).open("wb") as log:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+def _last_line(log: Path) -> str:
+    return (log.read_text(encoding="utf-8").strip().splitlines() or ["no message"])[-1]
 
 
 def _lines(run: Path) -> int:
@@ -176,7 +231,7 @@ def judge(
     itself = np.abs(losses["ulp"] - losses["torch"]) / scale
     bound = tolerance("training", dtype)
     early = float(np.max(between[:TRAINING_STEPS]))
-    allowed = np.maximum(DRIFT_RATIO * np.maximum.accumulate(itself), bound)
+    allowed = _allowed(itself, bound)
     late = between[TRAINING_STEPS:] > allowed[TRAINING_STEPS:]
     reasons = []
     if not all(np.isfinite(curve).all() for curve in losses.values()):
@@ -211,8 +266,14 @@ def judge(
     )
 
 
+def _allowed(itself: Array, bound: float) -> Array:
+    """How far apart the frameworks may be at each step, where one of them is `itself` away from itself."""
+    early = np.arange(len(itself)) < TRAINING_STEPS
+    return np.where(early, bound, np.maximum(DRIFT_RATIO * np.maximum.accumulate(itself), bound))
+
+
 def draw(result: CheckResult, path: Path) -> None:
-    """Both curves over each other, and below their distance with what one ulp does, as a PNG."""
+    """Both curves over each other, and below how far apart they have been, with what one ulp does, as a PNG."""
     from matplotlib.figure import Figure
 
     losses = {name: np.array(curve) for name, curve in result.measures["losses"].items()}
@@ -224,22 +285,24 @@ def draw(result: CheckResult, path: Path) -> None:
     above.plot(steps, losses["torch"], color=COLORS["torch"], linewidth=1.2, label="PyTorch")
     above.set_ylabel("loss (nats per token)")
     above.set_title(f"{result.variant}, {result.dtype}", loc="left")
-    floor = np.finfo(float).eps / 10  # zero has no place on a log axis
+    distance = {name: np.abs(losses[name] - losses["torch"]) / np.abs(losses["torch"]) for name in ("jax", "ulp")}
+    floor = np.finfo(result.dtype).eps / 4  # zero has no place on a log axis
     for name, label, color in (
         ("jax", "JAX and PyTorch", COLORS["jax"]),
         ("ulp", "PyTorch and itself, started one ulp away", GREY),
     ):
-        distance = np.abs(losses[name] - losses["torch"]) / np.abs(losses["torch"])
-        below.plot(steps, np.maximum(distance, floor), color=color, linewidth=1.2, label=label)
-    reach = min(TRAINING_STEPS, len(steps))
-    below.plot([1, reach], [result.tolerance] * 2, color="#d1242f", linestyle="--", linewidth=1, label="bound")
+        so_far = np.maximum.accumulate(np.maximum(distance[name], floor))
+        below.plot(steps, so_far, color=color, linewidth=1.6, label=label)
+    allowed = _allowed(distance["ulp"], result.tolerance)
+    below.plot(steps, allowed, color="#d1242f", linestyle="--", linewidth=1.2, label="allowed")
     below.set_yscale("log")
     below.set_xlabel("step")
-    below.set_ylabel("relative distance of the losses")
+    below.set_ylabel("largest relative distance so far")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#d9dee3", linewidth=0.6)
         axes.margins(x=0.01)
-        axes.legend(frameon=False)
+    above.legend(frameon=False)
+    below.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -115,7 +115,7 @@ def test_another_model_is_refused_by_field(
         (["--train.accumulation", "3"], "accumulation = 3"),
         (["--train.context_length", "100000", "--model.position", "learned"], "context_length"),
         (["--data.streams", "9"], "data.streams = 9"),
-        (["--train.dtype", "float16"], "dtype"),
+        (["--train.dtype", "float8"], "dtype"),
     ],
 )
 def test_wrong_input_ends_with_one_line_and_code_2(
@@ -130,6 +130,18 @@ def test_wrong_input_ends_with_one_line_and_code_2(
     assert named in said
     assert "Traceback" not in said
     assert not (tmp_path / "run" / "checkpoints" / "1").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_jax_refuses_float16_and_says_what_to_use(
+    command: str, config: Path, undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {"train": ["--out", str(tmp_path / "run"), "--config", str(config)], "eval": [str(undisturbed)]}
+    assert main("jax", command, *arguments[command], "--train.dtype", "float16") == 2
+    said = capfd.readouterr().err
+    assert "bfloat16" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_ends_the_run_in_time(

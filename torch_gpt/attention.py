@@ -114,8 +114,8 @@ def _flex(
     device, head_dim = query.device.type, query.shape[-1]
     if device != "cuda" or query.dtype == torch.float64 or not _fits_flex(head_dim):
         raise InputError(
-            f"attention implementation 'flex' runs in float32 and bfloat16 on a GPU, with a head_dim that is a power "
-            f"of 2 from 16 on, not in {query.dtype} on {device} with head_dim = {head_dim}: use 'banded' or 'sdpa'"
+            f"attention implementation 'flex' runs in all but float64, on a GPU, with a head_dim that is a power of 2 "
+            f"from 16 on, not in {query.dtype} on {device} with head_dim = {head_dim}: use 'banded' or 'sdpa'"
         )
     return _by_flex(query, key, value, window, scale, _compiled_flex())
 

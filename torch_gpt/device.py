@@ -18,7 +18,7 @@ def total_peak_flops(dtype: DType) -> float | None:
         dtype: Format of computation.
     """
     if not torch.cuda.is_available():
-        return measured_peak_flops(dtype)
+        return None if dtype == "float16" else measured_peak_flops(dtype)  # which CPUs emulate
     peak = peak_flops(torch.cuda.get_device_name(), dtype)
     return None if peak is None else peak * process_count()
 

@@ -42,6 +42,7 @@ def chunked_loss(
     targets: Int[torch.Tensor, "batch time"],
     mask: Bool[torch.Tensor, "batch time"],
     chunk: int,
+    weight: torch.Tensor | float = 1.0,
 ) -> Float[torch.Tensor, ""]:
     """The summed loss of hidden states, with the logits of `chunk` positions of each row in memory at a time.
 
@@ -55,11 +56,13 @@ def chunked_loss(
         targets: The token that should come next.
         mask: True where a position counts.
         chunk: Positions of each row.
+        weight: Factor on the loss. What it does to gradients is done where they begin, in the dtype of the logits: in
+            float16 only weighted ones keep their small entries.
     """
     if torch.is_grad_enabled():
-        loss: torch.Tensor = _ChunkedLoss.apply(loss_of, hidden, targets, mask, chunk, *parameters)
+        loss: torch.Tensor = _ChunkedLoss.apply(loss_of, hidden, targets, mask, chunk, weight, *parameters)
         return loss
-    return torch.stack([loss_of(*part) for part in _cut(hidden, targets, mask, chunk)]).sum()
+    return weight * torch.stack([loss_of(*part) for part in _cut(hidden, targets, mask, chunk)]).sum()
 
 
 def _cut(
@@ -77,6 +80,7 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: torch.Tensor,
         mask: torch.Tensor,
         chunk: int,
+        weight: torch.Tensor | float,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         losses, of_hidden = [], []
@@ -84,7 +88,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for part, *rest in _cut(hidden, targets, mask, chunk):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
-                loss = loss_of(part, *rest)
+                loss = weight * loss_of(part, *rest)
                 gradient, *gradients = torch.autograd.grad(loss, (part, *parameters))
             losses.append(loss.detach())
             of_hidden.append(gradient)
@@ -99,4 +103,4 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # In place: a training step goes back once, and these are as large as the table of tokens.
         of_hidden, *of_parameters = (saved.mul_(gradients[0].to(saved.dtype)) for saved in ctx.saved_tensors)
-        return (None, of_hidden, None, None, None, *of_parameters)
+        return (None, of_hidden, None, None, None, None, *of_parameters)

@@ -3,11 +3,14 @@
 import math
 
 import torch
+from torch.amp.grad_scaler import GradScaler
 from torch.distributed.tensor import DTensor
 
 from gpt_core.optimization import AdamWConfig, canonical_name, clip_scale
 from gpt_core.parameters import parameter_table
 from torch_gpt.model import GPT
+
+_NO_SCALE = GradScaler("cpu", enabled=False)
 
 
 def create_optimizer(config: AdamWConfig, model: GPT) -> torch.optim.Optimizer:
@@ -39,7 +42,13 @@ def clip_gradients(model: GPT, limit: float) -> torch.Tensor:
 
 
 def update(
-    optimizer: torch.optim.Optimizer, config: AdamWConfig, model: GPT, rate: float, *, finite: bool = True
+    optimizer: torch.optim.Optimizer,
+    config: AdamWConfig,
+    model: GPT,
+    rate: float,
+    *,
+    finite: bool = True,
+    scaler: GradScaler = _NO_SCALE,
 ) -> torch.Tensor:
     """One step in place; returns the gradients' global norm before clipping.
 
@@ -49,11 +58,14 @@ def update(
         model: Whose gradients are taken, and reset.
         rate: Learning rate of this step.
         finite: Whether the loss was finite. If it was not, or the norm is not, parameters and moments stay as they are.
+        scaler: What the loss was scaled with; it learns from this step.
     """
+    scaler.unscale_(optimizer)
     norm = clip_gradients(model, config.clip_norm)
     if finite and math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+    scaler.update()
     optimizer.zero_grad()
     return norm

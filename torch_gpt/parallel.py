@@ -24,17 +24,21 @@ from torch_gpt.model import GPT
 
 
 class Objective(nn.Module):
-    """Summed loss of some rows: one module around the model, so that DDP and FSDP see a single forward pass."""
+    """Summed loss of some rows, times a weight: one module around the model, so that DDP and FSDP see a single forward
+    pass.
+    """
 
     def __init__(self, model: GPT, chunk: int) -> None:
         super().__init__()
         self.model = model
         self.chunk = chunk
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor | float = 1.0
+    ) -> torch.Tensor:
         tied = self.model.config.tied_embeddings
         head = [self.model.token_embedding] if tied else list(self.model.head.parameters())
-        return chunked_loss(self.loss_of, head, self.model.hidden(tokens), targets, mask, self.chunk)
+        return chunked_loss(self.loss_of, head, self.model.hidden(tokens), targets, mask, self.chunk, weight)
 
     def loss_of(self, hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Summed loss of the logits of hidden states."""

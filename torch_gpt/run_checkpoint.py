@@ -8,8 +8,10 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.amp.grad_scaler import GradScaler
 
 from gpt_core.checkpoint_config import CHECKPOINTS
 from gpt_core.errors import InputError
@@ -42,6 +44,7 @@ from torch_gpt.distributed import all_agree, is_primary, wait_for_all
 from torch_gpt.parallel import gather, like
 from torch_gpt.step import TrainState
 
+LOSS_SCALE = "loss_scale"  # in the metadata of the moments: the scaler's state, as JSON
 _MOMENTS = {FIRST_MOMENT: "exp_avg", SECOND_MOMENT: "exp_avg_sq"}  # PyTorch's names of them
 
 
@@ -82,16 +85,19 @@ class RunCheckpoints:
         Raises:
             InputError: it could not be written; older checkpoints are as they were.
         """
-        weights = {key: gather(parameter) for key, parameter in state.parameters.items()}
+        weights = {key: _gathered(parameter) for key, parameter in state.parameters.items()}
         moments = {
-            f"{name}.{key}": gather(state.optimizer.state[parameter][theirs])
+            f"{name}.{key}": _gathered(state.optimizer.state[parameter][theirs])
             for name, theirs in _MOMENTS.items()
             for key, parameter in state.parameters.items()
         }
+        metadata = {UPDATES: str(_updates(state))}
+        if state.scaler.is_enabled():
+            metadata[LOSS_SCALE] = json.dumps(state.scaler.state_dict())
         failure: Exception | None = None
         if is_primary():
             try:
-                self._write(record, weights, moments, _updates(state))
+                self._write(record, weights, moments, metadata)
                 self._prune()
             except (OSError, InputError) as error:
                 failure = error
@@ -112,11 +118,11 @@ class RunCheckpoints:
         record: StepRecord,
         weights: Mapping[str, torch.Tensor],
         moments: Mapping[str, torch.Tensor],
-        updates: int,
+        metadata: Mapping[str, str],
     ) -> None:
         with atomic_directory(checkpoint_folder(self._run, record.step), force=True) as folder:
             _write_tensors(folder / WEIGHTS_FILE, weights, {})
-            _write_tensors(folder / OPTIMIZER_FILE, moments, {UPDATES: str(updates)})
+            _write_tensors(folder / OPTIMIZER_FILE, moments, metadata)
             file = folder / RECORD_FILE
             file.parent.mkdir()
             file.write_text(json.dumps(record.to_dict()), encoding="utf-8")
@@ -135,6 +141,7 @@ class RunCheckpoints:
         updates = moments.metadata.get(UPDATES, "")
         if not updates.isdecimal():
             raise InputError(f"{moments.path}: does not say how many updates its moments hold ({UPDATES})")
+        scaler = _scaler_state(moments) if state.scaler.is_enabled() else None
         parameters = state.parameters
         _check_keys(weights, parameters)
         _check_keys(moments, {f"{name}.{key}": value for name in _MOMENTS for key, value in parameters.items()})
@@ -148,7 +155,23 @@ class RunCheckpoints:
                         for name, theirs in _MOMENTS.items()
                     },
                 }
+        if scaler is not None:
+            state.scaler.load_state_dict(scaler)
         return state._replace(step=record.step), record
+
+
+def _scaler_state(moments: SafetensorsReader) -> dict[str, Any]:
+    try:
+        state = json.loads(moments.metadata[LOSS_SCALE])
+        return {name: type(value)(state[name]) for name, value in GradScaler("cpu").state_dict().items()}
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{moments.path}: does not say how the loss is scaled ({LOSS_SCALE})") from None
+
+
+def _gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of it in the process that writes; the others take part, and keep nothing."""
+    whole = gather(tensor)
+    return whole if is_primary() else whole.new_empty(0)
 
 
 def _updates(state: TrainState) -> int:

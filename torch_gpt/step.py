@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 from torch.utils.checkpoint import checkpoint
 
 from gpt_core.run_config import RunConfig
@@ -18,7 +19,7 @@ from torch_gpt.optimizer import create_optimizer, update
 from torch_gpt.parallel import Objective, shared_out, summed, synchronised
 
 Batch = Mapping[str, torch.Tensor]
-Metrics = dict[str, torch.Tensor]
+Metrics = dict[str, torch.Tensor | float]
 
 
 class TrainState(NamedTuple):
@@ -28,18 +29,21 @@ class TrainState(NamedTuple):
         parameters: The model's by name; with FSDP2 the shares of this process.
         optimizer: Holds AdamW's means of gradients and of their squares, and the number of updates in them.
         step: Steps taken, skipped ones included: dropout is drawn from it.
+        scaler: Of the loss, in float16: halves its scale when gradients overflow, doubles it after 2000 steps without.
     """
 
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     step: int
+    scaler: GradScaler
 
 
 class Program(NamedTuple):
     """The functions of a run on the devices of its processes.
 
     Args:
-        step: (state, batch, learning rate) -> (state, {"loss", "gradient_norm"}); changes the state in place.
+        step: (state, batch, learning rate) -> (state, {"loss", "gradient_norm"}), in float16 "loss_scale" too; changes
+            the state in place.
         evaluate: (batch) -> (summed loss in nats, tokens that counted), over all processes.
         state: Where the run starts: fresh weights, no step taken.
         device: Of this process.
@@ -70,7 +74,8 @@ def create_program(config: RunConfig, accelerator: Accelerator) -> Program:
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
-    state = TrainState(dict(model.named_parameters()), optimizer, 0)
+    scaler = GradScaler(accelerator.device.type, enabled=config.train.dtype == "float16")
+    state = TrainState(dict(model.named_parameters()), optimizer, 0, scaler)
     return Program(training_step(config, model, objective), evaluation_step(objective), state, accelerator.device)
 
 
@@ -87,7 +92,8 @@ def training_step(
 ) -> Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]:
     """The step as one function: gradients over all micro-batches and processes, clip, AdamW.
 
-    A step whose loss or gradient norm is not finite leaves parameters and moments as they were.
+    A step whose loss or gradient norm is not finite leaves parameters and moments as they were. In float16 the loss is
+    scaled up, so that small gradients are no zeros (Micikevicius et al., 2018).
 
     Args:
         config: The run.
@@ -104,18 +110,23 @@ def training_step(
             entropy = (config.train.seed, state.step, process_index())
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         count = summed(batch["mask"].sum()).to(wide)  # the tokens of the whole step
+        scale = state.scaler.get_scale()
+        # DDP and FSDP take the mean over processes where the sum is wanted.
+        weight = state.scaler.scale(processes / count)
         loss = torch.zeros((), dtype=wide, device=count.device)
         for part in range(parts):
             rows = {name: array[part::parts] for name, array in batch.items()}
             with synchronised(objective, last=part == parts - 1):
-                part_loss = objective(rows["tokens"], rows["targets"], rows["mask"]) / count
-                # DDP and FSDP take the mean over processes where the sum is wanted.
-                (part_loss * processes).backward()
+                part_loss = objective(rows["tokens"], rows["targets"], rows["mask"], weight)
+                part_loss.backward()
             loss += part_loss.detach()
-        loss = summed(loss)
+        loss = summed(loss) / (scale * processes)
         finite = bool(torch.isfinite(loss))
-        norm = update(state.optimizer, config.optimizer, model, rate, finite=finite)
-        return state._replace(step=state.step + 1), {"loss": loss, "gradient_norm": norm}
+        norm = update(state.optimizer, config.optimizer, model, rate, finite=finite, scaler=state.scaler)
+        metrics: Metrics = {"loss": loss, "gradient_norm": norm}
+        return state._replace(step=state.step + 1), metrics | (
+            {"loss_scale": scale} if state.scaler.is_enabled() else {}
+        )
 
     return step
 

@@ -14,7 +14,7 @@ from gpt_core.run_config import RunConfig
 from gpt_core.runs import open_run
 from gpt_core.tokenizer import gpt2_tokenizer
 from gpt_core.tracking import Tracker
-from gpt_core.training import Journal, StopRequest, check_vocabulary, evaluation_text, perplexity
+from gpt_core.training import Journal, StopRequest, check_dtype, check_vocabulary, evaluation_text, perplexity
 from torch_gpt.attention import pick
 from torch_gpt.checkpoint import load
 from torch_gpt.device import peak_memory, total_peak_flops
@@ -42,6 +42,7 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
     keep_freed_memory()
     accelerator = connect()
     check_divides(config)
+    check_dtype(config, "torch")
     check_vocabulary(config)
     tokenizer = gpt2_tokenizer() if config.model.vocab_size == gpt2_tokenizer().vocab_size else None
     open_run(run, config, "torch", tokenizer, primary=is_primary())
@@ -126,6 +127,7 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
     config = replace(config, model=read_checkpoint_config(checkpoint))
     accelerator = connect()
     check_divides(config)
+    check_dtype(config, "torch")
     check_vocabulary(config)
     program = create_program(config, accelerator)
     saved = dict(load(checkpoint, precision=config.precision).named_parameters())

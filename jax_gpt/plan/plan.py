@@ -13,6 +13,7 @@ from gpt_core.errors import InputError
 from gpt_core.flops import peak_flops, training_flops_per_token
 from gpt_core.parameters import parameter_count
 from gpt_core.run_config import Remat, RunConfig
+from gpt_core.training import check_dtype
 from jax_gpt.plan import theory
 from jax_gpt.plan.compiled import Buffer, Compiled, compile_step
 from jax_gpt.plan.prediction import Traffic, step_seconds, traffic
@@ -122,6 +123,7 @@ def make_plan(config: RunConfig, topology: Topology, devices: Sequence[Any]) -> 
     """
     mesh = create_mesh(config.jax.mesh, devices)
     check_divides(config, mesh)
+    check_dtype(config, "jax")
     try:
         compiled = compile_step(config, mesh)
     except JaxRuntimeError as error:

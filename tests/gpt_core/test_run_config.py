@@ -92,7 +92,7 @@ BAD: list[tuple[type, str, Any]] = [
     *[(TrainConfig, name, value) for name in [*COUNTS, "max_skipped"] for value in (0, -1, 1.0, "8", True, None)],
     *[(TrainConfig, name, value) for name in OPTIONAL_COUNTS for value in (0, 2.0, "8")],
     *[(TrainConfig, name, value) for name in ("seed", "keep_best") for value in (-1, 0.5, None)],
-    *[(TrainConfig, "dtype", value) for value in ("float16", "bf16", None)],
+    *[(TrainConfig, "dtype", value) for value in ("float8", "bf16", None)],
     *[(OptimizerConfig, "learning_rate", value) for value in (0, -1e-3, math.inf, math.nan, "6e-4", True, None)],
     *[(OptimizerConfig, "final_learning_rate", value) for value in (-1e-9, math.inf, math.nan, "0")],
     *[(OptimizerConfig, "warmup_steps", value) for value in (-1, 1.5, None)],

@@ -146,3 +146,19 @@ def test_the_record_names_the_trainer_that_goes_on(framework: str, whole: Path, 
     record = json.loads((checkpoint_folder(crossed, HALF) / "record/record.json").read_text())
     assert record["framework"] == OTHER[framework]
     assert record["step"] == HALF
+
+
+def test_a_float16_run_stays_in_pytorch(
+    framework: str, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, destination = tmp_path / "run", tmp_path / "new"
+    if framework == "torch":
+        shutil.copytree(whole, run)
+    else:
+        assert main(["convert", "--state", str(whole), str(run), "--to", "torch"]) == 0
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace("dtype: float64", "dtype: float16"))
+    message = said(["convert", "--state", str(run), str(destination), "--to", "jax"], capfd)
+    assert "float16" in message
+    assert "without --state" in message
+    assert not destination.exists()

@@ -1,15 +1,18 @@
 """The verdict on two training curves: bounds early on, one ulp's own drift later."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.run_config import RunConfig
-from parity.train import VARIANTS, as_variant, draw, initial_weights, judge
+from parity.cli import main
+from parity.train import PROOF, VARIANTS, as_variant, draw, initial_weights, judge
 
 STEPS = 80
 FALLING = np.linspace(4, 2, STEPS)
@@ -62,18 +65,18 @@ def test_clipped_steps_are_counted_and_the_picture_is_drawn(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "learned-gqa-window"])
 def test_a_model_is_changed_to_a_variant(variant: str) -> None:
-    assert as_variant(ModelConfig(n_heads=8, embed_dim=64), variant).variant == variant
+    assert as_variant(ModelConfig(n_heads=8, embed_dim=64), variant, 32).variant == variant
 
 
 @pytest.mark.parametrize("variant", ["rope-gqa", "rope-xyz-full", "alibi-mha-full", "rope-gqa-band"])
 def test_an_unknown_variant_is_refused(variant: str) -> None:
     with pytest.raises(InputError):
-        as_variant(ModelConfig(n_heads=8, embed_dim=64), variant)
+        as_variant(ModelConfig(n_heads=8, embed_dim=64), variant, 32)
 
 
 def test_too_few_heads_for_a_variant_are_refused() -> None:
     with pytest.raises(InputError, match="n_heads = 2"):
-        as_variant(ModelConfig(n_heads=2, embed_dim=64), "rope-gqa-full")
+        as_variant(ModelConfig(n_heads=2, embed_dim=64), "rope-gqa-full", 32)
 
 
 def test_first_weights_follow_the_table() -> None:
@@ -83,3 +86,51 @@ def test_first_weights_follow_the_table() -> None:
     assert np.all(weights["final_norm.scale"] == 1)
     assert weights["blocks.mlp.down.kernel"].std() == pytest.approx(0.01, rel=0.05)
     assert all(array.dtype == np.float32 for array in weights.values())
+
+
+def shown_config(capfd: pytest.CaptureFixture[str], *words: str) -> dict[str, dict[str, Any]]:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *words, "--print_config"])
+    assert stopped.value.code == 0
+    shown: dict[str, dict[str, Any]] = yaml.safe_load(capfd.readouterr().out)
+    return shown
+
+
+@pytest.mark.parametrize("words", [[], ["--config", "tiny-cpu"]])
+def test_the_proof_has_a_small_batch_of_its_own_which_flags_override(
+    words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    shown = shown_config(capfd, *words)
+    assert {field: shown[field.split(".")[0]][field.split(".")[1]] for field in PROOF} == PROOF
+    shown = shown_config(capfd, *words, "--train.batch_size", "8")
+    assert shown["train"]["batch_size"] == 8
+    assert shown["train"]["context_length"] == PROOF["train.context_length"]
+
+
+SMALL = ["--variant", "rope-mqa-window", "--dtype", "float32", "--steps", "3", "--train.context_length", "16"]
+
+
+@pytest.mark.slow
+def test_three_runs_are_trained_side_by_side_and_told_apart(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["train", "--config", str(config), "--out", str(out), *SMALL]) == 0
+    (case,) = json.loads((out / "report.json").read_text())["cases"]
+    assert case["relative_error"] < 1e-5
+    runs = out / "rope-mqa-window/float32"
+    jax, torch, ulp = ((runs / name / "metrics.jsonl").read_text() for name in ("jax", "torch", "ulp"))
+    assert jax != torch != ulp != jax
+    assert not list(runs.glob("*/checkpoints"))
+    assert (out / "rope-mqa-window-float32.png").exists()
+
+
+@pytest.mark.slow
+def test_a_trainer_that_fails_is_named_with_its_reason(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--optimizer.learning_rate", "1e38", "--optimizer.weight_decay", "1e3", "--train.max_skipped", "1"]
+    out = tmp_path / "out"
+    assert main(["train", "--config", str(config), "--out", str(out), *SMALL, *flags]) == 1
+    said = capfd.readouterr().err
+    assert "training failed" in said
+    assert "in a row" in said
+    assert not out.exists()

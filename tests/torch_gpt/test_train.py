@@ -80,6 +80,19 @@ def test_a_run_that_two_processes_sharded_goes_on_in_one_and_back(config: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_processes_scale_a_float16_loss_alike(strategy: str, config: Path, tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        arguments = ["-m", "torch_gpt", "train", "--config", str(config), "--out", str(run), "--train.steps", "4"]
+        arguments += ["--train.evaluation_batches", "1", "--train.dtype", "float16", "--torch.strategy", strategy]
+        run_processes(processes, arguments)
+        found.append(losses(run))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
 def test_accelerate_launches_it(config: Path, tmp_path: Path) -> None:
     alone, launched = tmp_path / "alone", tmp_path / "launched"
     train = ["train", "--config", str(config), "--train.steps", "4", "--train.dtype", "float64"]
