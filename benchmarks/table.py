@@ -122,7 +122,7 @@ def perplexity(framework: str, table: Table, work: Path, steps: int) -> list[Row
         place = work / f"{program}-{'-'.join(name.lower().replace('+', '').split())}"
         config = {
             "model": model(name, 6, 2)
-            | {"vocab_size": VOCAB, "context_length": 4 * TRAINED, "n_layers": 4, "embed_dim": 192},
+            | {"vocab_size": VOCAB, "context_length": 4 * TRAINED, "n_layers": 4, "embed_dim": 96},
             "data": {"prepared": str(data)},
             "optimizer": {"learning_rate": 3e-3, "warmup_steps": 20, "final_learning_rate": 3e-4},
             "train": {
