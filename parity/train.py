@@ -92,12 +92,16 @@ def compare_training(
         advance: Told of steps made, over all runs.
 
     Raises:
-        InputError: a variant that the model cannot be changed to, or a config that cannot run.
+        InputError: a variant that the model cannot be changed to, one that comes twice, or a config that cannot run.
         RunFailedError: a trainer failed; the message is its own.
     """
     models = [
         config.model if name == "config" else as_variant(config.model, name, config.context_length) for name in variants
     ]
+    names = [model.variant for model in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--variant: {name} comes twice in {', '.join(variants)}")
     cases = [
         _Case(_settings(replace(config, model=model), dtype), out / model.variant / dtype)
         for model in models

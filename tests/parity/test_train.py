@@ -12,7 +12,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.run_config import RunConfig
 from parity.cli import main
-from parity.train import PROOF, VARIANTS, as_variant, draw, initial_weights, judge
+from parity.train import PROOF, VARIANTS, as_variant, compare_training, draw, initial_weights, judge
 
 STEPS = 80
 FALLING = np.linspace(4, 2, STEPS)
@@ -77,6 +77,12 @@ def test_an_unknown_variant_is_refused(variant: str) -> None:
 def test_too_few_heads_for_a_variant_are_refused() -> None:
     with pytest.raises(InputError, match="n_heads = 2"):
         as_variant(ModelConfig(n_heads=2, embed_dim=64), "rope-gqa-full", 32)
+
+
+def test_a_variant_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    config = RunConfig.from_dict({"model": {"vocab_size": 400, "n_layers": 1, "n_heads": 4, "embed_dim": 16}})
+    with pytest.raises(InputError, match="learned-mha-full comes twice"):
+        compare_training(config, ["config", "learned-mha-full"], ["float64"], tmp_path)
 
 
 def test_first_weights_follow_the_table() -> None:
