@@ -35,7 +35,7 @@ TOLERANCE: dict[tuple[str, str], float] = {
     ("optimizer", "float64"): 1e-9,
     # A cache keeps what the model computed, in other shapes: the logits after a step are those of the model without a
     # cache, up to the order of sums, and so as far from it as the twins are from each other. A slot too many or too few
-    # moves them by O(1).
+    # moves them by O(1). Seen: 2.1e-15 (fp64), 9.1e-7 (fp32), 1.9e-2 (bf16).
     ("decode", "float64"): 1e-12,
     ("decode", "float32"): 5e-6,
     ("decode", "bfloat16"): 2e-1,
