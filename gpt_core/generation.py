@@ -1,8 +1,9 @@
 """What both frameworks must agree on to write the same text: options, random numbers, limits and places in a cache."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -153,14 +154,65 @@ def cache_slots(config: ModelConfig, limit: int, ahead: int) -> int:
     return whole if config.sliding_window is None else min(config.sliding_window + ahead - 1, whole)
 
 
-def require_same_vocabulary(draft: ModelConfig, target: ModelConfig) -> None:
-    """A draft must speak the target's language.
+class Written(NamedTuple):
+    """What some steps of decoding wrote.
+
+    Args:
+        rows: New tokens of each row.
+        accepted: Tokens of a draft that the target accepted in each row.
+        proposed: Tokens that a draft proposed in each row, those beyond max_new_tokens left out.
+    """
+
+    rows: list[list[int]]
+    accepted: list[int]
+    proposed: list[int]
+
+    @classmethod
+    def plain(cls, rows: list[list[int]]) -> Self:
+        """Written without a draft."""
+        return cls(rows, [0] * len(rows), [0] * len(rows))
+
+    @classmethod
+    def together(cls, parts: Iterable[Self], rows: int) -> Self:
+        """All parts of a text in one."""
+        whole = cls.plain([[] for _ in range(rows)])
+        for part in parts:
+            for row in range(rows):
+                whole.rows[row].extend(part.rows[row])
+                whole.accepted[row] += part.accepted[row]
+                whole.proposed[row] += part.proposed[row]
+        return whole
+
+
+def pack_draft_prompts(
+    prompts: Sequence[Sequence[int]],
+    draft: ModelConfig,
+    target: ModelConfig,
+    new_tokens: int,
+    draft_tokens: int,
+    multiple: int = 1,
+) -> Prompts:
+    """As `pack_prompts`, for the draft of a target.
+
+    Args:
+        prompts: Token ids of each row, which the target can take.
+        draft: The smaller model.
+        target: The model whose text it is.
+        new_tokens: That are to be written behind the prompts.
+        draft_tokens: Proposed in a round.
+        multiple: The array's length is rounded up to it, where the draft's context allows.
 
     Raises:
-        InputError: the vocabularies differ.
+        InputError: no tokens a round, another vocabulary, or a context too short for the text.
     """
+    if not _is_count(draft_tokens, 1):
+        raise InputError(f"draft_tokens = {draft_tokens!r} must be a whole number of at least 1")
     if draft.vocab_size != target.vocab_size:
         raise InputError(
             f"the draft has a vocabulary of {draft.vocab_size} tokens and the target one of {target.vocab_size}; "
             f"choose a draft that was trained with the target's tokenizer"
         )
+    try:
+        return pack_prompts(prompts, draft, new_tokens, multiple)
+    except InputError as error:
+        raise InputError(f"the draft cannot follow: {error}, or choose a draft with a longer context") from None

@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 from gpt_core.cli import SUCCESS, parser, print_json, run
 from gpt_core.config import ModelConfig
 from gpt_core.generate_cli import Chunks, Request, generate_command, generate_parser
+from gpt_core.generation import Written
 from gpt_core.parameters import parameter_count
 from gpt_core.run_cli import eval_config, eval_parser, print_evaluation, print_summary, train_config, train_parser
 from gpt_core.run_config import RunConfig
@@ -91,11 +92,18 @@ def _generate(options: Namespace) -> int:
 
         if request.precision.wide_dtype == "float64":
             jax.config.update("jax_enable_x64", True)
+        from jax_gpt import generate, speculate
         from jax_gpt.checkpoint import load
-        from jax_gpt.generate import stream
+        from jax_gpt.model import GPT
 
-        model = load(request.checkpoint, precision=request.precision, implementation="auto")
-        return stream(model, request.prompts, request.options, chunk=4)
+        def model(path: Path) -> GPT:
+            return load(path, precision=request.precision, implementation="auto")
+
+        target, prompts = model(request.checkpoint), request.prompts
+        if request.draft is None:
+            return map(Written.plain, generate.stream(target, prompts, request.options, chunk=4))
+        draft, count = model(request.draft), request.draft_tokens
+        return speculate.stream(target, draft, prompts, request.options, draft_tokens=count, rounds=1)
 
     return generate_command(options, start)
 

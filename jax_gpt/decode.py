@@ -6,6 +6,7 @@ unrolled (a scan would copy each block's weights first), matrices as `[outputs, 
 
 import math
 import os
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -132,6 +133,15 @@ def prefill(
     Returns:
         Logits after each row's last token, and the cache.
     """
+    graph, state = nnx.split(model)
+    return _prefill(graph, state, tokens, lengths, slots)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _prefill(
+    graph: nnx.GraphDef[GPT], state: nnx.State, tokens: jax.Array, lengths: jax.Array, slots: int
+) -> tuple[jax.Array, Cache]:
+    model = nnx.merge(graph, state)
     taps: Taps = {}
     hidden = model.hidden(tokens, taps)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [batch, 1, embed]

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Float, Int
 
 from gpt_core.config import ModelConfig
@@ -75,9 +74,8 @@ def stream(
     limit = int(packed.lengths.max()) + options.max_new_tokens
     noise = uniforms(options.seed, len(prompts), 0, options.max_new_tokens)[..., DRAW_TOKEN]
     rule = replace(options, max_new_tokens=1, seed=0)  # what the compiled program depends on
-    graph, state = nnx.split(model)
     lengths = jnp.asarray(packed.lengths)
-    logits, cache = _prefill(graph, state, jnp.asarray(packed.tokens), lengths, cache_slots(config, limit, 1))
+    logits, cache = prefill(model, jnp.asarray(packed.tokens), lengths, cache_slots(config, limit, 1))
     token = choose(logits, jnp.asarray(noise[0]), rule)
     progress = Progress(token, lengths, is_stop(token, rule), cache)
     yield [[int(new)] for new in token]
@@ -97,8 +95,8 @@ def stream(
 
 
 def choose(
-    logits: Float[jax.Array, "batch vocab"], noise: Float[jax.Array, " batch"], options: SamplingConfig
-) -> Int[jax.Array, " batch"]:
+    logits: Float[jax.Array, "*rows vocab"], noise: Float[jax.Array, "*rows"], options: SamplingConfig
+) -> Int[jax.Array, "*rows"]:
     """A token for each row, by a random number in [0, 1)."""
     if options.greedy:
         return logits.argmax(-1).astype(jnp.int32)
@@ -123,13 +121,13 @@ def distribution(logits: Float[jax.Array, "*rows vocab"], options: SamplingConfi
     return probabilities
 
 
-def draw(probabilities: Float[jax.Array, "batch vocab"], noise: Float[jax.Array, " batch"]) -> Int[jax.Array, " batch"]:
+def draw(probabilities: Float[jax.Array, "*rows vocab"], noise: Float[jax.Array, "*rows"]) -> Int[jax.Array, "*rows"]:
     """The token in whose share of the summed probabilities a random number in [0, 1) falls."""
     reached = jnp.cumsum(probabilities, axis=-1)
-    return (reached <= noise[:, None].astype(reached.dtype) * reached[:, -1:]).sum(-1).astype(jnp.int32)
+    return (reached <= noise[..., None].astype(reached.dtype) * reached[..., -1:]).sum(-1).astype(jnp.int32)
 
 
-def is_stop(token: Int[jax.Array, " batch"], options: SamplingConfig) -> jax.Array:
+def is_stop(token: Int[jax.Array, "*rows"], options: SamplingConfig) -> jax.Array:
     """Which rows end with this token."""
     return jnp.isin(token, jnp.asarray(options.stop_tokens, jnp.int32))
 
@@ -139,13 +137,6 @@ def up_to_stop(tokens: np.ndarray, options: SamplingConfig) -> list[int]:
     row = tokens.tolist()
     ends = [index for index, token in enumerate(row) if token in options.stop_tokens]
     return row[: ends[0] + 1] if ends else row
-
-
-@partial(jax.jit, static_argnums=(0, 4))
-def _prefill(
-    graph: nnx.GraphDef[GPT], state: nnx.State, tokens: jax.Array, lengths: jax.Array, slots: int
-) -> tuple[jax.Array, Cache]:
-    return prefill(nnx.merge(graph, state), tokens, lengths, slots)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3), donate_argnums=6)

@@ -97,8 +97,8 @@ def stream(
 
 
 def choose(
-    logits: Float[torch.Tensor, "batch vocab"], noise: Float[torch.Tensor, " batch"], options: SamplingConfig
-) -> Int[torch.Tensor, " batch"]:
+    logits: Float[torch.Tensor, "*rows vocab"], noise: Float[torch.Tensor, "*rows"], options: SamplingConfig
+) -> Int[torch.Tensor, "*rows"]:
     """A token for each row, by a random number in [0, 1)."""
     if options.greedy:
         return logits.argmax(-1)
@@ -126,14 +126,14 @@ def distribution(
 
 
 def draw(
-    probabilities: Float[torch.Tensor, "batch vocab"], noise: Float[torch.Tensor, " batch"]
-) -> Int[torch.Tensor, " batch"]:
+    probabilities: Float[torch.Tensor, "*rows vocab"], noise: Float[torch.Tensor, "*rows"]
+) -> Int[torch.Tensor, "*rows"]:
     """The token in whose share of the summed probabilities a random number in [0, 1) falls."""
     reached = probabilities.cumsum(-1)
-    return (reached <= noise[:, None].to(reached.dtype) * reached[:, -1:]).sum(-1)
+    return (reached <= noise[..., None].to(reached.dtype) * reached[..., -1:]).sum(-1)
 
 
-def is_stop(token: Int[torch.Tensor, " batch"], options: SamplingConfig) -> Bool[torch.Tensor, " batch"]:
+def is_stop(token: Int[torch.Tensor, "*rows"], options: SamplingConfig) -> Bool[torch.Tensor, "*rows"]:
     """Which rows end with this token."""
     return torch.isin(token, torch.tensor(options.stop_tokens, dtype=token.dtype, device=token.device))
 
