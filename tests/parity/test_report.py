@@ -22,6 +22,7 @@ from gpt_core.errors import InputError
 from parity.checks import CheckResult
 from parity.overview_figures import heat_map
 from parity.report import print_table, print_verdict, report, write_report
+from parity.summary import rerun
 from parity.variant_figures import variant_figures
 
 BOUNDS = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 2e-1}
@@ -426,3 +427,11 @@ class TestTerminal:
     def test_a_failure_says_where_and_why(self):
         results = [CheckResult("rope-mqa-full", "float32", "loss", float("nan"), 1e-6, False, reason="NaN in the loss")]
         assert "FAILED rope-mqa-full float32 loss, weights sharp: NaN in the loss\n" in self.printed(results, [])
+
+
+def test_a_line_runs_again_with_the_implementations_of_its_run() -> None:
+    case = {"variant": "rope-mqa-full", "dtype": "float32"}
+    flags = "--jax-attention banded --torch-attention sdpa"
+    again = rerun(case, {"command": f"parity check --out runs/parity {flags}"})
+    assert again == f"parity check --variant rope-mqa-full --dtype float32 {flags}"
+    assert rerun(case, {"command": "parity check"}) == "parity check --variant rope-mqa-full --dtype float32"
