@@ -197,7 +197,7 @@ class TestMarkdown:
     def test_names_each_failure_with_its_reason_and_how_to_run_it_again(self, written):
         content, folder = written
         text = (folder / "report.md").read_text(encoding="utf-8")
-        assert text.startswith("## ❌ Parity of JAX and PyTorch: 5 of 38 checks failed, 1 planted fault got through\n")
+        assert text.startswith("## ❌ Parity of JAX and PyTorch: 5 of 44 checks failed, 1 planted fault got through\n")
         assert "Faults: 2 of 3 caught, 1 of 2 at the right site." in text
         for case in content["cases"]:
             if not case["passed"]:
@@ -219,7 +219,7 @@ class TestMarkdown:
     def test_success_is_short(self, tmp_path):
         write_report(tmp_path, fabricated(failing=False))
         text = (tmp_path / "report.md").read_text(encoding="utf-8")
-        assert text.startswith("## ✅ Parity of JAX and PyTorch: all 38 checks passed\n")
+        assert text.startswith("## ✅ Parity of JAX and PyTorch: all 44 checks passed\n")
         assert "Failed" not in text
         assert len(text.splitlines()) < 40
 
