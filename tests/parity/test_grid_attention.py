@@ -6,6 +6,10 @@ import json
 
 import pytest
 
+from parity.grid import Attention, Subject, checks
+from parity.sides import FRAMEWORKS, side_of
+from parity.variants import select
+
 
 @pytest.fixture
 def alone(monkeypatch):
@@ -34,27 +38,28 @@ def wider(implementation):
     return mix
 
 
-def test_fast_implementations_pass_every_check_at_the_bounds_of_fp64(alone, parity):
-    called = check(parity, "banded", "sdpa", "--json")
-    report = json.loads(called.out)
+def test_fast_implementations_pass_every_check_at_the_bounds_of_fp64(alone, parity, tmp_path):
+    called = check(parity, "banded", "sdpa", "--out", tmp_path / "out")
     assert called.code == 0, called.err
+    assert "JAX (banded attention) against PyTorch (sdpa): relative errors in float64" in called.out
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert {case["check"] for case in report["cases"]} >= {"logits", "gradients", "optimizer", "decode"}
     assert all(case["tolerance"] <= 1e-12 for case in report["cases"] if case["check"] in ("logits", "decode"))
     environment = report["environment"]
     assert (environment["jax_attention"], environment["torch_attention"]) == ("banded", "sdpa")
 
 
-@pytest.mark.parametrize(("framework", "name"), [("jax", "banded"), ("torch", "banded")])
-def test_the_implementation_that_is_named_is_the_one_that_runs(framework, name, alone, parity, monkeypatch):
-    """Broken, it makes the check fail."""
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_implementation_that_is_named_is_the_one_that_runs(framework, global_settings_restored, monkeypatch):
+    """Broken, it makes the check fail at its site."""
+    for name in FRAMEWORKS:
+        side_of(name).prepare("float64")
     known = importlib.import_module(f"{framework}_gpt.attention")._IMPLEMENTATIONS
-    monkeypatch.setitem(known, name, wider(known[name]))
-    sides = {"jax": "reference", "torch": "reference"} | {framework: name}
-    called = check(parity, sides["jax"], sides["torch"])
-    assert called.code == 1
-    title = f"JAX ({sides['jax']} attention) against PyTorch ({sides['torch']}): relative errors in float64"
-    assert title in called.out
-    assert "first differs at blocks.0.attention.mixed" in called.out
+    monkeypatch.setitem(known, "banded", wider(known["banded"]))
+    subject = Subject(select(["rope-gqa-window"])[0], "float64", Attention(**{framework: "banded"}))
+    result = next(result for result in checks(subject) if result.check == "activations")
+    assert not result.passed
+    assert "first differs at blocks.0.attention.mixed" in result.reason
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from gpt_core.errors import InputError
 from parity.checks import CheckResult
 from parity.overview_figures import heat_map
 from parity.report import print_table, print_verdict, report, write_report
+from parity.summary import rerun
 from parity.variant_figures import variant_figures
 
 BOUNDS = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 2e-1}
@@ -196,7 +197,7 @@ class TestMarkdown:
     def test_names_each_failure_with_its_reason_and_how_to_run_it_again(self, written):
         content, folder = written
         text = (folder / "report.md").read_text(encoding="utf-8")
-        assert text.startswith("## ❌ Parity of JAX and PyTorch: 5 of 38 checks failed, 1 planted fault got through\n")
+        assert text.startswith("## ❌ Parity of JAX and PyTorch: 5 of 44 checks failed, 1 planted fault got through\n")
         assert "Faults: 2 of 3 caught, 1 of 2 at the right site." in text
         for case in content["cases"]:
             if not case["passed"]:
@@ -218,7 +219,7 @@ class TestMarkdown:
     def test_success_is_short(self, tmp_path):
         write_report(tmp_path, fabricated(failing=False))
         text = (tmp_path / "report.md").read_text(encoding="utf-8")
-        assert text.startswith("## ✅ Parity of JAX and PyTorch: all 38 checks passed\n")
+        assert text.startswith("## ✅ Parity of JAX and PyTorch: all 44 checks passed\n")
         assert "Failed" not in text
         assert len(text.splitlines()) < 40
 
@@ -426,3 +427,11 @@ class TestTerminal:
     def test_a_failure_says_where_and_why(self):
         results = [CheckResult("rope-mqa-full", "float32", "loss", float("nan"), 1e-6, False, reason="NaN in the loss")]
         assert "FAILED rope-mqa-full float32 loss, weights sharp: NaN in the loss\n" in self.printed(results, [])
+
+
+def test_a_line_runs_again_with_the_implementations_of_its_run() -> None:
+    case = {"variant": "rope-mqa-full", "dtype": "float32"}
+    flags = "--jax-attention banded --torch-attention sdpa"
+    again = rerun(case, {"command": f"parity check --out runs/parity {flags}"})
+    assert again == f"parity check --variant rope-mqa-full --dtype float32 {flags}"
+    assert rerun(case, {"command": "parity check"}) == "parity check --variant rope-mqa-full --dtype float32"
