@@ -35,7 +35,7 @@ def generate_parser(program: str) -> ArgumentParser:
         "Continue prompts; text appears as it is written.",
         f"  {program} generate runs/tiny-cpu 'def main('\n"
         f"  {program} generate runs/tiny-cpu@best 'import ' 'class ' --temperature 0.8 --top-p 0.95 --seed 1\n"
-        f"  {program} generate runs/large 'def main(' --draft runs/tiny-cpu --draft-tokens 3   # the same text, sooner",
+        f"  {program} generate runs/large 'def main(' --draft runs/tiny-cpu --draft-tokens 4   # the same text, sooner",
     )
     command.add_argument("checkpoint", help="RUN, RUN@STEP, RUN@best, RUN@last, or the folder of a model")
     command.add_argument("prompts", nargs="+", help="texts to continue, all at once")
@@ -46,7 +46,7 @@ def generate_parser(program: str) -> ArgumentParser:
     command.add_argument("--stop", help="end with this text's first token; default: the end-of-text token")
     command.add_argument("--seed", type=int, default=0, help="of the random numbers: the same text in either framework")
     command.add_argument("--draft", help="a smaller model of the same tokenizer, which proposes tokens (speculative)")
-    command.add_argument("--draft-tokens", type=int, default=4, help="that the draft proposes at once")
+    command.add_argument("--draft-tokens", type=int, default=3, help="that the draft proposes at once")
     command.add_argument("--dtype", choices=list(PARAM_DTYPES), default="float32", help="of weights and computation")
     command.add_argument("--json", action="store_true", help="print prompts, texts and token ids as JSON")
     return command

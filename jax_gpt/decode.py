@@ -20,7 +20,7 @@ from gpt_core.precision import Precision
 from gpt_core.rotary import rotary_angles
 from jax_gpt.model import GPT, Taps
 
-FEW = 16  # new tokens of all rows together, up to which each is written by an operation of its own
+FEW = 16  # new tokens of all rows together, up to which each is written, and cores share products, in a way of its own
 
 
 class Norm(NamedTuple):
@@ -295,9 +295,12 @@ def multiply(
 ) -> Float[jax.Array, "batch new outputs"]:
     """A linear layer over the last axis."""
     rows = x.reshape(-1, x.shape[-1]).astype(matrix.kernel.dtype)
-    rows = jnp.broadcast_to(rows, (len(matrix.kernel), *rows.shape))
-    parts = jnp.einsum("pri,poi->rpo", rows, matrix.kernel).astype(precision.compute_dtype)
-    y = parts.reshape(*x.shape[:2], -1)
+    if len(rows) > FEW:  # with 4096 rows or more XLA's compiled product of the broadcast ones is wrong on a CPU
+        product = rows @ matrix.kernel.reshape(-1, x.shape[-1]).T
+    else:
+        rows = jnp.broadcast_to(rows, (len(matrix.kernel), *rows.shape))
+        product = jnp.einsum("pri,poi->rpo", rows, matrix.kernel)
+    y = product.astype(precision.compute_dtype).reshape(*x.shape[:2], -1)
     return y if matrix.bias is None else y[..., : len(matrix.bias)] + matrix.bias
 
 

@@ -80,7 +80,7 @@ def speculate(
     prompts: Sequence[Sequence[int]],
     options: SamplingConfig,
     *,
-    draft_tokens: int = 4,
+    draft_tokens: int = 3,
     target_weights: Weights | None = None,
     draft_weights: Weights | None = None,
 ) -> Written:
@@ -116,7 +116,7 @@ def stream(
     prompts: Sequence[Sequence[int]],
     options: SamplingConfig,
     *,
-    draft_tokens: int = 4,
+    draft_tokens: int = 3,
     target_weights: Weights | None = None,
     draft_weights: Weights | None = None,
     rounds: int = ROUNDS,

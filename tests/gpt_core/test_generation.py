@@ -8,8 +8,8 @@ from gpt_core.errors import InputError
 from gpt_core.generation import (
     SamplingConfig,
     cache_slots,
+    pack_draft_prompts,
     pack_prompts,
-    require_same_vocabulary,
     uniforms,
 )
 
@@ -51,7 +51,7 @@ def test_a_bad_prompt_is_refused(prompts: list[list[int]], new: int, message: st
 
 def test_another_vocabulary_is_no_draft() -> None:
     with pytest.raises(InputError, match="vocabulary of 10 tokens and the target one of 50257"):
-        require_same_vocabulary(CONFIG, ModelConfig())
+        pack_draft_prompts([[1]], CONFIG, ModelConfig(), 1, 4)
 
 
 def test_a_random_number_depends_on_seed_row_and_token_alone() -> None:

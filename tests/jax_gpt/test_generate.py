@@ -71,6 +71,18 @@ def test_tokens_that_a_step_took_back_leave_nothing_behind(name: str, x64: None)
         assert numpy_gpt.relative_error(logits, truth[:, first : first + 3]) <= 1e-12
 
 
+def test_a_compiled_step_of_thousands_of_tokens_is_the_models() -> None:
+    """XLA has got products of 4096 rows and more wrong, beside LayerNorm and only when compiled."""
+    config = ModelConfig(vocab_size=6, context_length=8, n_layers=1, n_heads=2, embed_dim=8, position="rope")
+    weights = random_weights(config)
+    model = GPT(config, lambda p: jnp.asarray(weights[p.name] if p.layer is None else weights[p.name][0], jnp.float32))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 6, (2100, 4)), jnp.int32)
+    _, cache = decode.prefill(model, tokens[:, :2], jnp.full(2100, 2), 5)
+    step = jax.jit(decode.step, static_argnums=(1, 2))
+    logits, _ = step(decode.prepare(model, 4), config, model.precision, tokens[:, 2:], jnp.full(2100, 2), cache)
+    assert numpy_gpt.relative_error(logits, np.asarray(model(tokens)[:, 2:])) <= 1e-5
+
+
 def greedy_by_definition(config: ModelConfig, prompt: list[int], new: int) -> list[int]:
     tokens = list(prompt)
     for _ in range(new):

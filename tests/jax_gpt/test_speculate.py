@@ -1,4 +1,4 @@
-"""Speculation against plain decoding where the likeliest token is taken, and against probabilities where it draws."""
+"""Speculation against plain decoding and, where tokens are drawn, against the probabilities of all texts."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -102,4 +103,42 @@ def test_generate_refuses_bad_input_with_one_line(
     assert main(["init", str(tmp_path / "out"), "--config", str(config)]) == 0
     capsys.readouterr()
     assert main(["generate", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_generate_with_a_draft_writes_the_same_text_and_reports_acceptance(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed in (("target", "0"), ("draft", "1")):
+        assert main(["init", str(tmp_path / name), "--config", str(config), "--seed", seed]) == 0
+    capsys.readouterr()
+    command = ["generate", str(tmp_path / "target"), "def", "--max-new-tokens", "7"]
+    assert main(command) == 0
+    plain = capsys.readouterr().out
+    with_draft = [*command, "--draft", str(tmp_path / "draft"), "--draft-tokens", "2"]
+    assert main(with_draft) == 0
+    shown = capsys.readouterr()
+    assert shown.out == plain
+    assert re.search(r"^\d+ of \d+ proposed tokens accepted \(\d+%\)$", shown.err, re.MULTILINE)
+    assert main([*with_draft, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert plain == "def" + row["text"] + "\n"
+    assert 0 <= row["accepted"] <= row["proposed"]
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        (SMALL + "100}\n", "the draft has a vocabulary of 100 tokens and the target one of 50257"),
+        (SMALL.replace("context_length: 8", "context_length: 4") + "50257}\n", "the draft cannot follow: prompt 0 has"),
+    ],
+)
+def test_a_draft_that_does_not_fit_is_exit_code_2(
+    draft: str, message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", str(tmp_path / "target"), "--config", str(config)]) == 0
+    config.write_text(draft)
+    assert main(["init", str(tmp_path / "draft"), "--config", str(config)]) == 0
+    command = ["generate", str(tmp_path / "target"), "def", "--max-new-tokens", "7", "--draft", str(tmp_path / "draft")]
+    assert main(command) == 2
     assert message in capsys.readouterr().err
