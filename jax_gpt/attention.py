@@ -76,7 +76,7 @@ def pick(platform: str, dtype: DType, head_dim: int, window: int | None) -> Pick
     """
     if platform == "gpu" and dtype == "bfloat16" and _fits_cudnn(head_dim):
         return Pick("cudnn", "bf16 on a GPU: cuDNN's fused kernel, which skips what the window hides")
-    if platform == "tpu" and dtype != "float64":
+    if platform == "tpu" and dtype in {"bfloat16", "float32"}:  # of any head_dim and length; Mosaic refuses float16
         return Pick("splash", f"{dtype} on a TPU: the Pallas kernel, which skips what the window hides")
     if window is not None:
         return Pick("banded", f"{dtype} on {platform}: blocks cost O(time x window), the masked square O(time^2)")

@@ -59,7 +59,8 @@ def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarr
     data, *rest = shape
     if data % slices:
         raise InputError(
-            f"jax.mesh: data = {data} is not a multiple of the {slices} slices: between slices only gradients travel"
+            f"jax.mesh: data = {data} is not a multiple of the {slices} slices: between slices only gradients travel, "
+            f"so set --jax.mesh.data {slices}"
         )
     return _in_rings(
         mesh_utils.create_hybrid_device_mesh(

@@ -107,6 +107,7 @@ class Collective:
         times: How often it runs in a step.
         hidden: Whether it runs while the device goes on with something else.
         place: Path of the operation in the traced program.
+        between_slices: Whether it goes over the network of the data centre; its one group then numbers the slices.
     """
 
     kind: str
@@ -115,6 +116,7 @@ class Collective:
     times: int
     hidden: bool
     place: str
+    between_slices: bool = False
 
     @property
     def wire_bytes(self) -> float:
@@ -343,6 +345,9 @@ class Program:
             name: computation for name, computation in self.computations.items() if "all-reduce-scatter" in name
         }
         for computation, instruction, times in self.executed():
+            if instruction.opcode == "send" and "_xla_megascale_transfer_type" in instruction.attributes:
+                found.append(_between_slices(instruction, times))
+                continue
             kind = instruction.opcode.removesuffix("-start")
             if kind not in _COLLECTIVES or _continues(computation):
                 continue
@@ -413,6 +418,20 @@ def _transposed(sizes: list[int], order: list[int]) -> list[int]:
     for axis in order:
         members = [member + strides[axis] * i for member in members for i in range(sizes[axis])]
     return members
+
+
+def _between_slices(send: Instruction, times: int) -> Collective:
+    """What goes to other slices: sent to the host, whose runtime does what its type says. Never taken to be hidden.
+
+    The target is slices x devices of each, in lists with ranges: "{1,2}x{0:3}".
+    """
+    options = dict(re.findall(r'_xla_megascale_(transfer_type|target)="([^"]*)"', send.attributes))
+    kind = options["transfer_type"].lower().replace("_", "-").replace("one-to-one", "collective-permute")
+    ends = [part.split(":") for part in options["target"].partition("x")[0].strip("{}").split(",")]
+    slices = sum(int(part[-1]) - int(part[0]) + 1 for part in ends)
+    sent = send.shapes[0].bytes
+    payload = sent * slices if kind == "all-gather" else sent
+    return Collective(kind, payload, (tuple(range(slices)),), times, False, send.place, between_slices=True)
 
 
 def _pairs(instruction: Instruction) -> tuple[tuple[int, ...], ...]:

@@ -39,6 +39,7 @@ class Plan:
         model_flops: That the model needs (6 N D and attention), a device's part.
         matmul_flops: Of the compiled matrix products, recomputed ones included.
         kernel_flops: Of attention kernels.
+        loops_counted_once: Names of loops whose trips the program does not tell.
         theory_flops: What the matrix products should come to.
         sent: Communication.
         minimum_bytes: What this layout must send, by mesh axis.
@@ -54,6 +55,7 @@ class Plan:
     model_flops: float = 0.0
     matmul_flops: float = 0.0
     kernel_flops: float = 0.0
+    loops_counted_once: frozenset[str] = frozenset()
     theory_flops: float = 0.0
     sent: Traffic | None = None
     minimum_bytes: Mapping[str, float] | None = None
@@ -76,6 +78,7 @@ class Plan:
             "topology": self.topology.name,
             "chips": _product(self.mesh),
             "mesh": dict(self.mesh),
+            "attention": theory.attention_of(self.config),
             "parameters": parameter_count(self.config.model),
             "tokens_per_step": self.config.tokens_per_step,
             "peak_bytes": self.compiled.needed_bytes,
@@ -91,6 +94,7 @@ class Plan:
                 "matmul": self.matmul_flops,
                 "kernels": self.kernel_flops,
                 "theory": self.theory_flops,
+                "loops_counted_once": sorted(self.loops_counted_once),
             },
             "wire_bytes": None
             if self.sent is None or self.minimum_bytes is None
@@ -151,9 +155,10 @@ def _with_costs(plan: Plan, mesh: Mesh) -> Plan:
         model_flops=needed,
         matmul_flops=program.matmul_flops(),
         kernel_flops=kernels,
+        loops_counted_once=frozenset(program.unknown_loops),
         theory_flops=theory.matmul_flops(config, mesh),
         sent=sent,
-        minimum_bytes=theory.minimum_wire_bytes(config, mesh),
+        minimum_bytes=theory.minimum_wire_bytes(config, mesh, plan.topology.slices),
         seconds=(fast, slow),
         mfu=(needed / slow / peak, needed / fast / peak),
     )
@@ -199,7 +204,7 @@ def _candidates(
     peak = peak_flops(topology.chip.kind, "bfloat16") or 1.0
     found: list[tuple[float, int, dict[str, Any], RunConfig]] = []
     start = create_mesh(config.jax.mesh, devices)
-    for flags, candidate in _changes(config, start):
+    for flags, candidate in _changes(config, start, topology.slices):
         try:
             mesh = create_mesh(candidate.jax.mesh, devices)
             check_divides(candidate, mesh)
@@ -208,18 +213,18 @@ def _candidates(
         if theory.least_bytes(candidate, mesh) > topology.chip.hbm_bytes:
             continue
         # Roughly: products at the utilisation that is usual, half of the communication hidden.
-        sent = sum(theory.minimum_wire_bytes(candidate, mesh).values())
+        sent = sum(theory.minimum_wire_bytes(candidate, mesh, topology.slices).values())
         cost = theory.matmul_flops(candidate, mesh) / (0.6 * peak) + 0.5 * sent / topology.chip.ring_bandwidth
         found.append((cost, len(found), flags, candidate))
     for _, _, flags, candidate in sorted(found, key=lambda one: one[:2]):
         yield flags, candidate
 
 
-def _changes(config: RunConfig, mesh: Mesh) -> Iterator[tuple[dict[str, Any], RunConfig]]:
+def _changes(config: RunConfig, mesh: Mesh, slices: int) -> Iterator[tuple[dict[str, Any], RunConfig]]:
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     meshes = [(data, fsdp, tensor)]
-    meshes += [(1, data * fsdp, tensor)] if data > 1 else []
-    meshes += [(1, data * fsdp * tensor // size, size) for size in (1, 2, 4, 8) if (data * fsdp * tensor) % size == 0]
+    of_slice = data * fsdp * tensor // slices
+    meshes += [(slices, of_slice // size, size) for size in (tensor, 1, 2, 4, 8) if of_slice % size == 0]
     rows = config.train.batch_size // config.train.accumulation
     for sizes in dict.fromkeys(meshes):
         for remat in _REMATS[_REMATS.index(config.jax.remat) :]:
@@ -262,7 +267,8 @@ def described(plan: Plan) -> str:
         f"{topology.name}, {_product(plan.mesh)} chips as {mesh}: "
         f"{parameter_count(config.model) / 1e9:.2f}B parameters, "
         f"{config.train.batch_size} x {config.context_length} = {config.tokens_per_step:,} tokens a step, "
-        f"{config.train.batch_size // config.train.accumulation // copies} row(s) of a device at a time"
+        f"{config.train.batch_size // config.train.accumulation // copies} row(s) of a device at a time, "
+        f"attention {theory.attention_of(config)}"
     ]
     free = hbm - compiled.needed_bytes
     verdict = f"yes, {_gib(free)} ({free / hbm:.0%}) left" if compiled.fits else "NO"
@@ -278,11 +284,16 @@ def described(plan: Plan) -> str:
         f"{plan.matmul_flops / 1e12:.1f}, kernels {plan.kernel_flops / 1e12:.1f}): {plan.model_flops / hardware:.0%} "
         f"of it is the model's; products against theory {plan.matmul_flops / plan.theory_flops:.4f}"
     )
+    if plan.loops_counted_once:
+        lines.append(
+            f"          too low: {len(plan.loops_counted_once)} loop(s) run as often as the data say, and count once here"
+        )
     total, least = sum(plan.sent.by_axis.values()), sum(plan.minimum_bytes.values())
     lines.append(
-        f"sends     {_gb(total)} ({_each(plan.sent.by_kind)}; along {_each(plan.sent.by_axis)}); this layout's least "
-        f"is {_gb(least)}" + (f", so {total / least:.2f}x" if least else "")
+        f"sends     {_gb(total)} ({_each(plan.sent.by_kind)}); this layout's least is {_gb(least)}"
+        + (f", so {total / least:.2f}x" if least else "")
     )
+    lines.append(f"along     {_along(plan.sent.by_axis, plan.minimum_bytes)}")
     (fast, slow), (low, high) = plan.seconds, plan.mfu
     fewest, most = plan.tokens_per_day or (0.0, 0.0)
     lines.append(
@@ -327,6 +338,17 @@ def _gb(size: float) -> str:
 def _each(sizes: Mapping[str, float]) -> str:
     largest = sorted(sizes.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in largest if size >= 5e6) or "nothing"
+
+
+def _along(sent: Mapping[str, float], least: Mapping[str, float]) -> str:
+    """What goes along each axis of the mesh beside what must."""
+    network = {"dcn": "data between slices (DCN)"}
+    parts = [
+        f"{network.get(axis, f'{axis} (ICI)')} {_gb(size)}" + (f", least {_gb(least[axis])}" if axis in least else "")
+        for axis, size in sorted(sent.items(), key=lambda item: -item[1])
+        if size >= 5e6 or axis == "dcn"
+    ]
+    return "; ".join(parts) or "nothing"
 
 
 def _product(mesh: Mapping[str, int]) -> int:

@@ -12,6 +12,7 @@ from jax_gpt.plan.topology import Topology
 
 # The share of the peak that attention kernels reach: what is published for them lies between.
 KERNEL_UTILISATION = (0.35, 0.7)
+BETWEEN_SLICES = "dcn"  # stands for a mesh axis: the part of `data` that lies between slices
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Traffic:
 
     Args:
         by_kind: For each kind of collective.
-        by_axis: For each mesh axis, or several that one collective goes along ("data+fsdp").
+        by_axis: For each mesh axis, or several that one collective goes along ("data+fsdp"), within slices; and what goes
+            between slices, as "dcn".
         seconds: At the speed of the links, all one after the other.
         exposed_seconds: Of that, what the device waits for and does nothing else.
     """
@@ -43,15 +45,16 @@ def traffic(collectives: Sequence[Collective], mesh: Mesh | AbstractMesh, topolo
         axis = axes_of(collective, mesh)
         by_kind[collective.kind] = by_kind.get(collective.kind, 0.0) + sent
         by_axis[axis] = by_axis.get(axis, 0.0) + sent
-        between_slices = topology.slices > 1 and "data" in axis
-        taken = sent / (topology.chip.dcn_bandwidth if between_slices else topology.chip.ring_bandwidth)
+        taken = sent / (topology.chip.dcn_bandwidth if axis == BETWEEN_SLICES else topology.chip.ring_bandwidth)
         seconds += taken
         exposed += 0 if collective.hidden else taken
     return Traffic(by_kind, by_axis, seconds, exposed)
 
 
 def axes_of(collective: Collective, mesh: Mesh | AbstractMesh) -> str:
-    """The mesh axes along which the devices of a collective differ, joined by a plus sign."""
+    """The mesh axes along which the devices of a collective differ, joined by a plus sign; or `BETWEEN_SLICES`."""
+    if collective.between_slices:
+        return BETWEEN_SLICES
     members = np.array(collective.groups[0]) if collective.groups else np.arange(mesh.size)
     places = np.unravel_index(members, tuple(mesh.shape.values()))
     return "+".join(axis for axis, place in zip(mesh.shape, places, strict=True) if len(set(place.tolist())) > 1)

@@ -12,6 +12,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.run_config import RunConfig
+from jax_gpt.attention import Implementation, pick
+from jax_gpt.banded import band_of
 from jax_gpt.plan.hlo import Kernel
 from jax_gpt.sharding import partition
 from jax_gpt.splash import block_size, padded_length
@@ -65,6 +67,34 @@ def kernel_flops(kernels: list[Kernel], config: RunConfig) -> float:
     return total
 
 
+def attention_of(config: RunConfig) -> Implementation:
+    """The implementation that a run has on TPUs, whether it is named or picked."""
+    model, named = config.model, config.jax.attention
+    return pick("tpu", config.train.dtype, model.head_dim, model.sliding_window)[0] if named == "auto" else named
+
+
+def attention_flops(config: RunConfig, copies: int) -> float:
+    """Of the attention that is made of matrix products, of all heads; of kernels see `kernel_flops`.
+
+    Args:
+        config: The run.
+        copies: Devices that rows are dealt out to.
+    """
+    model, implementation = config.model, attention_of(config)
+    if implementation == "splash":
+        return 0.0
+    rows, time = config.tokens_per_step / config.context_length / copies, config.context_length
+    pairs, backward = time * time, 4  # the whole square, masked
+    if implementation == "banded":  # scores are made again in the backward pass, whatever is kept
+        band = band_of(model.sliding_window, time)
+        backward = 5
+        pairs = band.blocks * band.queries * (band.reach + band.queries)
+        if band.window is None:
+            pairs = pairs * (band.blocks + 1) // 2
+    products = 2 + backward + (0 if config.jax.remat == "none" else 2)
+    return 2.0 * model.n_layers * rows * products * pairs * model.n_heads * model.head_dim
+
+
 def matmul_flops(config: RunConfig, mesh: Mesh | AbstractMesh) -> float:
     """Of all matrix products outside of kernels, recomputed ones included.
 
@@ -85,21 +115,23 @@ def matmul_flops(config: RunConfig, mesh: Mesh | AbstractMesh) -> float:
     chunk = min(chunk, config.context_length)
     padded = math.ceil(config.context_length / chunk) * chunk / config.context_length
     head = 2.0 * tokens * padded * model.padded_vocab_size * model.embed_dim / tensor
-    attention = 0.0
-    if config.jax.attention != "splash":  # the whole square, masked: scores and mix, forward, again, backward
-        square = 4.0 * tokens * config.context_length * model.n_heads * model.head_dim / tensor
-        attention = model.n_layers * square * (3 if remat == "none" else 4)
-    return 3 * forward + again + 4 * head + attention
+    return 3 * forward + again + 4 * head + attention_flops(config, copies) / tensor
 
 
-def minimum_wire_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> Mapping[str, float]:
+def minimum_wire_bytes(config: RunConfig, mesh: Mesh | AbstractMesh, slices: int = 1) -> Mapping[str, float]:
     """What a device must send in a step with this layout, by mesh axis, on rings.
 
     fsdp: every block's matrices come together in the forward and in the backward pass and their gradients are
     reduce-scattered, in the dtype of computation, for every micro-batch; what is outside of the blocks comes together
-    once. data: gradients are summed once, as they are stored. tensor: the residual branches are summed, two of each
+    once. data: gradients are summed once, as they are stored, within a slice and then, as "dcn", each device's share of
+    the sum between slices. tensor: the residual branches are summed, two of each
     block forward and two backward, and one again where it is recomputed; so are the embeddings and the gradient of the
     last hidden states.
+
+    Args:
+        config: The run.
+        mesh: Devices along each axis.
+        slices: So many lie along `data`.
     """
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     stored, used = (
@@ -107,7 +139,8 @@ def minimum_wire_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> Mapping[
         for dtype in (config.precision.param_dtype, config.precision.compute_dtype)
     )
     parts = config.train.accumulation
-    found = {"data": 0.0, "fsdp": 0.0, "tensor": 0.0}
+    within = data // slices
+    found = {"data": 0.0, "dcn": 0.0, "fsdp": 0.0, "tensor": 0.0}
     for row in parameter_table(config.model).values():
         shared = shares(row, mesh)
         local = row.size / shared["tensor"]
@@ -116,7 +149,9 @@ def minimum_wire_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> Mapping[
             found["fsdp"] += times * local * (used if row.decay else stored) * (fsdp - 1) / fsdp
         elif fsdp > 1:
             found["fsdp"] += 2 * local * stored * (fsdp - 1) / fsdp
-        found["data"] += 2 * local / shared["fsdp"] * stored * (data - 1) / data
+        gradient = local / shared["fsdp"] * stored
+        found["data"] += 2 * gradient * (within - 1) / within
+        found["dcn"] += 2 * gradient / within * (slices - 1) / slices
     hidden = config.tokens_per_step / (data * fsdp) * config.model.embed_dim * used
     sums = config.model.n_layers * (5 if config.jax.remat == "full" else 4) + 2
     found["tensor"] = 2 * sums * hidden * (tensor - 1) / tensor

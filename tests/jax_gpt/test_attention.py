@@ -146,6 +146,7 @@ def test_auto_is_what_it_picks() -> None:
         ("gpu", "bfloat16", 160, "banded"),
         ("gpu", "float32", 64, "banded"),
         ("tpu", "bfloat16", 64, "splash"),
+        ("tpu", "float32", 80, "splash"),
         ("tpu", "float64", 64, "banded"),
     ],
 )

@@ -154,6 +154,31 @@ def test_what_a_device_sends_is_that_of_a_ring(line: str, kind: str, sent: float
     assert found.hidden == ("start" in line)
 
 
+@pytest.mark.parametrize(
+    ("kind", "target", "expected", "slices", "sent"),
+    [
+        ("ALL_REDUCE", "{1,2}x{0:3}", "all-reduce", 2, 2 * KB / 2),
+        ("REDUCE_SCATTER", "{1:4}x{0:255}", "reduce-scatter", 4, KB * 3 / 4),
+        ("ALL_GATHER", "{0,2:3}x{0}", "all-gather", 3, 3 * KB * 2 / 3),
+        ("ONE_TO_ONE", "{1,2}x{0:3}", "collective-permute", 2, KB),
+    ],
+)
+def test_what_goes_to_other_slices_is_sent_through_the_host(
+    kind: str, target: str, expected: str, slices: int, sent: float
+) -> None:
+    program = entry(
+        "  %x = f32[256]{0:T(256)} parameter(0)\n  %token = token[] after-all()\n"
+        "  %s = (f32[256]{0:T(256)}, u32[]{:S(2)}, token[]) send(%x, %token), channel_id=4, is_host_transfer=true, "
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        f'_xla_megascale_target="{target}",_xla_megascale_transfer_type="{kind}"}}\n'
+        "  ROOT %d = token[] send-done(%s), channel_id=4, is_host_transfer=true"
+    )
+    (found,) = program.collectives()
+    assert (found.kind, len(found.groups[0]), found.wire_bytes) == (expected, slices, sent)
+    assert found.between_slices
+    assert not found.hidden
+
+
 PARTS = """
 %started (x.1: f32[256]) -> (f32[256], f32[1024]) {
   %x.1 = f32[256]{0} parameter(0)

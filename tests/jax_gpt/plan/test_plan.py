@@ -42,6 +42,16 @@ MODEL: dict[str, Any] = {
     "bias": False,
 }
 
+# What is compiled for a TPU here: every operation of a larger model, in half the time.
+SMALL = MODEL | {
+    "vocab_size": 250,
+    "context_length": 128,
+    "n_layers": 2,
+    "n_heads": 4,
+    "embed_dim": 256,
+    "sliding_window": 50,
+}
+
 
 def config(**sections: Any) -> RunConfig:
     train = {"batch_size": 16, "dtype": "bfloat16"} | sections.pop("train", {})
@@ -89,14 +99,36 @@ def test_products_by_hand() -> None:
     assert theory.matmul_flops(run, sizes(fsdp=4)) == expected
 
 
+def test_auto_is_splash_on_a_tpu_and_other_attention_is_products() -> None:
+    def attention(**section: Any) -> float:
+        run = config(jax=section)
+        return theory.matmul_flops(run, sizes(fsdp=4)) - theory.matmul_flops(
+            config(jax=section | {"attention": "splash"}), sizes(fsdp=4)
+        )
+
+    a_pair = 3 * 16 / 4 * 2 * 8 * 64  # layers, rows of a device, one product's share of all heads
+    assert attention() == attention(attention="auto") == 0
+    assert attention(attention="reference", remat="none") == 256 * 256 * a_pair * 6
+    assert attention(attention="reference") == 256 * 256 * a_pair * 8
+    # Two blocks of 128 queries, each with 256 positions of keys: 99 before it, rounded up.
+    assert attention(attention="banded") == 256 * 256 * a_pair * 9
+
+
 def test_least_traffic_by_hand() -> None:
     run = config(train={"accumulation": 2})
     blocks = 3 * (512 * 512 * 2 + 2 * 512 * 128 + 2 * 512 * 2048)
     norms, last_norm, embedding = 3 * 4 * 512, 2 * 512, 1024 * 512
     whole = 2 * (3 * (2 * blocks + 4 * norms) + 2 * (2 * embedding + 4 * last_norm))  # two micro-batches
-    assert theory.minimum_wire_bytes(run, sizes(fsdp=4)) == {"data": 0, "fsdp": whole * 3 / 4, "tensor": 0}
+    nothing = {"data": 0, "dcn": 0, "fsdp": 0, "tensor": 0}
+    assert theory.minimum_wire_bytes(run, sizes(fsdp=4)) == nothing | {"fsdp": whole * 3 / 4}
     copied = 2 * 4 * (blocks + norms + last_norm + embedding)
-    assert theory.minimum_wire_bytes(run, sizes(data=2)) == {"data": copied / 2, "fsdp": 0, "tensor": 0}
+    assert theory.minimum_wire_bytes(run, sizes(data=2)) == nothing | {"data": copied / 2}
+    assert theory.minimum_wire_bytes(run, sizes(data=2), slices=2) == nothing | {"dcn": copied / 2}
+    # Within a slice all of it, then every device a quarter of it to the other slice.
+    assert theory.minimum_wire_bytes(run, sizes(data=8), slices=2) == nothing | {
+        "data": copied * 3 / 4,
+        "dcn": copied / 4 / 2,
+    }
 
 
 def test_kernels_by_hand() -> None:
@@ -114,14 +146,16 @@ def test_traffic_is_told_apart_by_axis_and_by_what_is_waited_for() -> None:
     along = {"data": ((0, 4), (1, 5), (2, 6), (3, 7)), "tensor": ((0, 1), (2, 3), (4, 5), (6, 7))}
     collectives = [
         Collective("all-reduce", 10**9, along["data"], 2, hidden=False, place=""),
+        Collective("all-reduce", 10**9, ((0, 1),), 1, hidden=False, place="", between_slices=True),
         Collective("all-gather", 10**9, along["tensor"], 4, hidden=True, place=""),
         Collective("all-reduce", 100, ((0, 1, 2, 3, 4, 5, 6, 7),), 1, hidden=False, place=""),
     ]
     found = traffic(collectives, mesh, parse_topology("v5e:2x2", slices=2))
-    assert found.by_axis == {"data": 2e9, "tensor": 2e9, "data+fsdp+tensor": 175.0}
-    assert found.by_kind == {"all-reduce": 2e9 + 175, "all-gather": 2e9}
-    assert found.exposed_seconds == pytest.approx(2e9 / CHIPS["v5e"].dcn_bandwidth)
-    assert found.seconds - found.exposed_seconds == pytest.approx(2e9 / CHIPS["v5e"].ring_bandwidth)
+    assert found.by_axis == {"data": 2e9, "tensor": 2e9, "data+fsdp+tensor": 175.0, "dcn": 1e9}
+    assert found.by_kind == {"all-reduce": 3e9 + 175, "all-gather": 2e9}
+    chip = CHIPS["v5e"]
+    assert found.exposed_seconds == pytest.approx(1e9 / chip.dcn_bandwidth + 2e9 / chip.ring_bandwidth)
+    assert found.seconds - found.exposed_seconds == pytest.approx(2e9 / chip.ring_bandwidth)
 
 
 def test_a_step_is_computation_kernels_and_what_is_waited_for() -> None:
@@ -144,7 +178,7 @@ def test_an_unknown_topology_is_refused_with_the_known(text: str) -> None:
 def plan(tmp_path: Path, topology: str, *flags: str, **sections: Any) -> subprocess.CompletedProcess[str]:
     """In a process of its own: the TPU compiler leaves settings behind."""
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"model": MODEL, "data": {"streams": 1}} | sections))
+    path.write_text(yaml.safe_dump({"model": SMALL, "data": {"streams": 1}} | sections))
     command = [sys.executable, "-m", "jax_gpt", "plan", "--config", str(path), "--topology", topology, *flags]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(
@@ -187,22 +221,24 @@ def test_meshes_that_do_not_fit_the_slice_are_refused(sections: dict[str, Any], 
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("topology", "mesh"),
+    ("topology", "slices", "mesh"),
     [
-        ("v5e:4x4", {"data": 1, "fsdp": 16}),
-        ("v5p:2x2x2", {"data": 1, "fsdp": 4, "tensor": 2}),
-        ("v6e:2x2", {"data": 2, "fsdp": 2}),
+        ("v5e:4x4", 1, {"data": 1, "fsdp": 16}),
+        ("v5p:2x2x2", 1, {"data": 1, "fsdp": 4, "tensor": 2}),
+        ("v6e:2x2", 2, {"data": 4, "fsdp": 2}),
     ],
 )
-def test_a_step_is_compiled_for_a_slice_and_its_costs_are_read(
-    topology: str, mesh: dict[str, int], tmp_path: Path
+def test_a_step_is_compiled_for_slices_and_its_costs_are_read(
+    topology: str, slices: int, mesh: dict[str, int], tmp_path: Path
 ) -> None:
     train = {"batch_size": 16, "dtype": "bfloat16"}
-    done = plan(tmp_path, topology, "--json", train=train, jax={"mesh": mesh, "remat": "full", "attention": "splash"})
+    flags = ("--slices", str(slices), "--json")
+    done = plan(tmp_path, topology, *flags, train=train, jax={"mesh": mesh, "remat": "full"})
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["fits"]
     assert found["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1} | mesh
+    assert found["attention"] == "splash"
     assert 0 < found["peak_bytes"] < found["hbm_bytes"]
     assert found["flops"]["matmul"] == pytest.approx(found["flops"]["theory"], rel=0.01)
     assert found["flops"]["kernels"] > 0
@@ -210,6 +246,11 @@ def test_a_step_is_compiled_for_a_slice_and_its_costs_are_read(
     wire = found["wire_bytes"]
     assert sum(wire["by_kind"].values()) == pytest.approx(sum(wire["by_axis"].values()))
     assert wire["total"] >= 0.99 * wire["minimum_by_axis"]["fsdp"]
+    if slices > 1:
+        assert wire["by_axis"]["dcn"] == pytest.approx(wire["minimum_by_axis"]["dcn"], rel=0.02)
+        assert wire["by_axis"]["data"] == pytest.approx(wire["minimum_by_axis"]["data"], rel=0.05)
+    else:
+        assert "dcn" not in wire["by_axis"]
     low, high = found["predicted_step_seconds"]
     assert 0 < low <= high
     assert 0 < found["mfu"][0] <= found["mfu"][1] < 1
@@ -218,8 +259,8 @@ def test_a_step_is_compiled_for_a_slice_and_its_costs_are_read(
 @needs_libtpu
 def test_what_does_not_fit_is_named_and_a_change_that_compiles_is_found(tmp_path: Path) -> None:
     sections = {
-        "train": {"batch_size": 4096, "dtype": "bfloat16"},
-        "jax": {"mesh": {"data": 1, "fsdp": 4}, "remat": "none", "attention": "splash"},
+        "train": {"batch_size": 65536, "dtype": "bfloat16"},
+        "jax": {"mesh": {"data": 1, "fsdp": 4}, "remat": "none"},
     }
     done = plan(tmp_path, "v5e:2x2", "--json", **sections)
     assert done.returncode == 1, done.stderr[-2000:]
