@@ -286,7 +286,7 @@ def described(plan: Plan) -> str:
     )
     if plan.loops_counted_once:
         lines.append(
-            f"          too low: {len(plan.loops_counted_once)} loop(s) run as often as the data say, and count once here"
+            f"          too low: {len(plan.loops_counted_once)} loop(s) run as often as the data say, and count once"
         )
     total, least = sum(plan.sent.by_axis.values()), sum(plan.minimum_bytes.values())
     lines.append(
