@@ -44,8 +44,8 @@ VARIANTS = ("learned-mha-full", "rope-gqa-full", "rope-mqa-window")
 
 # What makes two trainers the same shows in small batches as well: several rows in each of several micro-batches, and
 # rows of several windows. These stand in place of what a config says, so that eighteen runs take minutes; flags
-# override them. The rate goes down with the batch: at a rate meant for eight times as many tokens gradients explode now
-# and then, and each time every difference, of one ulp too, grows a thousandfold (docs/numerics.md).
+# override them. The rate is a low one: at a high one gradients explode now and then, and each time every difference, of
+# one ulp too, grows a thousandfold (docs/numerics.md).
 PROOF = {
     "train.batch_size": 4,
     "train.context_length": 32,
