@@ -5,9 +5,9 @@
 - `speed`: shape of GPT-2 124M, one row of T 4096: tokens a second and peak memory of training, bytes of the cache of
   keys and values of one sequence. Each of the other three runs in turns with plain GPT-2.
 - `perplexity`: a small model trained by `jax-gpt train` and `torch-gpt train` on the interpreter's library, rows of
-  1024 tokens, equal steps; perplexity of the validation text in rows of 1, 2 and 4 times that length.
+  512 tokens, equal steps; perplexity of the validation text in rows of 1, 2 and 4 times that length.
 
-12 heads and 4 kv heads (6 and 2 in the small model), window 256. JAX in fp32, PyTorch in bf16. Prints JSON rows (see
+12 heads, 4 kv heads and a window of 256 (in the small model 6, 2 and 128). JAX in fp32, PyTorch in bf16. Prints JSON rows (see
 `turns.row`); FILE gets the table itself.
 """
 
@@ -28,17 +28,19 @@ MODELS: dict[str, dict[str, Any]] = {
     STANDARD: {},
     "+ RoPE": {"position": "rope"},
     "+ GQA": {"position": "rope", "grouped": True},
-    "+ Sliding window": {"position": "rope", "grouped": True, "sliding_window": 256},
+    "+ Sliding window": {"position": "rope", "grouped": True, "window": True},
 }
 DTYPES = {"JAX": "float32", "PyTorch": "bfloat16"}
-TIME, TRAINED = 4096, 1024
+TIME, TRAINED = 4096, 512
 Table = dict[str, dict[str, dict[str, Any]]]
 
 
-def model(name: str, heads: int, kv_heads: int) -> dict[str, Any]:
+def model(name: str, heads: int, kv_heads: int, window: int) -> dict[str, Any]:
     """The model section of a row of the table."""
     fields = dict(MODELS[name])
     grouped = fields.pop("grouped", False)
+    if fields.pop("window", False):
+        fields["sliding_window"] = window
     return fields | {"n_heads": heads, "n_kv_heads": kv_heads if grouped else heads}
 
 
@@ -46,7 +48,7 @@ def speed(framework: str, table: Table) -> list[Row]:
     """Throughput, memory and cache of one framework."""
     dtype = DTYPES[framework]
     step = {"JAX": jax_step, "PyTorch": partial(torch_step, compile=True)}[framework]
-    sides: dict[str, Side] = {name: partial(step, 1, TIME, dtype, model(name, 12, 4)) for name in MODELS}
+    sides: dict[str, Side] = {name: partial(step, 1, TIME, dtype, model(name, 12, 4, 256)) for name in MODELS}
     results = []
     for name in list(MODELS)[1:]:
         found = in_turns({side: sides[side] for side in (STANDARD, name)}, rounds=3)
@@ -83,7 +85,7 @@ def allocated_cache(framework: str, name: str) -> int:
     from gpt_core.generation import cache_slots
     from gpt_core.precision import Precision
 
-    config = ModelConfig(vocab_size=512, context_length=TIME, **model(name, 12, 4))
+    config = ModelConfig(vocab_size=512, context_length=TIME, **model(name, 12, 4, 256))
     dtype: Any = DTYPES[framework]
     cache = {"JAX": jax_cache, "PyTorch": torch_cache}[framework]
     return cache(config, Precision(dtype, dtype), cache_slots(config, TIME, 1))
@@ -121,7 +123,7 @@ def perplexity(framework: str, table: Table, work: Path, steps: int) -> list[Row
     for name in MODELS:
         place = work / f"{program}-{'-'.join(name.lower().replace('+', '').split())}"
         config = {
-            "model": model(name, 6, 2)
+            "model": model(name, 6, 2, 128)
             | {"vocab_size": VOCAB, "context_length": 4 * TRAINED, "n_layers": 4, "embed_dim": 96},
             "data": {"prepared": str(data)},
             "optimizer": {"learning_rate": 3e-3, "warmup_steps": 20, "final_learning_rate": 3e-4},
@@ -131,7 +133,7 @@ def perplexity(framework: str, table: Table, work: Path, steps: int) -> list[Row
                 "context_length": TRAINED,
                 "dtype": DTYPES[framework],
                 "evaluate_every": steps,
-                "evaluation_batches": 32,
+                "evaluation_batches": 16,
                 "checkpoint_every": steps,
             },
             **section[framework],
@@ -147,7 +149,7 @@ def perplexity(framework: str, table: Table, work: Path, steps: int) -> list[Row
                 str(place),
                 f"--train.context_length={times * TRAINED}",
                 "--train.batch_size=1",
-                f"--train.evaluation_batches={64 // times}",
+                f"--train.evaluation_batches={32 // times}",
             )["validation_perplexity"]
             for times in (1, 2, 4)
         }
