@@ -7,8 +7,8 @@
 - `perplexity`: a small model trained by `jax-gpt train` and `torch-gpt train` on the interpreter's library, rows of
   512 tokens, equal steps; perplexity of the validation text in rows of 1, 2 and 4 times that length.
 
-12 heads, 4 kv heads and a window of 256 (in the small model 6, 2 and 128). JAX in fp32, PyTorch in bf16. Prints JSON rows (see
-`turns.row`); FILE gets the table itself.
+12 heads, 4 kv heads and a window of 256 (in the small model 6, 2 and 128). JAX in fp32, PyTorch in bf16. Prints JSON
+rows (see `turns.row`); FILE gets the table itself.
 """
 
 import argparse
