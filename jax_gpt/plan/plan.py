@@ -123,11 +123,14 @@ def make_plan(config: RunConfig, topology: Topology, devices: Sequence[Any]) -> 
         devices: Of `topology.devices()`.
 
     Raises:
-        InputError: the mesh does not fit the slice or the model, or what is installed cannot compile the step.
+        InputError: the mesh does not fit the slice or the model, the run is in float64, or what is installed cannot
+            compile the step.
     """
+    check_dtype(config, "jax")
+    if config.train.dtype == "float64":
+        raise InputError("train.dtype = 'float64': TPUs have no fp64; plan with bfloat16 or float32")
     mesh = create_mesh(config.jax.mesh, devices)
     check_divides(config, mesh)
-    check_dtype(config, "jax")
     try:
         compiled = compile_step(config, mesh)
     except JaxRuntimeError as error:
@@ -186,7 +189,11 @@ def search(
         if time.monotonic() - start > SEARCH_SECONDS - _SLOWEST_COMPILATION:
             return None
         say("trying " + written(flags))
-        plan = make_plan(candidate, topology, devices)
+        try:
+            plan = make_plan(candidate, topology, devices)
+        except InputError as error:  # the compiler has its limits: small models shared out along fsdp x tensor, say
+            say(f"left out: {error}")
+            continue
         if plan.compiled.fits:
             return flags, plan
     return None
@@ -286,7 +293,7 @@ def described(plan: Plan) -> str:
     )
     if plan.loops_counted_once:
         lines.append(
-            f"          too low: {len(plan.loops_counted_once)} loop(s) run as often as the data say, and count once"
+            f"          too low: {len(plan.loops_counted_once)} loop(s) of a length that is not told count once here"
         )
     total, least = sum(plan.sent.by_axis.values()), sum(plan.minimum_bytes.values())
     lines.append(

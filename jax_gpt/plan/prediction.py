@@ -21,8 +21,8 @@ class Traffic:
 
     Args:
         by_kind: For each kind of collective.
-        by_axis: For each mesh axis, or several that one collective goes along ("data+fsdp"), within slices; and what
-            goes between slices, as "dcn".
+        by_axis: For each mesh axis, or several that one collective goes along ("data+fsdp"), within slices; what goes
+            between slices as "dcn".
         seconds: At the speed of the links, all one after the other.
         exposed_seconds: Of that, what the device waits for and does nothing else.
     """

@@ -62,19 +62,18 @@ def of_step(config: RunConfig) -> tuple[list[np.ndarray], list[str]]:
     mesh = create_mesh(config.jax.mesh)
     program = create_program(config, mesh)
     batch = place_batch(DATA, mesh, BATCH)  # type: ignore[arg-type]
-    text = program.step.lower(program.state, batch, 0.0).compile().as_text()  # type: ignore[attr-defined]
-    kinds = [kind for kind in ("all-gather", "reduce-scatter", "all-reduce") if f" {kind}(" in text]
-    state, _ = program.step(program.create(), batch, 0.0)
+    step = program.step.lower(program.state, batch, 0.0).compile()  # type: ignore[attr-defined]
+    kinds = [kind for kind in ("all-gather", "reduce-scatter", "all-reduce") if f" {kind}(" in step.as_text()]
+    state, _ = step(program.create(), batch, 0.0)
     mean = state.moments[0].mu  # type: ignore[index]
     return [np.asarray(leaf) / (1 - config.optimizer.beta1) for leaf in jax.tree.leaves(mean)], kinds
 
 
+expected = alone(configured({}, {}))
+floor = 1e-6 * max(np.abs(leaf).max() for leaf in expected)
 found = {}
 for name, (mesh, more) in request["meshes"].items():
-    config = configured(mesh, more)
-    expected = alone(config)
-    floor = 1e-6 * max(np.abs(leaf).max() for leaf in expected)
-    gradients, kinds = of_step(config)
+    gradients, kinds = of_step(configured(mesh, more))
     errors = [np.abs(a - b).max() / max(np.abs(b).max(), floor) for a, b in zip(gradients, expected, strict=True)]
     found[name] = {"error": float(max(errors)), "kinds": kinds}
 print(json.dumps(found))

@@ -64,35 +64,48 @@ def start(processes: int, devices: int, gathered: str, arguments: list[str]) -> 
     assert [process.returncode for process in started] == [0] * processes, "\n".join(said[-2000:] for _, said in ends)
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_and_their_checkpoint_is_whole(config: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    common = ["train", "--config", str(config), "--train.dtype", "float64"]
-    mesh = ["--jax.mesh", json.dumps({"data": 2, "fsdp": 2, "tensor": 2})]
+@pytest.fixture(scope="module")
+def common(config: Path) -> list[str]:
+    """Arguments of all runs here: long enough to kill one on its way."""
+    return ["train", "--config", str(config), "--train.dtype", "float64", "--train.steps", "24"]
+
+
+@pytest.fixture(scope="module")
+def expected(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of one process with one device."""
+    one = tmp_path_factory.mktemp("one")
     start(1, 1, "-", [*common, "--out", str(one)])
+    return losses(one)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_their_checkpoint_is_whole(
+    common: list[str], expected: dict[int, float], tmp_path: Path
+) -> None:
+    two = tmp_path / "two"
+    mesh = ["--jax.mesh", json.dumps({"data": 2, "fsdp": 2, "tensor": 2})]
     start(2, 4, str(tmp_path / "gathered"), [*common, "--out", str(two), *mesh])
-    expected = losses(one)
     assert list(losses(two)) == list(expected)
     np.testing.assert_allclose(list(losses(two).values()), list(expected.values()), rtol=1e-10, atol=0)
 
-    reader = OrbaxReader(two / "checkpoints/12/params")
-    gathered = np.load(tmp_path / "gathered-12.npz")
+    reader = OrbaxReader(two / "checkpoints/24/params")
+    gathered = np.load(tmp_path / "gathered-24.npz")
     assert set(reader.tensors) == set(gathered.files)
     for key in gathered.files:
         np.testing.assert_array_equal(reader.read(key), gathered[key])
 
-    for step in (8, 12):  # go on from step 4 in one process, on another mesh
+    for step in (20, 24):  # go on from step 16 in one process, on another mesh
         shutil.rmtree(two / "checkpoints" / str(step))
     start(1, 1, "-", [*common, "--out", str(two)])
     np.testing.assert_allclose(list(losses(two).values()), list(expected.values()), rtol=1e-10, atol=0)
 
 
 @pytest.mark.slow
-def test_a_host_that_is_killed_ends_the_others_and_the_restart_goes_on(config: Path, tmp_path: Path) -> None:
-    one, four = tmp_path / "one", tmp_path / "four"
-    common = ["train", "--config", str(config), "--train.dtype", "float64", "--train.steps", "24"]
+def test_a_host_that_is_killed_ends_the_others_and_the_restart_goes_on(
+    common: list[str], expected: dict[int, float], tmp_path: Path
+) -> None:
+    four = tmp_path / "four"
     mesh = ["--jax.mesh", json.dumps({"data": 1, "fsdp": 2, "tensor": 2})]
-    start(1, 1, "-", [*common, "--out", str(one)])
     arguments = [*common, "--out", str(four), *mesh]
     started = begin(4, 1, "-", arguments)
     try:
@@ -112,6 +125,5 @@ def test_a_host_that_is_killed_ends_the_others_and_the_restart_goes_on(config: P
     assert steps[-1] < 24
 
     start(4, 1, "-", arguments)
-    expected = losses(one)
     assert list(losses(four)) == list(expected)
     np.testing.assert_allclose(list(losses(four).values()), list(expected.values()), rtol=1e-10, atol=0)

@@ -207,6 +207,7 @@ def test_without_libtpu_it_says_what_to_install(
     [
         ({"jax": {"mesh": {"data": 3}}}, "does not multiply to the 4 device"),
         ({"jax": {"mesh": {"data": 1, "fsdp": 1, "tensor": 4}}, "model": MODEL | {"n_heads": 2}}, "n_heads = 2"),
+        ({"train": {"dtype": "float64"}}, "TPUs have no fp64"),
     ],
 )
 def test_meshes_that_do_not_fit_the_slice_are_refused(sections: dict[str, Any], named: str, tmp_path: Path) -> None:
@@ -259,8 +260,9 @@ def test_a_step_is_compiled_for_slices_and_its_costs_are_read(
 @needs_libtpu
 def test_what_does_not_fit_is_named_and_a_change_that_compiles_is_found(tmp_path: Path) -> None:
     sections = {
-        "train": {"batch_size": 65536, "dtype": "bfloat16"},
+        "train": {"batch_size": 16, "dtype": "bfloat16"},
         "jax": {"mesh": {"data": 1, "fsdp": 4}, "remat": "none"},
+        "model": SMALL | {"n_layers": 1600},  # one loop, whose memory grows and whose program does not
     }
     done = plan(tmp_path, "v5e:2x2", "--json", **sections)
     assert done.returncode == 1, done.stderr[-2000:]
