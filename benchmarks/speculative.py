@@ -26,17 +26,22 @@ MODELS = {
     "target": {"n_layers": 12, "n_heads": 8, "embed_dim": 512},
     "draft": {"n_layers": 1, "n_heads": 1, "embed_dim": 64},
 }
-STEPS = {"target": 240, "draft": 600}
+STEPS = {"target": 240, "draft": 800}
 
 
 def train(out: Path, name: str, prepared: str | None) -> None:
     """One model of the pair, in JAX."""
-    model = MODELS[name] | {"vocab_size": 50257, "context_length": 256, "position": "rope"}
+    model = MODELS[name] | {"vocab_size": 50257, "context_length": 128, "position": "rope"}
     content = {
         "model": model,
         "data": {"source": "stdlib", "prepared": prepared},
         "optimizer": {"learning_rate": 1e-3 if name == "target" else 5e-3, "warmup_steps": 20},
-        "train": {"steps": STEPS[name], "batch_size": 8, "evaluate_every": STEPS[name], "evaluation_batches": 10},
+        "train": {
+            "steps": STEPS[name],
+            "batch_size": 4,
+            "evaluate_every": STEPS[name],
+            "checkpoint_every": STEPS[name],
+        },
         "jax": {"loss_chunk": 256},
     }
     config = out / f"{name}.yaml"
