@@ -30,7 +30,7 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
     "window": ("training with a window", ["window_training.py"]),
     "table": ("the efficiency table", ["table.py", "--table", "{out}/table.json", "--work", "{out}/table"]),
     "decoding": ("cached decoding", ["decoding.py"]),
-    "speculative": ("speculative decoding", ["speculative.py", "--work", "{out}/speculative"]),
+    "speculative": ("speculative decoding", ["speculative.py", "--out", "{out}/speculative"]),
 }
 COLORS = {"JAX": "#3f8cf4", "PyTorch": "#ee6a3b"}
 # The original table: memory in GB, thousand tokens a second, perplexity.
