@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from turns import Row, print_rows, row
+
 HEADS, HEAD_DIM, TARGET = 12, 64, 5.0
 
 
@@ -87,23 +89,22 @@ def torch_sides(length: int, window: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def rows(framework: str, length: int, window: int, rounds: int) -> list[dict[str, Any]]:
+def rows(framework: str, length: int, window: int, rounds: int) -> list[Row]:
     """Our blocks against every other side."""
     sides, dtype = (jax_sides, "fp32") if framework == "jax" else (torch_sides, "bf16")
     found = best_in_turns(sides(length, window), rounds)
     squares = [name for name in found if name.startswith("masked square")]
     fastest = min(squares, key=lambda name: found[name])
     return [
-        {
-            "name": f"attention alone, forward + backward, {framework} {dtype}, T {length}, window {window}",
-            "ours": found["banded"],
-            "peer": spent,
-            "peer_name": name + (" (the fastest square)" if name == fastest else ""),
-            "ratio": spent / found["banded"],
-            "target": TARGET if name in squares else None,
-            "met": spent / found["banded"] >= TARGET if name in squares else None,
-            "unit": "ms",
-        }
+        row(
+            f"attention alone, forward + backward, {framework} {dtype}, T {length}, window {window}",
+            found["banded"],
+            spent,
+            name + (" (the fastest square)" if name == fastest else ""),
+            "ms",
+            less_is_better=True,
+            target=TARGET if name in squares else None,
+        )
         for name, spent in found.items()
         if name != "banded"
     ]
@@ -117,13 +118,13 @@ def main() -> None:
     parser.add_argument("--framework", choices=["jax", "torch"], help="in this process")
     options = parser.parse_args()
     if options.framework:
-        print(json.dumps(rows(options.framework, options.time, options.window, options.rounds), indent=2))
+        print_rows(rows(options.framework, options.time, options.window, options.rounds))
         return
-    found: list[dict[str, Any]] = []
+    found: list[Row] = []
     for framework in ("jax", "torch"):  # threads of two frameworks in one process get in each other's way
         command = [sys.executable, __file__, *sys.argv[1:], "--framework", framework]
         found += json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    print(json.dumps(found, indent=2))
+    print_rows(found)
 
 
 if __name__ == "__main__":

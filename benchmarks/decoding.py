@@ -2,19 +2,19 @@
 
     python benchmarks/decoding.py [--rounds 3] [--new 128]
 
-Needs `transformers`. Prints JSON rows {name, ours, peer, peer_name, ratio, target, met, unit} in tokens a second, the
-best of the rounds, prompts included. Every side is a process of its own, and they run in turns. A last row has the cost
-of a token of a window model far in the text over that near its start, the median of the rounds.
+Needs `transformers`. Prints JSON rows (see `turns.row`) in tokens a second, the best of the rounds, prompts included.
+Every side is a process of its own, and they run in turns. A last row has the cost of a token of a window model far in
+the text over that near its start, the median of the rounds.
 """
 
 import argparse
-import json
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from functools import partial
 from typing import Any
+
+from turns import Row, Step, in_turns, print_rows, row
 
 PROMPT = 32
 TARGETS = {("jax", "float32"): 2.5, ("torch", "float32"): 2.0, ("torch", "bfloat16"): 2.0}
@@ -66,36 +66,20 @@ SIDES: dict[str, Callable[..., Callable[[], Any]]] = {
 }
 
 
-def serve(connection: Connection, side: str, dtype: str, new: int) -> None:
-    """Generate once for each request, and answer with the seconds that it took."""
-    run = SIDES[side](dtype, new)
-    run()  # compiles
-    connection.send(None)
-    while connection.recv():
-        start = time.perf_counter()
-        run()
-        connection.send(time.perf_counter() - start)
-
-
 def speeds(dtype: str, new: int, rounds: int) -> dict[str, float]:
     """Tokens a second of every side, in turns."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for side in SIDES:
-        pipes[side], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(theirs, side, dtype, new)))
-        processes[-1].start()
-        pipes[side].recv()
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    for _ in range(rounds):
-        for side, pipe in pipes.items():
-            pipe.send(True)
-            seconds[side].append(pipe.recv())
-    for pipe in pipes.values():
-        pipe.send(False)
-    for process in processes:
-        process.join()
-    return {side: new / min(spent) for side, spent in seconds.items()}
+    found = in_turns({side: partial(build, side, dtype, new) for side in SIDES}, rounds=rounds)
+    return {side: new / timing.best for side, timing in found.items()}
+
+
+def build(side: str, dtype: str, new: int) -> Step:
+    """A side as a step that takes any number."""
+    run = SIDES[side](dtype, new)
+
+    def step(_: int) -> None:
+        run()
+
+    return step
 
 
 def flatness(side: Callable[..., Callable[[], Any]], rounds: int) -> float:
@@ -119,39 +103,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=128)
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for dtype in ("float32", "bfloat16"):
         found = speeds(dtype, options.new, options.rounds)
         peer = found["Hugging Face generate"]
-        for side in ("jax", "torch"):
-            target = TARGETS.get((side, dtype))
-            ratio = found[side] / peer
-            rows.append(
-                {
-                    "name": f"greedy cached decoding, 124M, batch 1, {side} {dtype}",
-                    "ours": found[side],
-                    "peer": peer,
-                    "peer_name": "Hugging Face generate",
-                    "ratio": ratio,
-                    "target": target,
-                    "met": None if target is None else ratio >= target,
-                    "unit": "tokens/s",
-                }
+        rows += [
+            row(
+                f"greedy cached decoding, 124M, batch 1, {side} {dtype}",
+                found[side],
+                peer,
+                "Hugging Face generate",
+                "tokens/s",
+                target=TARGETS.get((side, dtype)),
             )
+            for side in ("jax", "torch")
+        ]
     flat = flatness(jax_side, options.rounds)
-    rows.append(
-        {
-            "name": "cost of a token of a window model, 512th to 1024th against the first 512, jax float32",
-            "ours": flat,
-            "peer": 1.0,
-            "peer_name": "flat",
-            "ratio": flat,
-            "target": 1.1,
-            "met": flat <= 1.1,
-            "unit": "x",
-        }
-    )
-    print(json.dumps(rows, indent=2))
+    name = "cost of a token of a window model, 512th to 1024th against the first 512, jax float32"
+    print_rows([*rows, row(name, flat, 1.0, "flat", "x", at_most=1.1)])
 
 
 if __name__ == "__main__":
