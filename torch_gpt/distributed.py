@@ -3,6 +3,7 @@
 `jax_gpt/distributed.py` is its twin. Accelerate reads what `accelerate launch` or `torchrun` left in the environment.
 """
 
+import atexit
 import os
 from typing import Any
 
@@ -34,9 +35,17 @@ def connect() -> Accelerator:
             f"`accelerate launch --cpu`, or install a PyTorch build for your device"
         )
     try:
-        return Accelerator(cpu=cpu, mixed_precision="no")  # casts are written out in the model
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # casts are written out in the model
     except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
         raise InputError(f"Accelerate cannot start as it is configured: {str(error).splitlines()[0]}") from error
+    atexit.register(_disconnect)
+    return accelerator
+
+
+def _disconnect() -> None:
+    """Gloo's threads must end before the interpreter does, or now and then the process aborts after its work is done."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _wants_gpus() -> bool:

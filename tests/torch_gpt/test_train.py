@@ -62,6 +62,15 @@ def test_processes_and_micro_batches_give_the_losses_of_one_process_in_fp64(more
             np.testing.assert_allclose(found[setting], expected, rtol=1e-10, atol=0, err_msg=setting)
 
 
+def test_processes_leave_their_group_before_the_interpreter_ends() -> None:
+    script = (
+        "import atexit; from torch import distributed\n"
+        "atexit.register(lambda: print(distributed.is_initialized()))\n"  # the first registered is the last called
+        "from torch_gpt.distributed import connect; connect(); print(distributed.is_initialized())"
+    )
+    assert run_processes(2, ["-c", script]) == ["True\nFalse\n"] * 2
+
+
 @pytest.mark.slow
 def test_a_run_that_two_processes_sharded_goes_on_in_one_and_back(config: Path, tmp_path: Path) -> None:
     def train(processes: int, run: Path) -> None:
