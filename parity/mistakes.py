@@ -175,7 +175,7 @@ def scaled_embedding(model: Model) -> None:
 def shifted_head(model: Model) -> None:
     """Every logit moved up by one token id."""
     unembed = model.unembed
-    model.unembed = lambda x: unembed(x).roll(1, dims=-1)
+    model.unembed = lambda *given: unembed(*given).roll(1, dims=-1)
 
 
 # ------------------------------------------------------------------------------------------------------ conversion

@@ -17,6 +17,7 @@ from jaxtyping import Float
 # Measured on a CPU, where products and passes are up to twice as fast if the number of keys has a round factor.
 QUERY_BLOCK, KEY_BLOCK, KEY_MULTIPLE = 128, 512, 64
 FULL_BLOCK = 256  # of queries and keys without a window
+UNROLLED = 4  # meetings of blocks at most that are compiled one by one: a quarter faster than on their own
 LOG2_E = math.log2(math.e)
 
 
@@ -67,7 +68,10 @@ def banded(
         _padded(x, band.reach, band.padded_keys).transpose(1, 2).reshape(batch * kv_heads, -1, head_dim)
         for x in (key, value)
     )
-    mixed: torch.Tensor = _Mix.apply(rows, key, value, band, scale)
+    if torch.compiler.is_compiling() and sum(1 for _ in _meetings(band)) > UNROLLED:
+        mixed, _ = _opaque(rows, key, value, window, time, scale)
+    else:
+        mixed = _Mix.apply(rows, key, value, window, time, scale)
     mixed = mixed.reshape(band.blocks, batch, kv_heads, group, band.queries, head_dim)
     return mixed.permute(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, head_dim)[:, :time]
 
@@ -92,89 +96,163 @@ def _padded(x: torch.Tensor, front: int, length: int) -> torch.Tensor:
 
 
 class _Mix(torch.autograd.Function):
-    """Rows of queries `[block, batch kv_heads, group query, head_dim]` to mixed values, as `_mix` of the twin.
+    """`_forward` with `_backward` for its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *sizes: Any) -> torch.Tensor:
+        mixed, log_total = _forward(query, key, value, *sizes)
+        ctx.save_for_backward(query, key, value, mixed, log_total)
+        ctx.sizes = sizes
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, mixed, log_total = ctx.saved_tensors
+        return *_backward(query, key, value, mixed, log_total, cotangent, *ctx.sizes), None, None, None
+
+
+def _forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, time: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of queries `[block, batch kv_heads, group query, head_dim]` to mixed values and the log2 of their totals."""
+    band, wide = band_of(window, time), torch.promote_types(query.dtype, torch.float32)
+    wide_query, wide_key, mask = query.to(wide) * (scale * LOG2_E), key.to(wide), _Masks(band, query, wide)
+    # Not -inf: a row that sees nothing of its first block would then be inf - inf.
+    most = torch.full(query.shape[:-1], torch.finfo(wide).min, dtype=wide, device=query.device)
+    total, sums = torch.zeros_like(most), torch.zeros(query.shape, dtype=wide, device=query.device)
+    for index, cut in _meetings(band):
+        seen = (wide_key[:, cut], value[:, cut], mask(index, cut))
+        _meet(wide_query[index], *seen, most[index], total[index], sums[index])
+    return (sums / total[..., None]).to(query.dtype), most + total.log2()
+
+
+def _meet(
+    wide_query: torch.Tensor,
+    wide_key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    most: torch.Tensor,
+    total: torch.Tensor,
+    sums: torch.Tensor,
+) -> None:
+    """Add what one block of queries finds in one of keys to its `total` and `sums`, in units of two to its `most`.
 
     Powers of two and a mask that is added: on a CPU `exp` takes six times as long as `exp2`, and `masked_fill` eight
     times as long as an addition, which the product brings with it.
     """
-
-    @staticmethod
-    def forward(
-        context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, band: Band, scale: float
-    ) -> torch.Tensor:
-        wide = torch.promote_types(query.dtype, torch.float32)
-        wide_key, mask = key.to(wide), _Masks(band, query, wide)
-        mixed = torch.empty_like(query)
-        log_total = torch.empty(query.shape[:-1], dtype=wide, device=query.device)
-        for index, rows in enumerate(query):
-            wide_rows = rows.to(wide) * (scale * LOG2_E)
-            # Not -inf: a row that sees nothing of its first block would then be inf - inf.
-            most = torch.full(rows.shape[:-1], torch.finfo(wide).min, dtype=wide, device=rows.device)
-            total = torch.zeros_like(most)
-            sums = torch.zeros(rows.shape, dtype=wide, device=rows.device)
-            for cut in _key_blocks(band, index):
-                scores = torch.baddbmm(mask(index, cut), wide_rows, wide_key[:, cut].mT)
-                new_most = torch.maximum(most, scores.amax(-1))
-                weights = scores.sub_(new_most[..., None]).exp2_()
-                fade = (most - new_most).exp2_()
-                total = total * fade + weights.sum(-1)
-                sums = sums * fade[..., None] + torch.bmm(weights.to(rows.dtype), value[:, cut])
-                most = new_most
-            mixed[index] = sums / total[..., None]
-            log_total[index] = most + total.log2()
-        context.save_for_backward(query, key, value, mixed, log_total)
-        context.band, context.scale = band, scale
-        return mixed
-
-    @staticmethod
-    def backward(context: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, mixed, log_total = context.saved_tensors
-        band, scale, wide = context.band, context.scale, log_total.dtype
-        wide_key, mask = key.to(wide), _Masks(band, query, wide)
-        d_query = torch.empty_like(query)
-        d_key, d_value = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (key, value))
-        for index, rows in enumerate(query):
-            d_mixed = cotangent[index]
-            mean = (d_mixed.to(wide) * mixed[index]).sum(-1, keepdim=True)
-            wide_rows = rows.to(wide) * (scale * LOG2_E)
-            d_rows = torch.zeros(rows.shape, dtype=wide, device=rows.device)
-            for cut in _key_blocks(band, index):
-                keys, values = key[:, cut], value[:, cut]
-                scores = torch.baddbmm(mask(index, cut), wide_rows, wide_key[:, cut].mT)
-                weights = scores.sub_(log_total[index, ..., None]).exp2_()
-                d_value[:, cut] += torch.bmm(weights.to(rows.dtype).mT, d_mixed)
-                d_weights = torch.bmm(d_mixed, values.mT)
-                d_scores = weights.mul_(d_weights - mean).to(rows.dtype)  # scaled below, where it is smaller
-                d_key[:, cut] += torch.bmm(d_scores.mT, rows)
-                d_rows += torch.bmm(d_scores, keys)
-            d_query[index] = d_rows * scale
-        return d_query, (d_key * scale).to(key.dtype), d_value.to(value.dtype), None, None
+    keys = wide_key.mT
+    scores = torch.bmm(wide_query, keys) if mask is None else torch.baddbmm(mask, wide_query, keys)
+    new_most = torch.maximum(most, scores.amax(-1))
+    weights = scores.sub_(new_most[..., None]).exp2_()
+    fade = (most - new_most).exp2_()
+    most.copy_(new_most)
+    total.mul_(fade).add_(weights.sum(-1))
+    sums.mul_(fade[..., None]).add_(torch.bmm(weights.to(value.dtype), value))
 
 
-def _key_blocks(band: Band, index: int) -> Iterator[slice]:
-    """Every block of keys that the block of queries `index` sees, in padded positions."""
-    if band.window is None:
-        first, count = 0, index + 1
-    else:
-        first, count = index * band.queries, (band.reach + band.queries) // band.keys
-    for start in range(first, first + count * band.keys, band.keys):
-        yield slice(start, start + band.keys)
+def _backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mixed: torch.Tensor,
+    log_total: torch.Tensor,
+    cotangent: torch.Tensor,
+    window: int | None,
+    time: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    band, wide = band_of(window, time), log_total.dtype
+    wide_query, wide_key, mask = query.to(wide), key.to(wide) * (scale * LOG2_E), _Masks(band, query, wide)
+    mean = (cotangent.to(wide) * mixed).sum(-1, keepdim=True)
+    d_query, d_key, d_value = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (query, key, value))
+    for index, cut in _meetings(band):
+        asked = (query[index], wide_query[index], log_total[index], mean[index], cotangent[index])
+        seen = (key[:, cut], wide_key[:, cut], value[:, cut], mask(index, cut))
+        _meet_backward(*asked, *seen, d_query[index], d_key[:, cut], d_value[:, cut])
+    return (d_query * scale).to(query.dtype), (d_key * scale).to(key.dtype), d_value.to(value.dtype)
+
+
+def _meet_backward(
+    query: torch.Tensor,
+    wide_query: torch.Tensor,
+    log_total: torch.Tensor,
+    mean: torch.Tensor,
+    cotangent: torch.Tensor,
+    key: torch.Tensor,
+    wide_key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    d_query: torch.Tensor,
+    d_key: torch.Tensor,
+    d_value: torch.Tensor,
+) -> None:
+    """Add what one block of queries and one of keys give to the gradients of both, those of scores unscaled."""
+    # One product from scores to weights; also, a compiler that saw the forward product again would keep its result.
+    behind = -log_total[..., None] if mask is None else mask - log_total[..., None]
+    weights = torch.baddbmm(behind, wide_query, wide_key.mT).exp2_()
+    d_value.add_(torch.bmm(weights.to(query.dtype).mT, cotangent))
+    d_scores = weights.mul_(torch.bmm(cotangent, value.mT) - mean).to(query.dtype)
+    d_key.add_(torch.bmm(d_scores.mT, query))
+    d_query.add_(torch.bmm(d_scores, key))
+
+
+# The same as operators of their own: a compiler leaves the loops inside alone. Unrolled, many blocks take it minutes.
+_opaque = torch.library.custom_op("twingpt::banded", _forward, mutates_args=())
+_opaque_backward = torch.library.custom_op("twingpt::banded_backward", _backward, mutates_args=())
+
+
+@_opaque.register_fake
+def _(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=wide)
+
+
+@_opaque_backward.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.sizes = inputs[3:]
+
+
+def _gradients(ctx: Any, cotangent: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *_opaque_backward(*ctx.saved_tensors, cotangent, *ctx.sizes), None, None, None
+
+
+_opaque.register_autograd(_gradients, setup_context=_keep)
+
+
+def _meetings(band: Band) -> Iterator[tuple[int, slice]]:
+    """Every block of queries by its number, with every block of keys that it sees in padded positions."""
+    for index in range(band.blocks):
+        if band.window is None:
+            first, count = 0, index + 1
+        else:
+            first, count = index * band.queries, (band.reach + band.queries) // band.keys
+        for start in range(first, first + count * band.keys, band.keys):
+            yield index, slice(start, start + band.keys)
 
 
 class _Masks:
-    """What is added to scores `[group query, key]`: 0 where a query sees a key and -inf where not; each made once."""
+    """What is added to scores `[group query, key]`: 0 where a query sees a key and -inf where not; each made once.
+
+    None where everything is seen.
+    """
 
     def __init__(self, band: Band, query: torch.Tensor, dtype: torch.dtype) -> None:
         self.band, self.device, self.dtype = band, query.device, dtype
         self.group = query.shape[2] // band.queries
         self.known: dict[tuple[int, int], torch.Tensor] = {}
 
-    def __call__(self, index: int, cut: slice) -> torch.Tensor:
+    def __call__(self, index: int, cut: slice) -> torch.Tensor | None:
         band = self.band
         first_key = cut.start - band.reach
         ahead = index * band.queries - first_key  # of the first query to the first key
-        everything_seen = ahead >= band.keys and band.window is None
-        case = (band.keys if everything_seen else ahead, min(first_key, 0))
+        if ahead >= band.keys and band.window is None:
+            return None
+        case = (ahead, min(first_key, 0))
         if case not in self.known:
             keys = torch.arange(band.keys, device=self.device)
             distance = case[0] + torch.arange(band.queries, device=self.device)[:, None] - keys

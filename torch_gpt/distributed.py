@@ -43,7 +43,7 @@ def connect() -> Accelerator:
 
 
 def _disconnect() -> None:
-    """Gloo's threads must end before the interpreter does, or now and then the process aborts after its work is done."""
+    """Gloo's threads must end before the interpreter does, or now and then the process aborts, its work done."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

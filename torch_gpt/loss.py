@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 
-LossOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+LossOf = Callable[..., torch.Tensor]
 
 
 def token_loss(
@@ -30,9 +31,9 @@ def summed_loss(
     mask: Bool[torch.Tensor, "batch time"],
 ) -> Float[torch.Tensor, ""]:
     """The same, summed: micro-batches are added up and divided by the tokens of their whole step."""
-    log_probabilities = torch.log_softmax(logits, dim=-1)
-    chosen = log_probabilities.gather(-1, targets[..., None])[..., 0]  # [batch, time]
-    return -(chosen * mask.to(logits.dtype)).sum()
+    ignored = -100
+    counted = targets.long().masked_fill(~mask, ignored)
+    return F.cross_entropy(logits.flatten(0, 1), counted.flatten(), ignore_index=ignored, reduction="sum")
 
 
 def chunked_loss(
@@ -50,8 +51,9 @@ def chunked_loss(
     `[batch, time, vocab]` is held.
 
     Args:
-        loss_of: `summed_loss` of the logits of hidden states: (hidden, targets, mask) -> loss.
-        parameters: All that `loss_of` reads and that is trained.
+        loss_of: `summed_loss` of the logits of hidden states: (hidden, targets, mask, *parameters) -> loss, with the
+            parameters in the dtype of hidden.
+        parameters: All that `loss_of` reads and that is trained; their gradients are added up in their own dtype.
         hidden: The final norm's output.
         targets: The token that should come next.
         mask: True where a position counts.
@@ -62,7 +64,8 @@ def chunked_loss(
     if torch.is_grad_enabled():
         loss: torch.Tensor = _ChunkedLoss.apply(loss_of, hidden, targets, mask, chunk, weight, *parameters)
         return loss
-    return weight * torch.stack([loss_of(*part) for part in _cut(hidden, targets, mask, chunk)]).sum()
+    cast = [parameter.to(hidden.dtype) for parameter in parameters]
+    return weight * torch.stack([loss_of(*part, *cast) for part in _cut(hidden, targets, mask, chunk)]).sum()
 
 
 def _cut(
@@ -85,22 +88,26 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         losses, of_hidden = [], []
         of_parameters: list[torch.Tensor] = []
+        cast = [parameter.detach().to(hidden.dtype).requires_grad_() for parameter in parameters]
         for part, *rest in _cut(hidden, targets, mask, chunk):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
-                loss = weight * loss_of(part, *rest)
-                gradient, *gradients = torch.autograd.grad(loss, (part, *parameters))
+                loss = weight * loss_of(part, *rest, *cast)
+                gradient, *gradients = torch.autograd.grad(loss, (part, *cast))
             losses.append(loss.detach())
             of_hidden.append(gradient)
             if of_parameters:
                 torch._foreach_add_(of_parameters, gradients)
             else:
-                of_parameters = gradients
+                of_parameters = [one.to(its.dtype) for one, its in zip(gradients, parameters, strict=True)]
+            del gradients, loss  # or they would be held while the next are made
         ctx.save_for_backward(torch.cat(of_hidden, 1), *of_parameters)
         return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # In place: a training step goes back once, and these are as large as the table of tokens.
-        of_hidden, *of_parameters = (saved.mul_(gradients[0].to(saved.dtype)) for saved in ctx.saved_tensors)
+        of_hidden, *of_parameters = ctx.saved_tensors
+        if gradients[0].device.type != "cpu" or gradients[0] != 1:  # elsewhere it is dearer to ask
+            # In place: a training step goes back once, and these are as large as the table of tokens.
+            of_hidden, *of_parameters = (saved.mul_(gradients[0].to(saved.dtype)) for saved in ctx.saved_tensors)
         return (None, of_hidden, None, None, None, None, *of_parameters)

@@ -250,13 +250,16 @@ class GPT(Pretrained, nn.Module):
             collect(taps, layer, layer_taps)
         return x
 
-    def unembed(self, x: Float[torch.Tensor, "batch time embed"]) -> Float[torch.Tensor, "batch time vocab"]:
-        """Logits from the final norm's output."""
-        if self.config.tied_embeddings:
-            logits = F.linear(x, self.token_embedding.to(torch_dtype(self.precision.compute_dtype)))
-        else:
-            logits = self.head(x)
+    def unembed(
+        self, x: Float[torch.Tensor, "batch time embed"], *head: torch.Tensor
+    ) -> Float[torch.Tensor, "batch time vocab"]:
+        """Logits from the final norm's output, by `head` instead of `head_parameters` where it is given."""
+        logits = F.linear(x, *(parameter.to(x.dtype) for parameter in head or self.head_parameters()))
         return logits[..., : self.config.vocab_size].to(torch_dtype(self.precision.wide_dtype))
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Weight of the head, `[vocab, embed]`, and its bias where it has one."""
+        return [self.token_embedding] if self.config.tied_embeddings else list(self.head.parameters())
 
 
 def rotate(

@@ -36,13 +36,14 @@ class Objective(nn.Module):
     def forward(
         self, tokens: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor | float = 1.0
     ) -> torch.Tensor:
-        tied = self.model.config.tied_embeddings
-        head = [self.model.token_embedding] if tied else list(self.model.head.parameters())
-        return chunked_loss(self.loss_of, head, self.model.hidden(tokens), targets, mask, self.chunk, weight)
+        head, hidden = self.model.head_parameters(), self.model.hidden(tokens)
+        return chunked_loss(self.loss_of, head, hidden, targets, mask, self.chunk, weight)
 
-    def loss_of(self, hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def loss_of(
+        self, hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, *head: torch.Tensor
+    ) -> torch.Tensor:
         """Summed loss of the logits of hidden states."""
-        return summed_loss(self.model.unembed(hidden), targets, mask)
+        return summed_loss(self.model.unembed(hidden, *head), targets, mask)
 
 
 def check_divides(config: RunConfig) -> None:

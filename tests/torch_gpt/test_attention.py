@@ -122,7 +122,9 @@ def test_flex_refuses_a_cpu_and_names_what_can() -> None:
     ("platform", "dtype", "head_dim", "window", "expected"),
     [
         ("cpu", "bfloat16", 64, 256, "banded"),
-        ("cpu", "bfloat16", 64, None, "sdpa"),
+        ("cpu", "bfloat16", 64, None, "banded"),
+        ("cpu", "bfloat16", 32, None, "sdpa"),
+        ("cpu", "float32", 64, None, "sdpa"),
         ("cuda", "bfloat16", 64, 256, "flex"),
         ("cuda", "bfloat16", 80, 256, "banded"),
         ("cuda", "float64", 64, 256, "banded"),

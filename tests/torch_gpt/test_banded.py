@@ -1,5 +1,6 @@
 """Blocks that are many, ragged and smaller than the window; test_attention.py has the edges of windows."""
 
+from inspect import unwrap  # of the checks of shapes, which cannot be compiled
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,18 @@ def test_many_blocks_are_the_definition_forward_and_backward(blocks: tuple[int, 
     ]
     found = [mixed.detach(), *torch.autograd.grad(mixed, leaves, torch.tensor(cotangent))]
     assert max(map(numpy_gpt.relative_error, found, expected)) <= 1e-12
+
+
+@pytest.mark.parametrize("blocks", [BLOCKS[1]], indirect=True)
+def test_many_blocks_compiled_are_the_same(blocks: tuple[int, int | None, int, int]) -> None:
+    """Few blocks are unrolled: that is part of the trainer's test."""
+    time, window, heads, kv_heads = blocks
+    leaves = [torch.randn(2, time, n, 5, dtype=torch.float64, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
+    plain, compiled = (
+        (mixed.detach(), *torch.autograd.grad(mixed.square().sum(), leaves))
+        for mixed in (mix(*leaves, window, 0.9) for mix in (banded, torch.compile(unwrap(banded), fullgraph=True)))
+    )
+    torch.testing.assert_close(compiled, plain, rtol=1e-13, atol=1e-13)
 
 
 class Largest(TorchDispatchMode):

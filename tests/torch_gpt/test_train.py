@@ -154,6 +154,7 @@ def test_what_accelerate_is_configured_for_and_is_not_there_is_refused(
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses(config: Path, tmp_path: Path) -> None:
     train = ["train", "--config", str(config), "--train.steps", "3", "--train.dtype", "float64"]
+    train += ["--torch.attention", "banded"]
     train += ["--model.n_layers", "1", "--train.evaluation_batches", "1"]
     assert main([*train, "--out", str(tmp_path / "eager")]) == 0
     command = [
