@@ -34,11 +34,9 @@ def _config(framework: str, rows: int, length: int, dtype: str, model: dict[str,
 def jax_step(rows: int, length: int, dtype: str, model: dict[str, Any] | None = None, **options: Any) -> Step:
     """The step of `jax-gpt train`; `options` are those of the section `jax`."""
     from gpt_core.data.batches import next_token_batch
-    from gpt_core.memory import keep_freed_memory
     from jax_gpt.sharding import create_mesh, place_batch
     from jax_gpt.step import create_program
 
-    keep_freed_memory()  # as `jax-gpt train` does
     config = _config("jax", rows, length, dtype, model or {}, options)
     mesh = create_mesh(config.jax.mesh)
     program = create_program(config, mesh)
@@ -57,8 +55,8 @@ def jax_step(rows: int, length: int, dtype: str, model: dict[str, Any] | None = 
 def torch_step(rows: int, length: int, dtype: str, model: dict[str, Any] | None = None, **options: Any) -> Step:
     """The step of `torch-gpt train`; `options` are those of the section `torch`."""
     from gpt_core.data.batches import next_token_batch
-    from gpt_core.memory import keep_freed_memory
     from torch_gpt.distributed import connect
+    from torch_gpt.memory import keep_freed_memory
     from torch_gpt.parallel import place_batch
     from torch_gpt.step import create_program
 

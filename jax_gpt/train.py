@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from gpt_core.checkpoint_config import read_checkpoint_config
 from gpt_core.data.loader import training_batches
-from gpt_core.memory import keep_freed_memory
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import open_run
 from gpt_core.tokenizer import gpt2_tokenizer
@@ -42,7 +41,6 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
         InputError: config, data, mesh or the folder's content do not fit.
         RunFailedError: the loss stopped being finite.
     """
-    keep_freed_memory()
     mesh = create_mesh(config.jax.mesh)
     check_divides(config, mesh)
     check_dtype(config, "jax")

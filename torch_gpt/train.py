@@ -10,7 +10,6 @@ import torch
 
 from gpt_core.checkpoint_config import read_checkpoint_config
 from gpt_core.data.loader import training_batches
-from gpt_core.memory import keep_freed_memory
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import open_run
 from gpt_core.tokenizer import gpt2_tokenizer
@@ -20,6 +19,7 @@ from torch_gpt.attention import pick
 from torch_gpt.checkpoint import load
 from torch_gpt.device import peak_memory, total_peak_flops
 from torch_gpt.distributed import connect, is_primary, merged_state, preempted, wait_for_all
+from torch_gpt.memory import keep_freed_memory
 from torch_gpt.parallel import check_divides, like, local_rows, place_batch
 from torch_gpt.run_checkpoint import RunCheckpoints
 from torch_gpt.step import Program, create_program

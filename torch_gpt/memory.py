@@ -11,7 +11,7 @@ def keep_freed_memory() -> None:
     """Let what is freed be used again instead of going back to the system; only glibc knows how.
 
     A training step frees and asks for the same large arrays again and again. The system clears every page before it
-    gives it out once more, which takes a tenth of a step and more. Call it before the framework starts its threads.
+    gives it out once more, which takes a tenth of a step. Call it before PyTorch starts its threads.
     """
     if sys.platform != "linux":
         return
