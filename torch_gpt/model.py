@@ -253,13 +253,11 @@ class GPT(Pretrained, nn.Module):
     def unembed(
         self, x: Float[torch.Tensor, "batch time embed"], *head: torch.Tensor
     ) -> Float[torch.Tensor, "batch time vocab"]:
-        """Logits from the final norm's output, by `head` instead of `head_parameters` where it is given."""
-        logits = F.linear(x, *(parameter.to(x.dtype) for parameter in head or self.head_parameters()))
+        """Logits from the final norm's output; `head`, its weight and its bias, may stand in for the model's own."""
+        if not head:
+            head = (self.token_embedding,) if self.config.tied_embeddings else tuple(self.head.parameters())
+        logits = F.linear(x, *(parameter.to(x.dtype) for parameter in head))
         return logits[..., : self.config.vocab_size].to(torch_dtype(self.precision.wide_dtype))
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Weight of the head, `[vocab, embed]`, and its bias where it has one."""
-        return [self.token_embedding] if self.config.tied_embeddings else list(self.head.parameters())
 
 
 def rotate(

@@ -36,8 +36,9 @@ class Objective(nn.Module):
     def forward(
         self, tokens: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor | float = 1.0
     ) -> torch.Tensor:
-        head, hidden = self.model.head_parameters(), self.model.hidden(tokens)
-        return chunked_loss(self.loss_of, head, hidden, targets, mask, self.chunk, weight)
+        tied = self.model.config.tied_embeddings
+        head = [self.model.token_embedding] if tied else list(self.model.head.parameters())
+        return chunked_loss(self.loss_of, head, self.model.hidden(tokens), targets, mask, self.chunk, weight)
 
     def loss_of(
         self, hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, *head: torch.Tensor
