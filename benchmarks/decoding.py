@@ -35,6 +35,8 @@ def jax_side(dtype: Any, new: int, **model: Any) -> Callable[[], Any]:
 
 
 def torch_side(dtype: Any, new: int, **model: Any) -> Callable[[], Any]:
+    import torch
+
     from gpt_core.config import ModelConfig
     from gpt_core.generation import SamplingConfig
     from gpt_core.precision import Precision
@@ -43,7 +45,8 @@ def torch_side(dtype: Any, new: int, **model: Any) -> Callable[[], Any]:
     from torch_gpt.model import GPT, initialiser
 
     precision = Precision(dtype, dtype)
-    gpt = GPT(ModelConfig(**model), initialiser(0, precision), precision=precision, implementation="auto").eval()
+    gpt = GPT(ModelConfig(**model), initialiser(0, precision), precision=precision, implementation="auto")
+    gpt = gpt.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
     weights = prepare(gpt, PROMPT + new)
     options = SamplingConfig(max_new_tokens=new)
     return lambda: generate(gpt, [list(range(PROMPT))], options, weights=weights, compiled=True)
@@ -53,8 +56,9 @@ def hugging_face_side(dtype: str, new: int) -> Callable[[], Any]:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    gpt = GPT2LMHeadModel(GPT2Config()).to(getattr(torch, dtype)).eval()
-    prompt = torch.arange(PROMPT)[None]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpt = GPT2LMHeadModel(GPT2Config()).to(device, getattr(torch, dtype)).eval()
+    prompt = torch.arange(PROMPT, device=device)[None]
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     return lambda: gpt.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 

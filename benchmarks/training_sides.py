@@ -111,13 +111,14 @@ def hugging_face_starcoder2_step(
 def _hugging_face_step(model: Any, rows: int, length: int, dtype: str, *, compiled: bool) -> Step:
     import torch
 
-    model = model.train()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
     forward = torch.compile(model) if compiled else model
 
     def step(number: int) -> float:
-        ids = torch.from_numpy(batch(number, rows, length))
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        ids = torch.from_numpy(batch(number, rows, length)).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             # `shift_labels` is the next token of every position, so that all of them count, as in ours.
             loss = forward(input_ids=ids[:, :-1], labels=ids[:, :-1], shift_labels=ids[:, 1:].contiguous()).loss
         loss.backward()

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class Timing:
 
     Args:
         seconds: Of every step that counts.
-        peak_memory: Bytes that its process has held at most.
+        peak_memory: Bytes that its process has held at most, on its accelerator where it has one.
         result: Of its last step.
     """
 
@@ -82,8 +83,6 @@ def one_after_another(sides: Mapping[str, Side], *, rounds: int, warm: int = 1) 
 
 
 def _serve(side: Side, pipe: Connection) -> None:
-    from gpt_core.training import host_peak_memory
-
     step = side()
     while (numbers := pipe.recv()) is not None:
         seconds, result = [], None
@@ -91,7 +90,15 @@ def _serve(side: Side, pipe: Connection) -> None:
             start = time.perf_counter()
             result = step(number)
             seconds.append(time.perf_counter() - start)
-        pipe.send((seconds, host_peak_memory(), result))
+        pipe.send((seconds, _peak_memory(), result))
+
+
+def _peak_memory() -> int:
+    if "jax" in sys.modules:
+        from jax_gpt.device import peak_memory
+    else:
+        from torch_gpt.device import peak_memory
+    return peak_memory()
 
 
 def row(

@@ -106,7 +106,8 @@ def prepare(model: GPT, limit: int) -> Weights:
         return nnx.merge(graph, jax.tree.map(lambda x: x[index], stacked))
 
     learned = config.position == "learned"
-    cosine, sine = (jnp.asarray(table) for table in rotary_angles(config, limit, wide))
+    tables = rotary_angles(config.head_dim, config.rope_theta, limit, wide)
+    cosine, sine = (jnp.asarray(table) for table in tables)
     embedding = model.token_embedding[...]
     stored = _stored(embedding, precision)
     return Weights(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, block_table, parameter_table
@@ -58,6 +58,12 @@ class Layout:
         data, fsdp, tensor = (self.mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
         devices = self.mesh.devices.reshape(data, fsdp // self._inner, self._inner, tensor)
         return Mesh(devices, (*_SENT_ALONG, "tensor"))
+
+    def placed(self, spec: PartitionSpec) -> NamedSharding:
+        """A partition of the mesh as one of `stages`. All of a program is said on one mesh: cuDNN's kernel insists."""
+        named = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
+        stages = [[of for axis in axes for of in (_SENT_ALONG[1:] if axis == "fsdp" else (axis,))] for axes in named]
+        return NamedSharding(self.stages, PartitionSpec(*(tuple(axes) or None for axes in stages)))
 
     def over_rows(
         self, function: Callable[..., Any], outputs: tuple[Literal["sum", "parameters"], ...]

@@ -289,7 +289,8 @@ def rotate(
 ) -> Float[jax.Array, "batch time heads head_dim"]:
     """Rotary positions, half-split: dimension d is paired with d + head_dim / 2 (Su et al., 2021)."""
     wide = precision.wide_dtype
-    cosine, sine = (jnp.asarray(t)[:, None] for t in rotary_angles(config, x.shape[1], wide))  # [time, 1, half]
+    tables = rotary_angles(config.head_dim, config.rope_theta, x.shape[1], wide)
+    cosine, sine = (jnp.asarray(table)[:, None] for table in tables)  # [time, 1, head_dim / 2]
     first, second = jnp.split(x.astype(wide), 2, axis=-1)  # [batch, time, heads, head_dim / 2]
     rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return rotated.astype(x.dtype)

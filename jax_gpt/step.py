@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from gpt_core.run_config import Remat, RunConfig
 from jax_gpt.layout import Layout
@@ -86,8 +86,8 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
 
     graph = nnx.split(nnx.eval_shape(model), nnx.Param)[0]
     shapes = jax.eval_shape(first_state)
-    shardings = state_shardings(shapes, config.model, mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda x: layout.placed(x.spec), state_shardings(shapes, config.model, mesh))
+    everywhere, by_rows = layout.placed(PartitionSpec()), layout.placed(ROWS)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
@@ -100,12 +100,12 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
         step=jax.jit(
             training_step(config, graph, optimizer, chunk, layout),
             donate_argnums=0,
-            in_shardings=(shardings, NamedSharding(mesh, ROWS), everywhere),
+            in_shardings=(shardings, by_rows, everywhere),
             out_shardings=(shardings, everywhere),
         ),
         evaluate=jax.jit(
             evaluation_step(graph, chunk, layout),
-            in_shardings=(shardings.parameters, NamedSharding(mesh, ROWS)),
+            in_shardings=(shardings.parameters, by_rows),
             out_shardings=everywhere,
         ),
         state=abstract,

@@ -5,7 +5,6 @@ A hint is given only where a mistake reproduces what the model in question compu
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 
 import ml_dtypes
@@ -136,7 +135,7 @@ def _norm(x: Array, local: str, layer: int, weights: Mapping[str, Array], config
 
 def _rotated(x: Array, config: ModelConfig) -> Iterator[Prediction]:
     def angles(theta: float) -> tuple[Array, Array]:
-        cosine, sine = rotary_angles(replace(config, rope_theta=theta), x.shape[1], "float64")
+        cosine, sine = rotary_angles(config.head_dim, theta, x.shape[1], "float64")
         return cosine[:, None], sine[:, None]
 
     def half_split(theta: float, sign: float = 1.0) -> Array:

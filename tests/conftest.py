@@ -13,7 +13,7 @@ import yaml
 
 # One thread for each pytest worker: tests run side by side. Set before anybody imports JAX or PyTorch.
 # Programs are compiled more often than run here: optimising them costs more time than it saves.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 for flag in ("--xla_cpu_multi_thread_eigen=false", "--xla_backend_optimization_level=0"):

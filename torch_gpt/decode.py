@@ -91,7 +91,7 @@ def prepare(model: GPT, limit: int) -> Weights:
 
     learned = config.position == "learned"
     embedding = model.token_embedding.detach().to(compute)
-    tables = rotary_angles(config, limit, precision.wide_dtype)
+    tables = rotary_angles(config.head_dim, config.rope_theta, limit, precision.wide_dtype)
     cosine, sine = (torch.tensor(table, device=embedding.device) for table in tables)
     return Weights(
         token_embedding=embedding,

@@ -265,15 +265,16 @@ def rotate(
 ) -> Float[torch.Tensor, "batch time heads head_dim"]:
     """Rotary positions, half-split: dimension d is paired with d + head_dim / 2 (Su et al., 2021)."""
     wide = precision.wide_dtype
-    cosine, sine = _angles(config, x.shape[1], wide, x.device)  # [time, 1, head_dim / 2]
+    cosine, sine = _angles(config.head_dim, config.rope_theta, x.shape[1], wide, x.device)  # [time, 1, head_dim / 2]
     first, second = x.to(torch_dtype(wide)).chunk(2, dim=-1)  # [batch, time, heads, head_dim / 2]
     rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     return rotated.to(x.dtype)
 
 
 @torch.compiler.assume_constant_result  # or the compiler would translate NumPy's fp64 arithmetic
-def _angles(config: ModelConfig, time: int, dtype: DType, device: torch.device) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.tensor(table, device=device)[:, None] for table in rotary_angles(config, time, dtype))
+def _angles(head_dim: int, theta: float, time: int, dtype: DType, device: torch.device) -> tuple[torch.Tensor, ...]:
+    tables = rotary_angles(head_dim, theta, time, dtype)
+    return tuple(torch.tensor(table, device=device)[:, None] for table in tables)
 
 
 def dropout(x: Float[torch.Tensor, "..."], rate: float, training: bool) -> Float[torch.Tensor, "..."]:

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.custom_partitioning import custom_partitioning
 
 from gpt_core.errors import InputError
 from gpt_core.run_config import RunConfig
+from jax_gpt import attention
 from jax_gpt.layout import Layout, ring
 from jax_gpt.sharding import create_mesh
+from jax_gpt.step import create_program
 
 MODEL: dict[str, Any] = {
     "vocab_size": 61,
@@ -84,3 +88,30 @@ def test_stages_that_do_not_divide_are_refused() -> None:
     config = RunConfig.from_dict({"jax": {"mesh": {"fsdp_inner": 3}}})
     with pytest.raises(InputError, match="fsdp_inner = 3 does not divide fsdp = 1"):
         Layout(config, create_mesh(config.jax.mesh, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("function", ["step", "evaluate"])
+def test_kernels_that_want_one_mesh_get_it(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cuDNN's: JAX refuses a program with such a kernel and two meshes when it is lowered."""
+
+    @custom_partitioning
+    def kernel(x: jax.Array) -> jax.Array:
+        return x
+
+    kernel.def_partition(partition=lambda *_: None, infer_sharding_from_operands=lambda *_: None, sharding_rule="a->a")
+    differentiable = jax.custom_vjp(lambda x: kernel(x.ravel()).reshape(x.shape))
+    differentiable.defvjp(lambda x: (differentiable(x), None), lambda _, gradient: (gradient,))
+    reference = attention._IMPLEMENTATIONS["reference"]
+    with_kernel = lambda query, *others: reference(differentiable(query), *others)  # noqa: E731
+    monkeypatch.setitem(attention._IMPLEMENTATIONS, "reference", with_kernel)
+    train = {"batch_size": 2, "context_length": 8}
+    sections = {"model": MODEL, "train": train, "data": {"streams": 1}, "jax": {"attention": "reference"}}
+    config = RunConfig.from_dict(sections)
+    program = create_program(config, create_mesh(config.jax.mesh, jax.devices()[:1]))
+    rows = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    batch = {"tokens": rows, "targets": rows, "mask": jax.ShapeDtypeStruct((2, 8), jnp.bool_)}
+    lowered = {
+        "step": lambda: program.step.lower(program.state, batch, jax.ShapeDtypeStruct((), jnp.float32)),
+        "evaluate": lambda: program.evaluate.lower(program.state.parameters, batch),
+    }[function]()
+    assert "sdy.mesh" in lowered.as_text()
