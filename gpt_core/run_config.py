@@ -168,7 +168,7 @@ class JaxConfig:
         remat: What the backward pass computes again: "none", all but matrix products ("dots"), or "full".
         attention: Implementation; see docs/variants.md.
         scan_layers: Scan over stacked blocks, so that compile time does not grow with depth.
-        loss_chunk: Tokens of a device whose logits are in memory at a time.
+        loss_chunk: Tokens of a device whose logits are in memory at a time; null: see `chunk_of_loss`.
 
     Raises:
         InputError: a value is unknown.
@@ -178,7 +178,7 @@ class JaxConfig:
     remat: Remat = "none"
     attention: JaxAttention = "auto"
     scan_layers: bool = True
-    loss_chunk: int = 512
+    loss_chunk: int | None = None
 
     def __post_init__(self) -> None:
         mesh: Any = self.mesh
@@ -187,7 +187,8 @@ class JaxConfig:
         _require_one_of(self, "remat", get_args(Remat))
         _require_one_of(self, "attention", get_args(JaxAttention))
         _require_flag(self, "scan_layers")
-        _require_count(self, "loss_chunk")
+        if self.loss_chunk is not None:
+            _require_count(self, "loss_chunk")
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class TorchConfig:
         compile: Whether the model goes through `torch.compile`.
         remat: What the backward pass computes again ("activation checkpointing"): "none" or "full".
         attention: Implementation; see docs/variants.md.
-        loss_chunk: Tokens of a process whose logits are in memory at a time.
+        loss_chunk: Tokens of a process whose logits are in memory at a time; null: see `chunk_of_loss`.
 
     Raises:
         InputError: a value is unknown.
@@ -209,14 +210,27 @@ class TorchConfig:
     compile: bool = False
     remat: Literal["none", "full"] = "none"
     attention: TorchAttention = "auto"
-    loss_chunk: int = 512
+    loss_chunk: int | None = None
 
     def __post_init__(self) -> None:
         _require_one_of(self, "strategy", get_args(Strategy))
         _require_one_of(self, "remat", ("none", "full"))
         _require_one_of(self, "attention", get_args(TorchAttention))
         _require_flag(self, "compile")
-        _require_count(self, "loss_chunk")
+        if self.loss_chunk is not None:
+            _require_count(self, "loss_chunk")
+
+
+def chunk_of_loss(chosen: int | None, *, on_gpu: bool = False) -> int:
+    """Tokens whose logits are in memory at a time.
+
+    Few fit the caches of a CPU and the memory of a TPU; on a GPU, whose time few would not fill, it is 8192.
+
+    Args:
+        chosen: By the config, if it does.
+        on_gpu: Whether the step runs there.
+    """
+    return chosen or (8192 if on_gpu else 512)
 
 
 @dataclass(frozen=True)

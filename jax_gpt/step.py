@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from gpt_core.run_config import Remat, RunConfig
+from gpt_core.run_config import Remat, RunConfig, chunk_of_loss
 from jax_gpt.layout import Layout
 from jax_gpt.loss import chunked_loss
 from jax_gpt.model import GPT, BlockStep, initialiser
@@ -93,7 +93,8 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
     )
     copies = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.train.batch_size // config.train.accumulation // copies
-    chunk = max(1, config.jax.loss_chunk // rows)
+    on_gpu = mesh.devices.flat[0].platform == "gpu"
+    chunk = max(1, chunk_of_loss(config.jax.loss_chunk, on_gpu=on_gpu) // rows)
 
     return Program(
         create=jax.jit(first_state, out_shardings=shardings),

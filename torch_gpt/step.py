@@ -11,7 +11,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.checkpoint import checkpoint
 
-from gpt_core.run_config import RunConfig
+from gpt_core.run_config import RunConfig, chunk_of_loss
 from torch_gpt.distributed import process_count, process_index
 from torch_gpt.dtypes import torch_dtype
 from torch_gpt.model import GPT, BlockStep, initialiser
@@ -65,7 +65,8 @@ def create_program(config: RunConfig, accelerator: Accelerator) -> Program:
         around_block=_around_block(config),
     ).to(accelerator.device)
     rows = config.train.batch_size // config.train.accumulation // process_count()
-    chunk = max(1, config.torch.loss_chunk // rows)
+    on_gpu = accelerator.device.type == "cuda"
+    chunk = max(1, chunk_of_loss(config.torch.loss_chunk, on_gpu=on_gpu) // rows)
     objective = shared_out(Objective(model, chunk), config.torch, accelerator)
     optimizer = create_optimizer(config.optimizer, model)
     for parameter in model.parameters():  # there from the start, also where the first step is skipped

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from gpt_core.errors import InputError
 from gpt_core.flops import peak_flops, training_flops_per_token
 from gpt_core.parameters import parameter_count
-from gpt_core.run_config import Remat, RunConfig
+from gpt_core.run_config import Remat, RunConfig, chunk_of_loss
 from gpt_core.training import check_dtype
 from jax_gpt.plan import theory
 from jax_gpt.plan.compiled import Buffer, Compiled, compile_step
@@ -235,7 +235,7 @@ def _changes(config: RunConfig, mesh: Mesh, slices: int) -> Iterator[tuple[dict[
     rows = config.train.batch_size // config.train.accumulation
     for sizes in dict.fromkeys(meshes):
         for remat in _REMATS[_REMATS.index(config.jax.remat) :]:
-            for chunk in dict.fromkeys((config.jax.loss_chunk, min(config.jax.loss_chunk, 256))):
+            for chunk in dict.fromkeys((config.jax.loss_chunk, min(chunk_of_loss(config.jax.loss_chunk), 256))):
                 accumulation = config.train.accumulation
                 while (
                     accumulation <= config.train.batch_size and rows % (accumulation // config.train.accumulation) == 0

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from gpt_core.parameters import Parameter, parameter_table
-from gpt_core.run_config import RunConfig
+from gpt_core.run_config import RunConfig, chunk_of_loss
 from jax_gpt.attention import Implementation, pick
 from jax_gpt.banded import band_of
 from jax_gpt.plan.hlo import Kernel
@@ -111,7 +111,8 @@ def matmul_flops(config: RunConfig, mesh: Mesh | AbstractMesh) -> float:
             flops = 2.0 * tokens * row.size / tensor
             forward += flops
             again += flops if remat == "full" and name != "blocks.mlp.down.kernel" else 0.0
-    chunk = max(1, config.jax.loss_chunk // max(1, config.train.batch_size // config.train.accumulation // copies))
+    rows = max(1, config.train.batch_size // config.train.accumulation // copies)
+    chunk = max(1, chunk_of_loss(config.jax.loss_chunk) // rows)
     chunk = min(chunk, config.context_length)
     padded = math.ceil(config.context_length / chunk) * chunk / config.context_length
     head = 2.0 * tokens * padded * model.padded_vocab_size * model.embed_dim / tensor
@@ -179,7 +180,7 @@ def least_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
     """Memory of one device that no compiler can do without: state, gradients, what is kept, and a chunk of logits."""
     tensor = mesh.shape["tensor"]
     copies = mesh.shape["data"] * mesh.shape["fsdp"]
-    logits = min(config.jax.loss_chunk, config.tokens_per_step // config.train.accumulation // copies)
+    logits = min(chunk_of_loss(config.jax.loss_chunk), config.tokens_per_step // config.train.accumulation // copies)
     size = jax.dtypes.canonicalize_dtype(config.precision.compute_dtype).itemsize
     return (
         4 * parameter_bytes(config, mesh)

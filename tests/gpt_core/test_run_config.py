@@ -9,7 +9,15 @@ from jsonargparse import ArgumentParser
 from gpt_core.config import config_directory
 from gpt_core.errors import InputError
 from gpt_core.run_cli import train_config, train_parser
-from gpt_core.run_config import JaxConfig, MeshConfig, OptimizerConfig, RunConfig, TorchConfig, TrainConfig
+from gpt_core.run_config import (
+    JaxConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    TorchConfig,
+    TrainConfig,
+    chunk_of_loss,
+)
 
 TRAIN_PRESETS = sorted(path.stem for path in (config_directory() / "train").glob("*.yaml"))
 
@@ -236,3 +244,10 @@ def test_a_bad_command_line_is_refused_with_what_is_wrong(
     with pytest.raises((InputError, SystemExit)) as caught:
         parse(parser, *words)
     assert told in str(caught.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("chosen", "on_gpu", "expected"), [(None, False, 512), (None, True, 8192), (64, True, 64)])
+def test_the_chunk_of_the_loss_is_larger_on_a_gpu_unless_said(chosen: int | None, on_gpu: bool, expected: int) -> None:
+    config = RunConfig.from_dict({section: {"loss_chunk": chosen} for section in ("jax", "torch")})
+    assert chunk_of_loss(config.jax.loss_chunk, on_gpu=on_gpu) == expected
+    assert chunk_of_loss(config.torch.loss_chunk, on_gpu=on_gpu) == expected
