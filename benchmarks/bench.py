@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def main() -> None:
     options = parser.parse_args()
     parts = options.out / "parts"
     parts.mkdir(parents=True, exist_ok=True)
+    if find_spec("libtpu") and not list(Path("/dev").glob("accel*")) + list(Path("/dev").glob("vfio/*")):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for a TPU for minutes
     console = Console(stderr=True)
     failed = []
     for number, section in enumerate(options.only, 1):
@@ -148,11 +151,16 @@ def draw(rows: Rows, table: dict[str, Any], file: Path) -> None:
     """The table as bars, perplexity over length, and every ratio against its target."""
     bounded = [row for row in rows if row["target"] is not None]
     height = max(4.0, 0.26 * len(bounded) + 1)
-    figure_, axes = plt.subplots(2, 2, figsize=(13, 4.2 + height), height_ratios=[4.2, height], layout="constrained")
-    bars(axes[0, 0], table, "tokens_per_second", 1, "training, tokens/s")
-    bars(axes[0, 1], table, "peak_memory_bytes", 1e9, "training, peak memory in GB")
-    extrapolation(axes[1, 0], table)
-    ratios(axes[1, 1], bounded)
+    if any(table.values()):
+        size = (13, 4.2 + height)
+        figure_, axes = plt.subplots(2, 2, figsize=size, height_ratios=[4.2, height], layout="constrained")
+        bars(axes[0, 0], table, "tokens_per_second", 1, "training, tokens/s")
+        bars(axes[0, 1], table, "peak_memory_bytes", 1e9, "training, peak memory in GB")
+        extrapolation(axes[1, 0], table)
+        ratios(axes[1, 1], bounded)
+    else:
+        figure_, axis = plt.subplots(figsize=(10, height), layout="constrained")
+        ratios(axis, bounded)
     temporary = file.with_name(f".{file.name}")
     figure_.savefig(temporary, dpi=110, format="png")
     plt.close(figure_)

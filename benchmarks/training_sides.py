@@ -86,6 +86,13 @@ def hugging_face_gpt2_step(rows: int, length: int, dtype: str, *, compiled: bool
 def hugging_face_starcoder2_step(
     rows: int, length: int, dtype: str, *, heads: int, kv_heads: int, window: int, compiled: bool
 ) -> Step:
+    """As our step, with the peer's model."""
+    model = starcoder2(length, heads=heads, kv_heads=kv_heads, window=window)
+    model.config.use_cache = False
+    return _hugging_face_step(model, rows, length, dtype, compiled=compiled)
+
+
+def starcoder2(length: int, *, heads: int, kv_heads: int, window: int) -> Any:
     """`Starcoder2ForCausalLM` in the shape of GPT-2 124M with a sliding window: the same function as ours."""
     from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
@@ -102,10 +109,9 @@ def hugging_face_starcoder2_step(
         embedding_dropout=0.0,
         residual_dropout=0.0,
         attention_dropout=0.0,
-        use_cache=False,
         attn_implementation="sdpa",
     )
-    return _hugging_face_step(Starcoder2ForCausalLM(config), rows, length, dtype, compiled=compiled)
+    return Starcoder2ForCausalLM(config)
 
 
 def _hugging_face_step(model: Any, rows: int, length: int, dtype: str, *, compiled: bool) -> Step:

@@ -142,8 +142,8 @@ def training_step(
         else:  # a key for every row, so that what is dropped does not depend on the mesh
             by_row = jax.vmap(lambda tokens, key: model.hidden(tokens[None], dropout_key=key)[0])
             hidden = by_row(part["tokens"], keys)
-        loss = chunked_loss(model.unembed, hidden, part["targets"], part["mask"], chunk)
-        return loss / count  # by the tokens of the whole step
+        by_token = 1 / count  # of the whole step
+        return chunked_loss(model.unembed, hidden, part["targets"], part["mask"], chunk, by_token)
 
     def gradients_of_rows(parameters: nnx.State, rows: Any, count: jax.Array) -> tuple[jax.Array, nnx.State]:
         # Row r goes to part r mod parts, so that every device keeps its own rows.

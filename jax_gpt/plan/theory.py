@@ -116,7 +116,7 @@ def matmul_flops(config: RunConfig, mesh: Mesh | AbstractMesh) -> float:
     chunk = min(chunk, config.context_length)
     padded = math.ceil(config.context_length / chunk) * chunk / config.context_length
     head = 2.0 * tokens * padded * model.padded_vocab_size * model.embed_dim / tensor
-    return 3 * forward + again + 4 * head + attention_flops(config, copies) / tensor
+    return 3 * forward + again + 3 * head + attention_flops(config, copies) / tensor
 
 
 def minimum_wire_bytes(config: RunConfig, mesh: Mesh | AbstractMesh, slices: int = 1) -> Mapping[str, float]:
