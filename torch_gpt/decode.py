@@ -283,6 +283,9 @@ def multiply(
     if not (torch.compiler.is_compiling() and x.device.type == "cpu" and rows <= FEW):
         return F.linear(x, matrix.kernel, matrix.bias)
     wide = torch_dtype(precision.wide_dtype)
+    # Strided by hand it gets memory of its own. Otherwise the compiler makes the norm or the GELU before it anew for
+    # every output.
+    x = x.as_strided(x.shape, x.stride())
     # A sum for each row, all in one loop: the kernel is read once, and a row's sum is the same beside any others.
     sums = [(row.to(wide) * matrix.kernel.to(wide)).sum(-1) for row in x.reshape(rows, -1)]
     y = torch.stack(sums).reshape(*x.shape[:2], -1).to(x.dtype)
