@@ -1,11 +1,12 @@
 """Training with a sliding window of 256 in the shape of GPT-2 124M: what the window saves in a whole step.
 
-    python benchmarks/window_training.py [--part square long]
+    python benchmarks/window_training.py [--part square long memory]
 
 - `square`: T 4096, blocks inside the window against the masked square and the best full attention; in PyTorch against
   Hugging Face's Starcoder2 of the same shape, window and dtype as well.
-- `long`: as T grows from 1024 to 16384, the same number of tokens a step, seconds of a token stay the same, and memory
-  of one row grows with T; at T 16384 against our best full attention.
+- `long`: as T grows from 1024 to 16384, the same number of tokens a step, seconds of a token stay the same; at T 16384
+  against our best full attention.
+- `memory`: of one row, as T grows from 16384 to 65536.
 
 JAX in fp32, PyTorch in bf16. Squares of scores of every layer do not fit into 24 GiB, nor do 12 layers of 16384 tokens,
 so both sides make activations again in the backward pass (`remat: full`) where it says so. Prints JSON rows (see
@@ -21,15 +22,18 @@ from training_sides import hugging_face_starcoder2_step, jax_step, torch_step
 from turns import Row, Side, one_after_another, print_rows, row
 
 WINDOW, TOKENS = 256, 16384
+ROWS = (16384, 32768, 65536)  # lengths of one row whose memory is measured
 DTYPES = {"JAX": "float32", "PyTorch": "bfloat16"}
 FULL = {"JAX": "banded", "PyTorch": "sdpa"}  # our best without a window
 STEPS: dict[str, Callable[..., Any]] = {"JAX": jax_step, "PyTorch": torch_step}
 EXTRA: dict[str, dict[str, Any]] = {"JAX": {}, "PyTorch": {"compile": True}}
 
 
-def side(framework: str, rows: int, length: int, window: int | None, **options: Any) -> Side:
+def side(
+    framework: str, rows: int, length: int, window: int | None, more: dict[str, Any] | None = None, **options: Any
+) -> Side:
     """A step of ours: RoPE, 12 heads, 4 kv heads."""
-    model = {"position": "rope", "n_heads": 12, "n_kv_heads": 4, "sliding_window": window}
+    model = {"position": "rope", "n_heads": 12, "n_kv_heads": 4, "sliding_window": window} | (more or {})
     return partial(STEPS[framework], rows, length, DTYPES[framework], model, **EXTRA[framework], **options)
 
 
@@ -83,27 +87,23 @@ def long(framework: str) -> list[Row]:
         row(f"{name}: T {length} against T 1024", seconds[length], seconds[1024], "T 1024", "s/token", at_most=1.1)
         for length in lengths[1:]
     ]
-    one_row = {
-        str(length): side(framework, 1, length, WINDOW, attention="banded", remat="full") for length in (2048, 8192)
-    }
-    memory = {name: timing.peak_memory for name, timing in one_after_another(one_row, rounds=1).items()}
-    memory[str(TOKENS)] = found[str(TOKENS)].peak_memory
-    spans = ((2048, 8192), (8192, TOKENS))
-    slopes = [(memory[str(after)] - memory[str(before)]) / (after - before) for before, after in spans]
-    results.append(
-        row(
-            f"memory of a further position of one row, window {WINDOW}, {framework}: T 8192 to {TOKENS}",
-            slopes[1],
-            slopes[0],
-            "T 2048 to 8192",
-            "bytes",
-            at_most=1.1,
-        )
-    )
     return results
 
 
-PARTS = {"square": square, "long": long}
+def memory(framework: str) -> list[Row]:
+    """Of one row as it grows, in a model small enough that its parameters are little beside it."""
+    small = {"n_layers": 2, "vocab_size": 512}
+    sides = {
+        str(length): side(framework, 1, length, WINDOW, small, attention="banded", remat="full") for length in ROWS
+    }
+    peaks = [timing.peak_memory for timing in one_after_another(sides, rounds=1).values()]
+    slopes = [(peaks[at + 1] - peaks[at]) / (ROWS[at + 1] - ROWS[at]) for at in range(2)]
+    name = f"memory of a further position of one row, window {WINDOW}, 2 layers, {framework} {DTYPES[framework]}"
+    spans = [f"T {ROWS[at]} to {ROWS[at + 1]}" for at in range(2)]
+    return [row(f"{name}: {spans[1]}", slopes[1], slopes[0], spans[0], "bytes", at_most=1.1)]
+
+
+PARTS = {"square": square, "long": long, "memory": memory}
 
 
 def main() -> None:
