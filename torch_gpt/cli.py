@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_subcommand("train", train_parser("torch-gpt"), help="train, or go on with a run that was interrupted")
     commands.add_subcommand("eval", eval_parser("torch-gpt"), help="loss and perplexity of a checkpoint")
     commands.add_subcommand("sweep", sweep_parser("torch-gpt"), help="train with one setting after another")
-    commands.add_subcommand("generate", generate_parser("torch-gpt"), help="continue prompts")
+    commands.add_subcommand("generate", _generate_parser(), help="continue prompts")
     commands.add_subcommand("init", _init_parser(), help="write a checkpoint with fresh weights")
     actions = {"train": _train, "eval": _eval, "sweep": _sweep, "generate": _generate, "init": _init}
     return run(top, actions, arguments)
@@ -54,20 +54,32 @@ def _sweep(options: Namespace) -> int:
     return sweep_command(options, [sys.executable, "-m", "torch_gpt"])
 
 
+def _generate_parser() -> ArgumentParser:
+    command = generate_parser("torch-gpt")
+    command.add_argument("--compile", action="store_true", help="compile for some seconds first; then twice as fast")
+    return command
+
+
 def _generate(options: Namespace) -> int:
     def start(request: Request) -> Chunks:
+        import torch
+
         from torch_gpt import generate, speculate
         from torch_gpt.checkpoint import load
         from torch_gpt.model import GPT
 
         def model(path: Path) -> GPT:
-            return load(path, precision=request.precision, implementation="auto")
+            loaded = load(path, precision=request.precision, implementation="auto")
+            return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
         target, prompts = model(request.checkpoint), request.prompts
         if request.draft is None:
-            return map(Written.plain, generate.stream(target, prompts, request.options, chunk=4))
+            chunks = generate.stream(target, prompts, request.options, compiled=options.compile, chunk=4)
+            return map(Written.plain, chunks)
         draft, count = model(request.draft), request.draft_tokens
-        return speculate.stream(target, draft, prompts, request.options, draft_tokens=count, rounds=1)
+        return speculate.stream(
+            target, draft, prompts, request.options, draft_tokens=count, compiled=options.compile, rounds=1
+        )
 
     return generate_command(options, start)
 

@@ -88,6 +88,22 @@ def test_generate_prints_the_text_that_it_writes_and_json_has_its_tokens(
     assert shown == "def" + row["text"] + "\n"
 
 
+def test_generate_compiles_its_steps_when_told_and_writes_the_same(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["init", str(tmp_path / "out"), "--config", str(config)]) == 0
+    compiled: list[object] = []
+    monkeypatch.setattr("torch_gpt.decode._compiled", lambda function: compiled.append(function) or function)
+    capsys.readouterr()
+    shown = []
+    for flags in ([], ["--compile"], ["--compile", "--draft", str(tmp_path / "out")]):
+        compiled.clear()
+        assert main(["generate", str(tmp_path / "out"), "def", "--max-new-tokens", "5", *flags]) == 0
+        shown.append(capsys.readouterr().out)
+        assert bool(compiled) == ("--compile" in flags)
+    assert len(set(shown)) == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
