@@ -31,12 +31,12 @@ MODELS = {
 STEPS = {"target": 240, "draft": 800}
 
 
-def train(out: Path, name: str, prepared: str | None) -> None:
+def train(out: Path, name: str, prepared: Path) -> None:
     """One model of the pair, in JAX."""
     model = MODELS[name] | {"vocab_size": 50257, "context_length": 128, "position": "rope"}
     content = {
         "model": model,
-        "data": {"source": "stdlib", "prepared": prepared},
+        "data": {"prepared": str(prepared)},
         "optimizer": {"learning_rate": 1e-3 if name == "target" else 5e-3, "warmup_steps": 20},
         "train": {
             "steps": STEPS[name],
@@ -48,11 +48,13 @@ def train(out: Path, name: str, prepared: str | None) -> None:
     }
     config = out / f"{name}.yaml"
     config.write_text(json.dumps(content))  # JSON is YAML
-    command = [sys.executable, "-m", "jax_gpt", "train", "--config", str(config), "--out", str(out / name)]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-    program = "import sys; from parity.cli import main; sys.exit(main())"
-    convert = [sys.executable, "-c", program, "convert", f"{out / name}@last", str(out / f"{name}-torch"), "--to"]
-    subprocess.run([*convert, "torch"], check=True, stdout=sys.stderr)
+    console("jax-gpt", "train", "--config", str(config), "--out", str(out / name))
+    console("parity", "convert", f"{out / name}@last", str(out / f"{name}-torch"), "--to", "torch")
+
+
+def console(program: str, *arguments: str) -> None:
+    """Run a console command beside this interpreter."""
+    subprocess.run([Path(sys.executable).with_name(program), *arguments], check=True, stdout=sys.stderr)
 
 
 def prompts() -> list[list[int]]:
@@ -147,15 +149,18 @@ def measure(side: str, out: Path, new: int, draft_tokens: int, rounds: int, temp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/speculative"))
-    parser.add_argument("--prepared", help="tokens that `gpt-data prepare stdlib` wrote; default: tokenized anew")
+    parser.add_argument("--prepared", type=Path, help="tokens that `gpt-data prepare stdlib` wrote; default: in --out")
     parser.add_argument("--draft-tokens", type=int, default=3)
     parser.add_argument("--new", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    prepared = options.prepared or options.out / "stdlib"
+    if not prepared.exists():
+        console("gpt-data", "prepare", "stdlib", str(prepared))
     for name in MODELS:
         if not (options.out / f"{name}-torch").exists():
-            train(options.out, name, options.prepared)
+            train(options.out, name, prepared)
     context = multiprocessing.get_context("spawn")
     rows = []
     for side, temperature in product(("jax", "torch"), (0.0, 1.0)):
