@@ -22,8 +22,7 @@ def rows(dtype: str, rounds: int) -> list[Row]:
     shape = (BATCH, TIME, dtype)
     ours: dict[str, Side] = {"PyTorch": partial(torch_step, *shape, compile=True)}
     if dtype == "float32":
-        # All logits of the batch at once: with several chunks the backward pass makes them again.
-        ours["JAX"] = partial(jax_step, *shape, loss_chunk=BATCH * TIME)
+        ours["JAX"] = partial(jax_step, *shape)
     peers: dict[str, Side] = {
         f"Hugging Face GPT-2, {form}": partial(hugging_face_gpt2_step, *shape, compiled=form == "compiled")
         for form in ("compiled", "eager")
