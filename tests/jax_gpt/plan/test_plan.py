@@ -181,10 +181,12 @@ def plan(tmp_path: Path, topology: str, *flags: str, **sections: Any) -> subproc
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"model": SMALL, "data": {"streams": 1}} | sections))
     command = [sys.executable, "-m", "jax_gpt", "plan", "--config", str(path), "--topology", topology, *flags]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}
-    )
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=_environment())
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": path}
 
 
 def test_without_libtpu_it_says_what_to_install(
@@ -256,6 +258,32 @@ def test_a_step_is_compiled_for_slices_and_its_costs_are_read(
     low, high = found["predicted_step_seconds"]
     assert 0 < low <= high
     assert 0 < found["mfu"][0] <= found["mfu"][1] < 1
+
+
+COMPILED_TWICE = """
+import json, sys
+from gpt_core.run_config import RunConfig
+from jax_gpt.plan import compiled, plan
+from jax_gpt.plan.topology import parse_topology
+topology = parse_topology("v5e:2x2", 1)
+devices = topology.devices()
+config = RunConfig.from_dict(json.loads(sys.argv[1]))
+for effort in (compiled.LITTLE_EFFORT, {}, {"xla_tpu_no_such_option": True}):
+    plan.compile_step = lambda config, mesh: compiled.compile_step(config, mesh, effort=effort)
+    found = plan.make_plan(config, topology, devices).to_dict()
+    print(json.dumps({name: value for name, value in found.items() if name != "compile_seconds"}))
+"""
+
+
+@needs_libtpu
+def test_the_compilers_effort_on_machine_code_changes_no_plan() -> None:
+    planned = config(model=SMALL, jax={"mesh": {"data": 1, "fsdp": 4}})
+    command = [sys.executable, "-c", COMPILED_TWICE, json.dumps(planned.to_dict())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=_environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    little, usual, unknown = map(json.loads, done.stdout.splitlines()[-3:])
+    assert little["predicted_step_seconds"][0] > 0
+    assert little == usual == unknown
 
 
 @needs_libtpu
