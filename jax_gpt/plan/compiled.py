@@ -53,8 +53,8 @@ class Compiled:
     seconds: float
 
 
-# Nine tenths of the compiler's time go into machine code, of which a plan reads nothing: memory is assigned before it, and
-# cycles are those that the choice of blocks was made by. So that code is made with less effort; a test holds the plans equal.
+# Nine tenths of the compiler's time go into machine code, of which a plan reads nothing: memory is assigned before it,
+# and cycles are those by which blocks were chosen. So it is made with less effort; a test holds the plans equal.
 LITTLE_EFFORT: dict[str, str | bool] = {
     "xla_jf_vliw_scheduler": False,
     "xla_tpu_enable_emitter_rolling": True,
