@@ -82,6 +82,7 @@ def test_ctrl_c_leaves_no_folder_and_the_same_command_goes_on(
 ) -> None:
     source = write_json_lines(tmp_path / "a.jsonl", [text * 20 for text in texts(1000)])
     command = ["prepare", str(source), str(tmp_path / "tokens"), "--workers", "2"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "_write", lambda *_: signal.raise_signal(signal.SIGINT))
         assert main(command) == 130
