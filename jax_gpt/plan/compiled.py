@@ -58,7 +58,6 @@ class Compiled:
 LITTLE_EFFORT: dict[str, str | bool] = {
     "xla_jf_vliw_scheduler": False,
     "xla_tpu_enable_emitter_rolling": True,
-    "xla_jf_llo_level": "0",
     "xla_jf_bounds_check": "NONE",
 }
 
