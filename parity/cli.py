@@ -61,7 +61,7 @@ def _check_parser() -> ArgumentParser:
         "  parity check                                     the whole grid, as `make parity`\n"
         "  parity check --variant rope-gqa-window --dtype float64 --out runs/parity\n"
         "  parity check --faults                            plant every known mistake, see each one caught\n"
-        "  parity check --fault window-off-by-one           plant one in every check: exit code 1\n"
+        "  parity check --fault window-off-by-one           plant one wherever it shows: exit code 1\n"
         "  parity check --full                              adds training curves and fp32 gradients\n"
         "  parity check --jax-attention banded --torch-attention sdpa   the fast implementations, in every check\n"
         "  parity check runs/jax runs/torch --text book.txt compare two checkpoints on a text",
@@ -71,7 +71,7 @@ def _check_parser() -> ArgumentParser:
     check.add_argument("--dtype", nargs="+", default=_DTYPES, choices=_DTYPES, help="what to compute in")
     check.add_argument("--out", type=Path | None, default=None, metavar="DIR", help="folder for report.json")
     check.add_argument("--faults", action="store_true", help="only plant faults, each where it must be caught")
-    check.add_argument("--fault", type=str | None, default=None, metavar="NAME", help="plant one in every check")
+    check.add_argument("--fault", type=str | None, default=None, metavar="NAME", help="plant one wherever it shows")
     check.add_argument("--full", action="store_true", help="also what takes minutes: training, fp32 gradients")
     check.add_argument("--hugging-face", action="store_true", help="instead: every variant's export in transformers")
     for framework, known in (("jax", get_args(JaxAttention)), ("torch", get_args(TorchAttention))):
@@ -320,7 +320,11 @@ def _check_the_grid(options: Namespace) -> tuple[list[CheckResult], dict[str, An
     if options.fault and options.faults:
         raise InputError("--fault plants one fault in every check, --faults plants each in its own; give one of them")
     if options.fault:
-        fault_named(options.fault)
+        fault = fault_named(options.fault)
+        if not any(fault.bites(case.config) for case in select(options.variant)):
+            raise InputError(f"--fault {fault.name} changes nothing in {', '.join(options.variant)}; choose others")
+        if fault.caught_by == "noise" and "float32" not in options.dtype:
+            raise InputError(f"--fault {fault.name} changes float32 alone; add it to --dtype")
         if options.torch_attention != "reference":
             raise InputError("--fault plants a mistake in the reference attention; leave --torch-attention out")
     dtypes = [dtype for dtype in _dtypes(options) if not options.faults or dtype != "bfloat16"]

@@ -226,12 +226,12 @@ def worker(emit: Emit, options: GridOptions) -> None:
 
 
 def checks(subject: Subject, fault: Fault | None = None, *, full: bool = False) -> Iterator[CheckResult]:
-    """Every check of one case in one dtype, with a fault planted in the PyTorch twin or none."""
+    """Every check of one case in one dtype, with a fault planted in the PyTorch twin where it shows, or none."""
     variant, dtype = subject.case.variant, subject.dtype
     if fault is None:
         yield _weights(subject)
-    elif fault.caught_by == "noise" and dtype != "float32":
-        fault = replace(fault, plant=nullcontext)  # made of fp32 numbers
+    elif not fault.bites(subject.config) or (fault.caught_by == "noise" and dtype != "float32"):
+        fault = replace(fault, plant=nullcontext)  # noise is made of fp32 numbers
 
     model = subject.torch_model()
     with_gradients = dtype == "float64" or (full and dtype == "float32")

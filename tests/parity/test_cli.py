@@ -38,6 +38,11 @@ def test_help_lists_the_commands(parity):
         (["check", "--dtype", "float16"], "float16"),
         (["check", "--variant", "rope-gqa"], "unknown variant 'rope-gqa'; known are: learned-mha-full, "),
         (["check", "--fault", "gremlin"], "unknown fault 'gremlin'; known are: interleaved-rope, "),
+        (
+            ["check", "--variant", "rope-gqa-full", "learned-mha-full", "--fault", "window-off-by-one"],
+            "--fault window-off-by-one changes nothing in rope-gqa-full, learned-mha-full; choose others",
+        ),
+        (["check", "--dtype", "float64", "--fault", "short-mantissa"], "changes float32 alone; add it to --dtype"),
         (["check", "one"], "check takes no checkpoint (the grid) or two, not 1"),
         (["check", "a", "b", "c"], "check takes no checkpoint (the grid) or two, not 3"),
         (["check", "--tokens", "ids.npy"], "--tokens and --text belong to two checkpoints"),

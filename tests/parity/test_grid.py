@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from parity.faults import FAULTS
+from parity.faults import FAULTS, fault_named
 from parity.grid import Attention, Subject
 from parity.variants import attention_variants, grid, select, sharp_weights, text_tokens
 
@@ -30,6 +30,11 @@ NEEDS = {
     "window-ignored": {"mask": "window"},
     "ring-off-by-one": {"mask": "window"},
 }
+
+
+def visible(fault, variant) -> bool:
+    have = dict(zip(("position", "heads", "mask"), variant.split("-"), strict=True))
+    return all(have[name] == value for name, value in NEEDS.get(fault.name, {}).items())
 
 
 @pytest.fixture
@@ -77,6 +82,14 @@ class TestFaults:
         assert ("logits" if fault.caught_by == "noise" else fault.caught_by) in failed
         assert all(case["reason"] for case in report["cases"] if not case["passed"])
 
+    @pytest.mark.parametrize("name", NEEDS)
+    def test_beside_variants_that_it_cannot_change_it_is_planted_where_it_can(self, name, in_this_process, parity):
+        variants = ("rope-gqa-window", "learned-mha-full")
+        called = parity("check", "--variant", *variants, "--dtype", "float64", "--fault", name, "--json")
+        failed = {case["variant"] for case in json.loads(called.out)["cases"] if not case["passed"]}
+        assert called.code == 1, called.err
+        assert failed == {variant for variant in variants if visible(fault_named(name), variant)}
+
     @pytest.mark.parametrize("dtype", ["float64", "float32"])
     @pytest.mark.parametrize("variant", ["rope-gqa-window", "learned-mha-full"])
     def test_the_very_same_call_without_a_fault_ends_in_0(self, variant, dtype, checks_alone, parity):
@@ -123,11 +136,8 @@ class TestFaults:
 
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_faults_bite_where_they_can_be_seen_and_nowhere_else(self, variant):
-        position, heads, mask = variant.split("-")
-        have = {"position": position, "heads": heads, "mask": mask}
         for fault in FAULTS:
-            visible = all(have[name] == value for name, value in NEEDS.get(fault.name, {}).items())
-            assert fault.bites(VARIANTS[variant].config) == visible, fault.name
+            assert fault.bites(VARIANTS[variant].config) == visible(fault, variant), fault.name
 
     def test_there_are_at_least_24_by_different_names(self):
         assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 24
