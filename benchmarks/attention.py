@@ -3,7 +3,7 @@
     python benchmarks/attention.py [--time 4096] [--window 256] [--rounds 3]
 
 Prints JSON rows {name, ours, peer, peer_name, ratio, target, met, unit}, in milliseconds, the best of the rounds. Sides
-run in turns, each framework in a process of its own: JAX in fp32, PyTorch in bf16.
+run in turns, each framework in a process of its own: JAX in fp32, PyTorch in bf16 where the CPU has it.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from turns import Row, print_rows, row
+from turns import Row, dtype_of, print_rows, row
 
 HEADS, HEAD_DIM, TARGET = 12, 64, 5.0
 
@@ -71,7 +71,7 @@ def torch_sides(length: int, window: int) -> dict[str, Callable[[], Any]]:
     from torch_gpt.attention import attention
 
     torch.manual_seed(0)
-    query, key, value, cotangent = torch.randn(4, 1, length, HEADS, HEAD_DIM).bfloat16()
+    query, key, value, cotangent = torch.randn(4, 1, length, HEADS, HEAD_DIM).to(getattr(torch, dtype_of("PyTorch")))
     leaves = [x.requires_grad_() for x in (query, key, value)]
 
     def ours(implementation: Any, window: int | None) -> Callable[[], Any]:
@@ -91,13 +91,13 @@ def torch_sides(length: int, window: int) -> dict[str, Callable[[], Any]]:
 
 def rows(framework: str, length: int, window: int, rounds: int) -> list[Row]:
     """Our blocks against every other side."""
-    sides, dtype = (jax_sides, "fp32") if framework == "jax" else (torch_sides, "bf16")
+    sides = {"JAX": jax_sides, "PyTorch": torch_sides}[framework]
     found = best_in_turns(sides(length, window), rounds)
     squares = [name for name in found if name.startswith("masked square")]
     fastest = min(squares, key=lambda name: found[name])
     return [
         row(
-            f"attention alone, forward + backward, {framework} {dtype}, T {length}, window {window}",
+            f"attention alone, forward + backward, {framework} {dtype_of(framework)}, T {length}, window {window}",
             found["banded"],
             spent,
             name + (" (the fastest square)" if name == fastest else ""),
@@ -115,13 +115,13 @@ def main() -> None:
     parser.add_argument("--time", type=int, default=4096)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--framework", choices=["jax", "torch"], help="in this process")
+    parser.add_argument("--framework", choices=["JAX", "PyTorch"], help="in this process")
     options = parser.parse_args()
     if options.framework:
         print_rows(rows(options.framework, options.time, options.window, options.rounds))
         return
     found: list[Row] = []
-    for framework in ("jax", "torch"):  # threads of two frameworks in one process get in each other's way
+    for framework in ("JAX", "PyTorch"):  # threads of two frameworks in one process get in each other's way
         command = [sys.executable, __file__, *sys.argv[1:], "--framework", framework]
         found += json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     print_rows(found)

@@ -7,8 +7,8 @@
 - `perplexity`: a small model trained by `jax-gpt train` and `torch-gpt train` on the interpreter's library, rows of
   512 tokens, equal steps; perplexity of the whole validation text, cut into rows of 1, 2 and 4 times that length.
 
-12 heads, 4 kv heads and a window of 256 (in the small model 6, 2 and 128). JAX in fp32, PyTorch in bf16. Prints JSON
-rows (see `turns.row`); FILE gets the table itself.
+12 heads, 4 kv heads and a window of 256 (in the small model 6, 2 and 128). JAX in fp32, PyTorch in bf16 where the
+CPU has it. Prints JSON rows (see `turns.row`); FILE gets the table itself.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 from training_sides import VOCAB, jax_step, torch_step
-from turns import Row, Side, in_turns, print_rows, row
+from turns import Row, Side, dtype_of, in_turns, print_rows, row
 
 STANDARD = "Standard GPT-2"
 MODELS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "+ GQA": {"position": "rope", "grouped": True},
     "+ Sliding window": {"position": "rope", "grouped": True, "window": True},
 }
-DTYPES = {"JAX": "float32", "PyTorch": "bfloat16"}
+FRAMEWORKS = ("JAX", "PyTorch")
 TIME, TRAINED = 4096, 512
 Table = dict[str, dict[str, dict[str, Any]]]
 
@@ -46,7 +46,7 @@ def model(name: str, heads: int, kv_heads: int, window: int) -> dict[str, Any]:
 
 def speed(framework: str, table: Table) -> list[Row]:
     """Throughput, memory and cache of one framework."""
-    dtype = DTYPES[framework]
+    dtype = dtype_of(framework)
     step = {"JAX": jax_step, "PyTorch": partial(torch_step, compile=True)}[framework]
     sides: dict[str, Side] = {name: partial(step, 1, TIME, dtype, model(name, 12, 4, 256)) for name in MODELS}
     results = []
@@ -86,7 +86,7 @@ def allocated_cache(framework: str, name: str) -> int:
     from gpt_core.precision import Precision
 
     config = ModelConfig(vocab_size=512, context_length=TIME, **model(name, 12, 4, 256))
-    dtype: Any = DTYPES[framework]
+    dtype: Any = dtype_of(framework)
     cache = {"JAX": jax_cache, "PyTorch": torch_cache}[framework]
     return cache(config, Precision(dtype, dtype), cache_slots(config, TIME, 1))
 
@@ -131,7 +131,7 @@ def perplexity(framework: str, table: Table, work: Path, steps: int) -> list[Row
                 "steps": steps,
                 "batch_size": 2,
                 "context_length": TRAINED,
-                "dtype": DTYPES[framework],
+                "dtype": dtype_of(framework),
                 "evaluate_every": steps,
                 "evaluation_batches": 16,
                 "checkpoint_every": steps,
@@ -154,7 +154,7 @@ def perplexity(framework: str, table: Table, work: Path, steps: int) -> list[Row
             for times in (1, 2, 4)
         }
     found = {name: numbers["perplexity"] for name, numbers in table[framework].items()}
-    what = f"validation perplexity after {steps} steps, {framework} {DTYPES[framework]}"
+    what = f"validation perplexity after {steps} steps, {framework} {dtype_of(framework)}"
     results = [
         row(
             f"{what}: {name}",
@@ -196,7 +196,7 @@ def _command(program: str, *arguments: str) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=["speed", "perplexity"], default=["speed", "perplexity"])
-    parser.add_argument("--framework", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--framework", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS)
     parser.add_argument("--table", type=Path, help="file for the table, as JSON")
     parser.add_argument("--work", type=Path, default=Path("runs/bench/table"), help="folder of the small model's runs")
     parser.add_argument("--steps", type=int, default=200, help="of the small model")

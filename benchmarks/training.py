@@ -2,16 +2,16 @@
 
     python benchmarks/training.py [--dtype float32] [--rounds 5]
 
-PyTorch in bf16 and fp32, JAX in fp32 (its bf16 products are slow on a CPU). Prints JSON rows {name, ours, peer,
-peer_name, ratio, target, met, unit}: tokens a second by the median step, and peak memory. Sides run in turns, each in a
-process of its own. Needs `transformers`.
+PyTorch in bf16, where the CPU has it, and fp32, JAX in fp32 (its bf16 products are slow on a CPU). Prints JSON rows
+{name, ours, peer, peer_name, ratio, target, met, unit}: tokens a second by the median step, and peak memory. Sides run
+in turns, each in a process of its own. Needs `transformers`.
 """
 
 import argparse
 from functools import partial
 
 from training_sides import hugging_face_gpt2_step, jax_step, torch_step
-from turns import Row, Side, in_turns, print_rows, row
+from turns import Row, Side, dtype_of, in_turns, print_rows, row
 
 BATCH, TIME = 2, 512
 TARGETS = {("JAX", "float32"): 1.6, ("PyTorch", "bfloat16"): 1.2}
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="only this")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    dtypes = [options.dtype] if options.dtype else ["bfloat16", "float32"]
+    dtypes = [options.dtype] if options.dtype else list(dict.fromkeys([dtype_of("PyTorch"), "float32"]))
     print_rows([entry for dtype in dtypes for entry in rows(dtype, options.rounds)])
 
 

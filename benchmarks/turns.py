@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -38,6 +40,20 @@ class Timing:
     def best(self) -> float:
         """Seconds of the fastest step."""
         return min(self.seconds)
+
+
+@cache
+def dtype_of(framework: str) -> str:
+    """What a framework's benchmarks compute in.
+
+    JAX in float32; PyTorch in bfloat16, or in float32 on a CPU without instructions for bfloat16, where a training step
+    of its peers takes minutes. Found out in another process: what PyTorch's import holds would count in this one.
+    """
+    if framework == "JAX":
+        return "float32"
+    code = "from torch_gpt.products import EMULATED, torch; print(torch.bfloat16 in EMULATED)"
+    found = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return "float32" if found.strip() == "True" else "bfloat16"
 
 
 def in_turns(sides: Mapping[str, Side], *, rounds: int, steps: int = 1, warm: int = 1) -> dict[str, Timing]:

@@ -8,9 +8,9 @@
   against our best full attention.
 - `memory`: of one row, as T grows from 16384 to 65536.
 
-JAX in fp32, PyTorch in bf16. Squares of scores of every layer do not fit into 24 GiB, nor do 12 layers of 16384 tokens,
-so both sides make activations again in the backward pass (`remat: full`) where it says so. Prints JSON rows (see
-`turns.row`): tokens a second by the fastest step, or bytes.
+JAX in fp32, PyTorch in bf16 where the CPU has it. Squares of scores of every layer do not fit into 24 GiB, nor do 12
+layers of 16384 tokens, so both sides make activations again in the backward pass (`remat: full`) where it says so.
+Prints JSON rows (see `turns.row`): tokens a second by the fastest step, or bytes.
 """
 
 import argparse
@@ -19,11 +19,10 @@ from functools import partial
 from typing import Any
 
 from training_sides import hugging_face_starcoder2_step, jax_step, torch_step
-from turns import Row, Side, one_after_another, print_rows, row
+from turns import Row, Side, dtype_of, one_after_another, print_rows, row
 
 WINDOW, TOKENS = 256, 16384
 ROWS = (16384, 32768, 65536)  # lengths of one row whose memory is measured
-DTYPES = {"JAX": "float32", "PyTorch": "bfloat16"}
 FULL = {"JAX": "banded", "PyTorch": "sdpa"}  # our best without a window
 STEPS: dict[str, Callable[..., Any]] = {"JAX": jax_step, "PyTorch": torch_step}
 EXTRA: dict[str, dict[str, Any]] = {"JAX": {}, "PyTorch": {"compile": True}}
@@ -34,7 +33,7 @@ def side(
 ) -> Side:
     """A step of ours: RoPE, 12 heads, 4 kv heads."""
     model = {"position": "rope", "n_heads": 12, "n_kv_heads": 4, "sliding_window": window} | (more or {})
-    return partial(STEPS[framework], rows, length, DTYPES[framework], model, **EXTRA[framework], **options)
+    return partial(STEPS[framework], rows, length, dtype_of(framework), model, **EXTRA[framework], **options)
 
 
 def square(framework: str) -> list[Row]:
@@ -47,11 +46,12 @@ def square(framework: str) -> list[Row]:
         "best full attention": side(framework, 1, length, None, attention=FULL[framework], remat=remat),
     }
     if framework == "PyTorch":
-        peer = partial(hugging_face_starcoder2_step, 1, length, "bfloat16", heads=12, kv_heads=4, window=WINDOW)
+        shape = (1, length, dtype_of(framework))
+        peer = partial(hugging_face_starcoder2_step, *shape, heads=12, kv_heads=4, window=WINDOW)
         sides["Hugging Face Starcoder2, compiled"] = partial(peer, compiled=True)
     found = one_after_another(sides, rounds=2)
     note = f", remat {remat}" if remat != "none" else ""
-    name = f"training step, window {WINDOW}, T {length}, {framework} {DTYPES[framework]}{note}"
+    name = f"training step, window {WINDOW}, T {length}, {framework} {dtype_of(framework)}{note}"
     ours = found["banded"]
     results = []
     for peer_name, peer in found.items():
@@ -76,7 +76,7 @@ def long(framework: str) -> list[Row]:
     }
     sides["full"] = side(framework, 1, TOKENS, None, attention=FULL[framework], remat="full")
     found = one_after_another(sides, rounds=1)
-    dtype = DTYPES[framework]
+    dtype = dtype_of(framework)
     rates = [TOKENS / found[entry].best for entry in (str(TOKENS), "full")]
     name = f"training step, window {WINDOW}, T {TOKENS}, {framework} {dtype}, remat full"
     results = [row(name, *rates, f"best full attention ({FULL[framework]})", "tokens/s", target=1.5)]
@@ -98,7 +98,7 @@ def memory(framework: str) -> list[Row]:
     }
     peaks = [timing.peak_memory for timing in one_after_another(sides, rounds=1).values()]
     slopes = [(peaks[at + 1] - peaks[at]) / (ROWS[at + 1] - ROWS[at]) for at in range(2)]
-    name = f"memory of a further position of one row, window {WINDOW}, 2 layers, {framework} {DTYPES[framework]}"
+    name = f"memory of a further position of one row, window {WINDOW}, 2 layers, {framework} {dtype_of(framework)}"
     spans = [f"T {ROWS[at]} to {ROWS[at + 1]}" for at in range(2)]
     return [row(f"{name}: {spans[1]}", slopes[1], slopes[0], spans[0], "bytes", at_most=1.1)]
 

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from gpt_core.errors import InputError
 from gpt_core.precision import DType
 from torch_gpt.banded import banded
+from torch_gpt.products import emulated
 
 Implementation = Literal["auto", "reference", "banded", "sdpa", "flex"]
 
@@ -63,7 +64,10 @@ def attention(
     if implementation not in _IMPLEMENTATIONS:
         known = ", ".join(get_args(Implementation))
         raise InputError(f"attention implementation {implementation!r} is unknown; choose from: {known}")
-    return _IMPLEMENTATIONS[implementation](query, key, value, window, scale)
+    mix = _IMPLEMENTATIONS[implementation]
+    if emulated(query) and implementation != "reference":
+        return mix(query.float(), key.float(), value.float(), window, scale).to(query.dtype)
+    return mix(query, key, value, window, scale)
 
 
 def pick(platform: str, dtype: DType, head_dim: int, window: int | None) -> Pick:

@@ -23,6 +23,7 @@ from gpt_core.rotary import rotary_angles
 from torch_gpt.attention import Implementation, attention
 from torch_gpt.dtypes import torch_dtype
 from torch_gpt.pretrained import Pretrained
+from torch_gpt.products import linear
 
 Create = Callable[[Parameter], torch.Tensor]
 Table = Mapping[str, Parameter]
@@ -61,7 +62,7 @@ class Linear(nn.Module):
     def forward(self, x: Float[torch.Tensor, "*batch inputs"]) -> Float[torch.Tensor, "*batch outputs"]:
         compute = torch_dtype(self.precision.compute_dtype)
         bias = None if self.bias is None else self.bias.to(compute)
-        return F.linear(x, self.weight.to(compute), bias)
+        return linear(x, self.weight.to(compute), bias)
 
 
 class Attention(nn.Module):
@@ -256,7 +257,7 @@ class GPT(Pretrained, nn.Module):
         """Logits from the final norm's output; `head`, its weight and its bias, may stand in for the model's own."""
         if not head:
             head = (self.token_embedding,) if self.config.tied_embeddings else tuple(self.head.parameters())
-        logits = F.linear(x, *(parameter.to(x.dtype) for parameter in head))
+        logits = linear(x, *(parameter.to(x.dtype) for parameter in head))
         return logits[..., : self.config.vocab_size].to(torch_dtype(self.precision.wide_dtype))
 
 
