@@ -5,8 +5,8 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from jax_gpt.checkpoint import PARAMS_FOLDER
 from jax_gpt.distributed import all_agree, is_primary, wait_for_all
 from jax_gpt.step import TrainState
 
+_absl = logging.getLogger("absl")  # Orbax's
 _OPTIMIZER = "optimizer"
 _DAMAGE = (ValueError, OSError, KeyError, TypeError)  # what Orbax and TensorStore raise for files that are not right
 
@@ -107,13 +108,14 @@ class RunCheckpoints:
 
     def __enter__(self) -> "RunCheckpoints":
         # What fails in Orbax's threads is raised again where we wait for it; their own tracebacks say it twice.
-        self._quiet = _quiet_threads()
-        self._quiet.__enter__()
+        _silence_leftovers()
+        self._absl_level = _absl.level
+        _absl.setLevel(logging.CRITICAL)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._manager.close()
-        self._quiet.__exit__(None, None, None)
+        _absl.setLevel(self._absl_level)
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, StepRecord]:
         record = read_record(checkpoint_folder(self._run, step))
@@ -135,17 +137,30 @@ class RunCheckpoints:
             raise not_written(self._run, error) from error
 
 
-@contextmanager
-def _quiet_threads() -> Iterator[None]:
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda raised: None if str(raised.exc_value) == "Event loop is closed" else hook(raised)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        sys.unraisablehook = hook
+def _silence_leftovers() -> None:
+    """Silence, from now on, the arrays of a save or restore that Orbax left in the air when the first of them failed.
+
+    They fail too, or find their event loop closed, whenever they end or are collected: after the save, even at exit.
+    """
+    logging.getLogger("asyncio").addFilter(_not_of_orbax)
+    warnings.filterwarnings("ignore", "coroutine 'async_.*serialize.* was never awaited", RuntimeWarning)
+    if not isinstance(sys.unraisablehook, _UnlessLoopClosed):
+        sys.unraisablehook = _UnlessLoopClosed(sys.unraisablehook)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return str(Path(ocp.__file__).parent) not in logging.Formatter().format(record)
+
+
+class _UnlessLoopClosed:
+    """A `sys.unraisablehook` that passes on all but errors of closed event loops."""
+
+    def __init__(self, hook: Callable[[Any], Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, raised: Any) -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            self._hook(raised)
 
 
 class _Kept:

@@ -1,5 +1,6 @@
 """JAX runs on a mesh and on several processes."""
 
+import gc
 import json
 import os
 import shutil
@@ -7,10 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import serialization
 
 from gpt_core.orbax_file import OrbaxReader
 from gpt_core.runs import saved_steps
@@ -33,6 +37,38 @@ def test_a_mesh_that_does_not_fit_ends_with_one_line_and_code_2(
     said = capfd.readouterr().err
     assert "does not multiply" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("fails", ["save", "restore"])
+def test_arrays_that_fail_together_are_said_once(
+    fails: str,
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """Orbax waits for the first that fails; what Python says of the others, whenever it collects them, is noise."""
+    run = tmp_path / "run"
+    arguments = ["train", "--config", str(config), "--out", str(run), "--train.steps", "4"]
+    if fails == "restore":
+        assert main(arguments) == 0
+    capfd.readouterr()
+
+    @asynccontextmanager
+    async def no_room(*_: object) -> AsyncIterator[None]:
+        raise ValueError("no room")
+        yield
+
+    monkeypatch.setattr(serialization.limits, "reserved_bytes", no_room)
+    assert main(arguments) == 2
+    gc.collect()
+    said = capfd.readouterr().err
+    assert said.count("no room") == 1
+    assert "Traceback" not in said
+    assert [record.name for record in caplog.records if record.name == "asyncio"] == []
+    assert [str(warning.message) for warning in recwarn if "awaited" in str(warning.message)] == []
 
 
 def begin(processes: int, devices: int, gathered: str, arguments: list[str]) -> list[subprocess.Popen[str]]:
