@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 
 CONFIG_FILE = "config.json"
+PARAMS_FOLDER = "params"  # the weights beside it, in JAX
+WEIGHTS_FILE = "model.safetensors"  # and in PyTorch
 CHECKPOINTS = "checkpoints"
 MODEL_TYPE = "twingpt"
 _VERSION = 1
@@ -39,7 +42,10 @@ def read_checkpoint_config(folder: Path) -> ModelConfig:
         raise InputError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict) or content.get("model_type") != MODEL_TYPE:
         found = content.get("model_type") if isinstance(content, dict) else None
-        raise InputError(f"{path}: model_type is {found!r}; only {MODEL_TYPE!r} checkpoints can be read")
+        raise InputError(
+            f"{path}: model_type is {found!r}; only {MODEL_TYPE!r} checkpoints can be read, and `parity convert` makes "
+            f"one of GPT-2, GPT-BigCode, GPT-Neo and Starcoder2"
+        )
     if content.get("format_version") != _VERSION:
         raise InputError(
             f"{path}: format_version is {content.get('format_version')!r}, this program reads {_VERSION}; "
@@ -49,3 +55,17 @@ def read_checkpoint_config(folder: Path) -> ModelConfig:
     if unknown:
         raise InputError(f"{path}: unknown field {', '.join(map(repr, unknown))}")
     return ModelConfig.from_dict(content.get("model"), source=str(path))
+
+
+def refuse_twin(folder: Path, framework: Literal["jax", "torch"]) -> None:
+    """Say how a checkpoint of the other framework becomes one of this.
+
+    Raises:
+        InputError: the folder holds the weights of the other framework and not of this.
+    """
+    own, other = (PARAMS_FOLDER, WEIGHTS_FILE) if framework == "jax" else (WEIGHTS_FILE, PARAMS_FOLDER)
+    if (folder / other).exists() and not (folder / own).exists():
+        raise InputError(
+            f"{folder}: holds {other}, the other framework's weights; convert it first: "
+            f"parity convert {folder} DESTINATION --to {framework}"
+        )

@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import sys
 import traceback
-from argparse import RawDescriptionHelpFormatter
+from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,9 +21,18 @@ OUR_FAULT = 70  # an error in this program (EX_SOFTWARE), never to be mistaken f
 
 Command = Callable[[Namespace], int]
 
+_PLAIN = (
+    r"(, )?(required(?=[,)])|type: (<class 'Path'>|Path|str|Literal\[[^]]*\])( \| null)?(?=[,)])"
+    r"|default: (null|False|\[\])(?=\)$))"
+)
+
 
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the lines of examples as they are written."""
+    """Keeps the lines of examples as they are written, and leaves out types and defaults that say nothing."""
+
+    def _expand_help(self, action: Action) -> str:
+        text = re.sub(_PLAIN, "", super()._expand_help(action)).replace("(, ", "(")
+        return text.removesuffix(" ()")
 
 
 def parser(description: str, example: str, prog: str | None = None) -> ArgumentParser:

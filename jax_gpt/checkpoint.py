@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gpt_core.checkpoint_config import read_checkpoint_config, write_checkpoint_config
+from gpt_core.checkpoint_config import PARAMS_FOLDER, read_checkpoint_config, refuse_twin, write_checkpoint_config
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_directory
 from gpt_core.orbax_file import OrbaxReader, write_orbax
@@ -16,8 +16,6 @@ from gpt_core.tensor_info import Array, TensorInfo
 from gpt_core.tokenizer import Tokenizer
 from jax_gpt.attention import Implementation
 from jax_gpt.model import GPT
-
-PARAMS_FOLDER = "params"
 
 
 def save(model: GPT, path: Path, tokenizer: Tokenizer | None = None, *, force: bool = False) -> None:
@@ -56,9 +54,10 @@ def load(
     """Load a checkpoint, stacked or unrolled, into either form; weights are cast to `precision.param_dtype`.
 
     Raises:
-        InputError: the checkpoint is missing or damaged, or weights and config do not fit.
+        InputError: the checkpoint is missing, damaged or of the other framework, or weights and config do not fit.
     """
     config = read_checkpoint_config(path)
+    refuse_twin(path, "jax")
     reader = OrbaxReader(path / PARAMS_FOLDER)
     unused = set(reader.tensors)
 

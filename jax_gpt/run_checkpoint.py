@@ -15,7 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from gpt_core.checkpoint_config import CHECKPOINTS
+from gpt_core.checkpoint_config import CHECKPOINTS, PARAMS_FOLDER
 from gpt_core.errors import InputError
 from gpt_core.run_config import TrainConfig
 from gpt_core.runs import (
@@ -29,7 +29,6 @@ from gpt_core.runs import (
     read_record,
     set_aside,
 )
-from jax_gpt.checkpoint import PARAMS_FOLDER
 from jax_gpt.distributed import all_agree, is_primary, wait_for_all
 from jax_gpt.step import TrainState
 

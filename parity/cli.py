@@ -160,7 +160,7 @@ def _convert_parser() -> ArgumentParser:
     command.add_argument("source", help=_CHECKPOINT)
     command.add_argument("destination", type=Path, help="folder to write")
     command.add_argument("--to", required=True, choices=list(TARGETS), help="format to write; hf picks one that fits")
-    command.add_argument("--dtype", type=str | None, default=None, choices=[*DTYPES, None], help="cast every weight")
+    command.add_argument("--dtype", default=None, choices=list(DTYPES), help="cast every weight")
     command.add_argument(
         "--state", action="store_true", help="a run with its optimizer, for the other trainer to go on"
     )

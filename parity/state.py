@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from gpt_core.checkpoint_config import PARAMS_FOLDER, WEIGHTS_FILE
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_directory
@@ -233,10 +234,10 @@ def write_state(folder: Path, state: TrainingState, framework: Framework, *, unr
     if framework == "jax":
         split = {key for key, (_, slot) in owners.items() if slot.parameter.stacked}
         counters = dict.fromkeys(("step", UPDATES), TensorInfo((), np.dtype(np.int32)))
-        write_orbax(folder / orbax_jax.PARAMS_FOLDER, weights, read, split=split & weights.keys())
+        write_orbax(folder / PARAMS_FOLDER, weights, read, split=split & weights.keys())
         write_orbax(folder / OPTIMIZER_FOLDER, moments | counters, read, split=split & moments.keys())
     else:
-        write_safetensors(folder / safetensors_torch.WEIGHTS_FILE, weights, read)
+        write_safetensors(folder / WEIGHTS_FILE, weights, read)
         write_safetensors(folder / OPTIMIZER_FILE, moments, read, {UPDATES: str(state.updates)})
     file = folder / RECORD_FILE
     file.parent.mkdir()

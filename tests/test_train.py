@@ -201,3 +201,14 @@ def test_eval_reads_a_run_and_gives_the_loss_that_training_saw(
     assert main(framework, "eval", f"{undisturbed}@last", "--json") == 0
     found = json.loads(capfd.readouterr().out)
     assert found["validation_loss"] == pytest.approx(summary["validation_loss"], rel=1e-6)
+
+
+def test_a_run_of_the_other_framework_is_refused_with_the_command_that_converts_it(
+    framework: str, undisturbed: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = {"jax": "torch", "torch": "jax"}[framework]
+    folder = undisturbed / "checkpoints" / "12"
+    assert main(other, "generate", str(undisturbed), "the") == 2
+    assert capfd.readouterr().err.endswith(f"parity convert {folder} DESTINATION --to {other}\n")
+    assert main(other, "eval", str(undisturbed)) == 2
+    assert "Traceback" not in capfd.readouterr().err

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from gpt_core.checkpoint_config import read_checkpoint_config, write_checkpoint_config
+from gpt_core.checkpoint_config import WEIGHTS_FILE, read_checkpoint_config, refuse_twin, write_checkpoint_config
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_directory
 from gpt_core.precision import Precision
@@ -16,8 +16,6 @@ from torch_gpt.arrays import to_numpy
 from torch_gpt.attention import Implementation
 from torch_gpt.dtypes import torch_dtype
 from torch_gpt.model import GPT
-
-WEIGHTS_FILE = "model.safetensors"
 
 
 def save(model: GPT, path: Path, tokenizer: Tokenizer | None = None, *, force: bool = False) -> None:
@@ -47,9 +45,10 @@ def load(path: Path, *, precision: Precision = Precision(), implementation: Impl
     """Load a checkpoint; weights are cast to `precision.param_dtype`.
 
     Raises:
-        InputError: the checkpoint is missing or damaged, or weights and config do not fit.
+        InputError: the checkpoint is missing, damaged or of the other framework, or weights and config do not fit.
     """
     config = read_checkpoint_config(path)
+    refuse_twin(path, "torch")
     dtype = torch_dtype(precision.param_dtype)
     model = GPT(
         config,

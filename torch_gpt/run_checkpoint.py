@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import GradScaler
 
-from gpt_core.checkpoint_config import CHECKPOINTS
+from gpt_core.checkpoint_config import CHECKPOINTS, WEIGHTS_FILE
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_directory
 from gpt_core.run_config import TrainConfig
@@ -39,7 +39,6 @@ from gpt_core.safetensors_file import (
 )
 from gpt_core.tensor_info import TensorInfo
 from torch_gpt.arrays import from_numpy, to_numpy
-from torch_gpt.checkpoint import WEIGHTS_FILE
 from torch_gpt.distributed import all_agree, is_primary, wait_for_all
 from torch_gpt.parallel import gather, like
 from torch_gpt.step import TrainState

@@ -8,15 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gpt_core.adaptation import unchanged
-from gpt_core.checkpoint_config import read_checkpoint_config, write_checkpoint_config
+from gpt_core.checkpoint_config import PARAMS_FOLDER, read_checkpoint_config, write_checkpoint_config
 from gpt_core.config import ModelConfig
 from gpt_core.orbax_file import OrbaxReader, write_orbax
 from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.tensor_info import Array, TensorInfo
 from gpt_core.tokenizer import Tokenizer, tokenizer_of
 from gpt_core.weights import DType, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
-
-PARAMS_FOLDER = "params"
 
 
 def spoke(config: ModelConfig, *, scan_layers: bool = True) -> Spoke:

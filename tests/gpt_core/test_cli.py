@@ -1,5 +1,7 @@
 import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -58,3 +60,23 @@ def test_another_missing_module_is_a_defect_of_ours() -> None:
 def test_json_is_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     cli.print_json({"passed": True, "path": "[red]"})
     assert json.loads(capsys.readouterr().out) == {"passed": True, "path": "[red]"}
+
+
+def test_help_says_types_and_defaults_only_where_they_say_something() -> None:
+    command = cli.parser("Go.", "  prog go")
+    command.add_argument("source", type=Path, help="what to read")
+    command.add_argument("--out", type=Path | None, default=None, help="where to write")
+    command.add_argument("--dtype", type=Literal["a", "b"], default="a", help="what to compute in")
+    command.add_argument("--count", type=int | None, default=None, help="how many")
+    command.add_argument("--seed", type=int, default=0, help="of random numbers")
+    command.add_argument("--force", action="store_true", help="replace (with care)")
+    said = " ".join(command.format_help().split())
+    for line in (
+        "source what to read options:",
+        "--out OUT where to write --dtype",
+        "--dtype {a,b} what to compute in (default: a) --count",
+        "--count COUNT how many (type: int | null) --seed",
+        "--seed SEED of random numbers (type: int, default: 0) --force",
+        "--force replace (with care) example:",
+    ):
+        assert line in said

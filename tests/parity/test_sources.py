@@ -8,12 +8,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from gpt_core.checkpoint_config import CHECKPOINTS
+from gpt_core.checkpoint_config import CHECKPOINTS, PARAMS_FOLDER
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import RECORD_FILE, StepRecord, open_run
-from jax_gpt.checkpoint import PARAMS_FOLDER, save
+from jax_gpt.checkpoint import save
 from jax_gpt.model import GPT, initialiser
 from parity.cli import main
 from parity.formats import open_checkpoint
