@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +12,19 @@ import numpy as np
 import pytest
 import yaml
 
+from parity.workers import framework_environment
+
 # One thread for each pytest worker: tests run side by side. Set before anybody imports JAX or PyTorch.
 # Programs are compiled more often than run here: optimising them costs more time than it saves.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-for flag in ("--xla_cpu_multi_thread_eigen=false", "--xla_backend_optimization_level=0"):
-    if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+os.environ |= framework_environment("float32", os.cpu_count() or 1, quick_compile=True)
+
+# What one test, process or worker compiled, the next one loads.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # Every function of the twins is checked against the shapes and types that it declares.
 jaxtyping.install_import_hook(["jax_gpt", "torch_gpt"], "beartype.beartype")
