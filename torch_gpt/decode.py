@@ -17,6 +17,7 @@ from gpt_core.precision import Precision
 from gpt_core.rotary import rotary_angles
 from torch_gpt.dtypes import torch_dtype
 from torch_gpt.model import GPT, Taps
+from torch_gpt.products import linear
 
 FEW = 8  # rows of a product, up to which the compiled form sums products
 
@@ -280,7 +281,10 @@ def multiply(
 ) -> Float[torch.Tensor, "batch new outputs"]:
     """A linear layer over the last axis."""
     rows = x.shape[0] * x.shape[1]
-    if not (torch.compiler.is_compiling() and x.device.type == "cpu" and rows <= FEW):
+    if rows > FEW:
+        return linear(x, matrix.kernel, matrix.bias)
+    if not (torch.compiler.is_compiling() and x.device.type == "cpu"):
+        # For few rows, also where half precision is emulated: a kernel in float32 takes longer to write.
         return F.linear(x, matrix.kernel, matrix.bias)
     wide = torch_dtype(precision.wide_dtype)
     # Strided by hand it gets memory of its own. Otherwise the compiler makes the norm or the GELU before it anew for

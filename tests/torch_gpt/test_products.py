@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpt_core.config import ModelConfig
 from gpt_core.precision import DType, Precision
 from torch_gpt import products
+from torch_gpt.decode import FEW, Matrix, multiply
 from torch_gpt.device import measured_peak_flops
 from torch_gpt.model import GPT, initialiser
 from torch_gpt.parallel import Objective
@@ -81,6 +82,19 @@ def test_no_product_of_a_training_step_is_left_to_emulation(
     assert getattr(torch, half) in dtypes, "the products of half precision were not seen"
     assert abs(loss / plain_loss - 1) <= HALVES[half]
     assert (gradient - plain_gradient).norm() <= 4 * HALVES[half] * plain_gradient.norm()
+
+
+@pytest.mark.parametrize("rows", [FEW + 1, 3 * FEW])
+def test_no_product_of_many_rows_is_left_to_emulation_in_decoding(half: DType, rows: int) -> None:
+    dtype = getattr(torch, half)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, 1, 300), (7, 300), (7,))
+    x, kernel, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    with Factors() as seen:
+        found = multiply(x, Matrix(kernel, bias), Precision.of(half))
+    assert seen.dtypes == {torch.float32}
+    expected = x.double().numpy() @ kernel.double().numpy().T + bias.double().numpy()
+    np.testing.assert_allclose(found.double().numpy(), expected, rtol=HALVES[half], atol=1e-5)
 
 
 def test_peak_flops_are_those_of_the_products_that_training_makes(half: DType) -> None:
