@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ig
 
 from gpt_core.cli import parser, print_json
 from gpt_core.config import find_config
+from gpt_core.errors import InputError
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import RUN_FILE, read_run
 
@@ -82,28 +83,34 @@ def _default_folder(config: str) -> Path:
     return Path("runs") / "sweeps" / sweep / trial if sweep and trial else Path("runs") / config
 
 
-def eval_config(options: Namespace, checkpoint: Path) -> RunConfig:
-    """The config that `eval` works with: that of the checkpoint's run, or the command line's.
+def eval_config(options: Namespace, given: Namespace, checkpoint: Path) -> RunConfig:
+    """The config that `eval` works with: that of the checkpoint's run, changed by flags, or the command line's alone.
 
     Args:
         options: Of the command line.
+        given: The same without defaults.
         checkpoint: Folder of the checkpoint.
+
+    Raises:
+        InputError: a flag asks for another model than the checkpoint's.
     """
+    if options.config:
+        return run_config(options)
+    if "model" in given:
+        raise InputError(f"--model does not go with a checkpoint: {checkpoint} has a model of its own")
     run = checkpoint.parent.parent
-    if options.config or not (run / RUN_FILE).is_file():
+    if not (run / RUN_FILE).is_file():
         return run_config(options)
     saved, _ = read_run(run)
-    given = {name: getattr(options, name) for name in ("data", "train")}
-    defaults = {name: type(getattr(saved, name))() for name in given}
-    changed = {
-        name: {field: value for field, value in vars(section).items() if value != getattr(defaults[name], field)}
-        for name, section in given.items()
+    flags = {section.name: given[section.name].as_dict() for section in fields(RunConfig) if section.name in given}
+    return RunConfig.from_dict(_changed(saved.to_dict(), flags), source="command line")
+
+
+def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Values with changes in their place, at every depth."""
+    return values | {
+        name: _changed(values[name], change) if isinstance(change, dict) else change for name, change in changes.items()
     }
-    return replace(
-        saved,
-        data=replace(saved.data, **changed["data"]),
-        train=replace(saved.train, **changed["train"]),
-    )
 
 
 def run_config(options: Namespace) -> RunConfig:

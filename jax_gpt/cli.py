@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_subcommand("init", _init_parser(), help="write a checkpoint with fresh weights")
     actions = {
         "train": _train,
-        "eval": _eval,
+        "eval": lambda options: _eval(options, given=top.parse_args(arguments, defaults=False).eval),
         "sweep": _sweep,
         "generate": _generate,
         "plan": plan_command,
@@ -59,9 +59,9 @@ def _train(options: Namespace) -> int:
     return code
 
 
-def _eval(options: Namespace) -> int:
+def _eval(options: Namespace, given: Namespace) -> int:
     checkpoint = find_checkpoint(options.checkpoint)
-    config = eval_config(options, checkpoint)
+    config = eval_config(options, given, checkpoint)
     _set_up(config)
     from jax_gpt.train import evaluate_checkpoint
 

@@ -24,7 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_subcommand("sweep", sweep_parser("torch-gpt"), help="train with one setting after another")
     commands.add_subcommand("generate", _generate_parser(), help="continue prompts")
     commands.add_subcommand("init", _init_parser(), help="write a checkpoint with fresh weights")
-    actions = {"train": _train, "eval": _eval, "sweep": _sweep, "generate": _generate, "init": _init}
+    actions = {
+        "train": _train,
+        "eval": lambda options: _eval(options, given=top.parse_args(arguments, defaults=False).eval),
+        "sweep": _sweep,
+        "generate": _generate,
+        "init": _init,
+    }
     return run(top, actions, arguments)
 
 
@@ -38,9 +44,9 @@ def _train(options: Namespace) -> int:
     return code
 
 
-def _eval(options: Namespace) -> int:
+def _eval(options: Namespace, given: Namespace) -> int:
     checkpoint = find_checkpoint(options.checkpoint)
-    config = eval_config(options, checkpoint)
+    config = eval_config(options, given, checkpoint)
     from torch_gpt.distributed import is_primary
     from torch_gpt.train import evaluate_checkpoint
 
