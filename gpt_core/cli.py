@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import traceback
 from argparse import Action, RawDescriptionHelpFormatter
@@ -21,18 +20,23 @@ OUR_FAULT = 70  # an error in this program (EX_SOFTWARE), never to be mistaken f
 
 Command = Callable[[Namespace], int]
 
-_PLAIN = (
-    r"(, )?(required(?=[,)])|type: (<class 'Path'>|Path|str|Literal\[[^]]*\])( \| null)?(?=[,)])"
-    r"|default: (null|False|\[\])(?=\)$))"
-)
+_PLAIN_TYPES = {"<class 'Path'>", "Path | null", "str", "str | null"}
 
 
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Keeps the lines of examples as they are written, and leaves out types and defaults that say nothing."""
 
-    def _expand_help(self, action: Action) -> str:
-        text = re.sub(_PLAIN, "", super()._expand_help(action)).replace("(, ", "(")
-        return text.removesuffix(" ()")
+    def _get_type_str(self, action: Action) -> str | None:
+        text = super()._get_type_str(action)
+        # Choices stand in the braces behind the flag.
+        return None if text is None or text in _PLAIN_TYPES or text.startswith("Literal[") else text
+
+    def _get_help_string(self, action: Action) -> str:
+        text = super()._get_help_string(action).removesuffix(" (required)")
+        is_flag = action.nargs == 0
+        if is_flag or action.default is None or action.default == []:
+            text = text.replace(" (default: %(default)s)", "").replace(", default: %(default)s)", ")")
+        return text
 
 
 def parser(description: str, example: str, prog: str | None = None) -> ArgumentParser:

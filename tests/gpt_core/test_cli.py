@@ -69,6 +69,7 @@ def test_help_says_types_and_defaults_only_where_they_say_something() -> None:
     command.add_argument("--dtype", type=Literal["a", "b"], default="a", help="what to compute in")
     command.add_argument("--count", type=int | None, default=None, help="how many")
     command.add_argument("--seed", type=int, default=0, help="of random numbers")
+    command.add_argument("--compile", type=bool, default=False, help="compile (once, required, in all)")
     command.add_argument("--force", action="store_true", help="replace (with care)")
     said = " ".join(command.format_help().split())
     for line in (
@@ -76,7 +77,8 @@ def test_help_says_types_and_defaults_only_where_they_say_something() -> None:
         "--out OUT where to write --dtype",
         "--dtype {a,b} what to compute in (default: a) --count",
         "--count COUNT how many (type: int | null) --seed",
-        "--seed SEED of random numbers (type: int, default: 0) --force",
+        "--seed SEED of random numbers (type: int, default: 0) --compile",
+        "compile (once, required, in all) (type: bool, default: False) --force",
         "--force replace (with care) example:",
     ):
         assert line in said
