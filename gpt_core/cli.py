@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
+import signal
 import sys
 import traceback
-from argparse import Action, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,9 +15,11 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gpt_core.entry import say_last, silence
 from gpt_core.errors import InputError, RunFailedError, missing_framework
+from gpt_core.interrupts import interruptible
 
-SUCCESS, CHECK_FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+SUCCESS, CHECK_FAILED, WRONG_INPUT = 0, 1, 2
 OUR_FAULT = 70  # an error in this program (EX_SOFTWARE), never to be mistaken for a check that failed
 
 Command = Callable[[Namespace], int]
@@ -47,30 +51,40 @@ def parser(description: str, example: str, prog: str | None = None) -> ArgumentP
         epilog=f"example:\n{example}",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,  # --model.n_head is a mistake, not --model.n_heads
+        exit_on_error=False,  # `run` says what is wrong, in one line
     )
 
 
 def run(main_parser: ArgumentParser, commands: Mapping[str, Command], arguments: list[str] | None) -> int:
-    """Parse a command line, run its subcommand, and turn wrong input into one line and exit code 2."""
-    console = Console(stderr=True, highlight=False)
+    """Parse a command line, run its subcommand, and turn what ends it early into one line and an exit code.
+
+    Wrong input is 2, a check or a run that failed 1, an interruption 128 and the number of its signal.
+    """
     try:
-        parsed = main_parser.parse_args(arguments)
-        try:
-            return commands[parsed.subcommand](parsed[parsed.subcommand])
-        except ModuleNotFoundError as error:
-            raise missing_framework(error) or error from None
+        with interruptible(silence):
+            parsed = main_parser.parse_args(arguments)
+            try:
+                return commands[parsed.subcommand](parsed[parsed.subcommand])
+            except ModuleNotFoundError as error:
+                raise missing_framework(error) or error from None
     except InputError as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        return WRONG_INPUT
+        return _end(WRONG_INPUT, "error", error)
+    except ArgumentError as error:
+        said = re.sub(r"<class '(\w+)'>", r"\1", error.message)
+        return _end(WRONG_INPUT, "error", re.sub(r'^Parser key "([^"]+)":', r"\1:", said))
     except RunFailedError as error:
-        console.print(f"failed: {error}", style="red", markup=False, soft_wrap=True)
-        return CHECK_FAILED
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing half written was left", style="yellow")
-        return INTERRUPTED
+        return _end(CHECK_FAILED, "failed", error)
+    except KeyboardInterrupt as interrupt:
+        say_last("; ".join(["interrupted", *getattr(interrupt, "__notes__", ["nothing half written was left"])]))
+        return 128 + getattr(interrupt, "number", signal.SIGINT)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SUCCESS
+    except OSError as error:  # a disk, a device, a file that nobody foresaw: not ours to mend
+        place = "what was to be written" if error.filename is None else error.filename
+        return _end(WRONG_INPUT, "error", f"{place}: {error.strerror or error}")
+    except MemoryError:
+        return _end(WRONG_INPUT, "error", "not enough memory for this; use a smaller model, batch or file")
     except SystemExit as stopped:
         if isinstance(stopped.__context__, BrokenPipeError):  # the same, seen by rich, which would end in 1
             return SUCCESS
@@ -78,6 +92,21 @@ def run(main_parser: ArgumentParser, commands: Mapping[str, Command], arguments:
     except Exception:
         traceback.print_exc()
         return OUR_FAULT
+
+
+def _end(code: int, kind: str, reason: object) -> int:
+    text = f"{kind}: {one_line(reason)}"
+    say_last(f"\x1b[31m{text}\x1b[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else text)
+    return code
+
+
+def one_line(text: object) -> str:
+    """A text as one line that a terminal shows as it is: whatever is no printable character is written as an escape.
+
+    Indented lines, as libraries write them, go on in the line before.
+    """
+    joined = re.sub(r"\n[ \t]+", " ", str(text).strip())
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in joined)
 
 
 def print_json(content: Any) -> None:

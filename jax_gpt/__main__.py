@@ -1,8 +1,6 @@
 """`python -m jax_gpt` is `jax-gpt`."""
 
-import sys
-
-from jax_gpt.cli import main
+from gpt_core.entry import jax_gpt
 
 if __name__ == "__main__":
-    sys.exit(main())
+    jax_gpt()

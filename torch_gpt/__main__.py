@@ -1,8 +1,6 @@
 """`python -m torch_gpt` is `torch-gpt`."""
 
-import sys
-
-from torch_gpt.cli import main
+from gpt_core.entry import torch_gpt
 
 if __name__ == "__main__":
-    sys.exit(main())
+    torch_gpt()

@@ -1,4 +1,5 @@
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -37,7 +38,88 @@ def test_wrong_input_is_one_line_on_standard_error_and_exit_code_2(capsys: pytes
 
 def test_ctrl_c_is_exit_code_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(raising(KeyboardInterrupt())) == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert capsys.readouterr().err == "interrupted; nothing half written was left\n"
+    interrupt = KeyboardInterrupt()
+    interrupt.add_note("some of it is kept")
+    assert run(raising(interrupt)) == 130
+    assert capsys.readouterr().err == "interrupted; some of it is kept\n"
+
+
+def test_sigterm_is_exit_code_143_after_cleaning_up(capsys: pytest.CaptureFixture[str]) -> None:
+    cleaned = []
+
+    def action() -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(True)
+        return 0
+
+    assert run(action) == 143
+    assert cleaned
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "/a/file"), "/a/file: No space left on device"),
+        (OSError(36, "File name too long", "a" * 300), "a" * 300 + ": File name too long"),
+        (OSError(5, "Input/output error"), "what was to be written: Input/output error"),
+        (MemoryError(), "not enough memory"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(
+    error: BaseException, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(raising(error)) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {said}")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\nb", r"a\nb"),
+        ("expected:\n    a number", "expected: a number"),
+        ("a\x1b[31mb", r"a\x1b[31mb"),
+        ("a\u2028b\u202eb", r"a\u2028b\u202eb"),
+        ("a\tb\rc", r"a\tb\rc"),
+        ("größe 数 [bold]", "größe 数 [bold]"),
+        ("\udcff", r"\udcff"),
+    ],
+)
+def test_an_error_is_one_line_that_a_terminal_shows_as_it_is(
+    text: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(raising(InputError(text))) == 2
+    assert capsys.readouterr().err == f"error: {shown}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["go", "--count", "many"], "count: Expected a int. Got value: many"),
+        (["go", "--cuont", "1"], "unrecognized arguments: --cuont 1"),
+        (["go", "--kind", "c"], "--kind: invalid choice: 'c' (choose from 'a', 'b')"),
+        (["stop"], "invalid choice: 'stop'"),
+        ([], "subcommand"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_without_usage(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    top = cli.parser("A program.", "  prog go", prog="prog")
+    command = cli.parser("Go.", "  prog go")
+    command.add_argument("--count", type=int, default=0)
+    command.add_argument("--kind", choices=["a", "b"], default="a")
+    top.add_subcommands(required=True, dest="subcommand").add_subcommand("go", command)
+    assert cli.run(top, {"go": lambda options: 0}, words) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert said in errors
+    assert errors.count("\n") == 1
 
 
 def test_a_defect_of_ours_is_not_hidden_nor_taken_for_a_failed_check(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
 import math
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,7 @@ def test_trials_of_wandb_agent_have_folders_of_their_own(
 def test_a_bad_command_line_is_refused_with_what_is_wrong(
     words: list[str], told: str, parser: ArgumentParser, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises((InputError, SystemExit)) as caught:
+    with pytest.raises((InputError, ArgumentError)) as caught:
         parse(parser, *words)
     assert told in str(caught.value) + capsys.readouterr().err
 
