@@ -20,6 +20,7 @@ from gpt_core.files import atomic_directory, sync_directory
 from gpt_core.formats import format_of, is_hugging_face, open_checkpoint
 from gpt_core.formats.base import Checkpoint
 from gpt_core.formats.hf_folder import write_card
+from gpt_core.formats.replaceable import kept_checkpoint
 from gpt_core.formats.targets import HUGGING_FACE, Target, choose_target
 from gpt_core.hashing import WeightsHash, parts
 from gpt_core.hub import local_folder
@@ -103,7 +104,7 @@ def write_pretrained(
         to: A name of `gpt_core.formats.targets.TARGETS`.
         tokenizer: GPT-2's, or None.
         allow_remote_code: Whether an export may bring its own modelling code where no native architecture fits.
-        force: Replace a destination that exists.
+        force: Replace a checkpoint or an export that exists.
         advance: Called after each of `parts(config)` that is read; each is read once to write and once to verify.
         options: Passed to the format's writer.
 
@@ -116,7 +117,7 @@ def write_pretrained(
     read = target.adaptation.source(_counting(source, advance), dtypes)
     if is_hugging_face(target.format):
         options |= {"inherit": origin.folder}
-    with atomic_directory(destination, force=force) as folder:
+    with atomic_directory(destination, replace=kept_checkpoint if force else None) as folder:
         started = time.perf_counter()
         writer.write(folder, after, read, target.adaptation.dtypes(dtypes), tokenizer, **options)
         sync_directory(folder)

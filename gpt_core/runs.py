@@ -7,7 +7,8 @@ RUN/checkpoints/STEP/                               weights, optimizer and the r
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -17,7 +18,9 @@ import yaml
 from gpt_core.checkpoint_config import CHECKPOINTS, write_checkpoint_config
 from gpt_core.config import read_yaml
 from gpt_core.errors import InputError
-from gpt_core.files import atomic_file
+from gpt_core.files import atomic_file, held_folder, remove
+from gpt_core.interrupts import uninterrupted
+from gpt_core.lease import SUFFIX, Lease
 from gpt_core.run_config import RunConfig
 from gpt_core.sections import from_mapping
 from gpt_core.tokenizer import Tokenizer
@@ -78,6 +81,56 @@ class StepRecord:
             return from_mapping(cls, values, "record", source)
         except TypeError as error:
             raise InputError(f"{source}: the record of the step is incomplete: {error}") from None
+
+
+@contextmanager
+def held_run(
+    run: Path, *, primary: bool = True, agree: Callable[[bool], bool] = lambda yes: yes
+) -> Iterator[Callable[[], None]]:
+    """Hold a run's folder while it is trained; one that is refused before it saves anything is left as it was.
+
+    Args:
+        run: The folder; made where it is missing.
+        primary: Whether this process writes; the others only learn whether it can.
+        agree: Whether every process says yes.
+
+    Yields:
+        To be called before anything is saved: an InputError where another process has taken the folder over.
+
+    Raises:
+        InputError: another process trains here, or the folder cannot be written.
+    """
+    with ExitStack() as stack:
+        held: tuple[Lease, bool] | None = None
+        failure: InputError | None = None
+        if primary:
+            try:
+                held = stack.enter_context(held_folder(run))
+            except InputError as error:
+                failure = error
+        if not agree(failure is None):
+            raise failure or InputError(f"{run}: cannot be written; process 0 says why")
+        if held is None:
+            yield lambda: None
+            return
+        lease, empty = held
+        steps, file = saved_steps(run), run / RUN_FILE
+        config = file.read_bytes() if file.is_file() else None
+        try:
+            yield lease.require
+        except (InputError, KeyboardInterrupt):
+            with uninterrupted():
+                if saved_steps(run) == steps:
+                    _put_back(run, config, empty=empty)
+            raise
+
+
+def _put_back(run: Path, config: bytes | None, *, empty: bool) -> None:
+    for path in run.iterdir() if empty else ():
+        if path.name != SUFFIX:
+            remove(path)
+    if config is not None:
+        (run / RUN_FILE).write_bytes(config)
 
 
 def open_run(

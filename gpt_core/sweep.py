@@ -11,13 +11,10 @@ import math
 import os
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -28,7 +25,8 @@ from rich.table import Column, Table
 
 from gpt_core.cli import SUCCESS, parser, print_json, progress
 from gpt_core.errors import InputError, RunFailedError
-from gpt_core.files import atomic_file
+from gpt_core.files import atomic_file, held_folder
+from gpt_core.interrupts import interruptible
 from gpt_core.sections import from_mapping
 from gpt_core.summary import SUMMARY_FILE
 from gpt_core.sweep_config import ARGS, Goal, Scalar, Sweep, check_setting, sweep_names
@@ -145,8 +143,8 @@ def run_sweep(
     if seed < 0:
         raise InputError(f"--seed {seed} must be at least 0")
     definition = _definition(sweep, launch, extra, seed)
-    known = _open_folder(out, definition)
-    with progress() as bar, _sigterm_interrupts():
+    with interruptible(), held_folder(out), progress() as bar:
+        known = _open_folder(out, definition)
         task = bar.add_task("trials", total=total)
         for number in range(total):
             trial = known.get(number)
@@ -259,23 +257,6 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends the running trial as Ctrl-C does, and does not leave it behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(_: int, __: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _last_line(log: Path) -> str:

@@ -7,13 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self, SupportsFloat
 
 import numpy as np
 
-from gpt_core.data.loader import validation_batches
+from gpt_core.data.loader import batch_source, validation_batches
 from gpt_core.data.prepared import PreparedTokens, unigram_entropy
 from gpt_core.errors import InputError, RunFailedError
 from gpt_core.flops import training_flops_per_token
@@ -204,6 +205,18 @@ def evaluation_text(config: RunConfig, rows: Any = None) -> Any:
     """
     train = config.train
     return validation_batches(config.data, train.batch_size, config.context_length, rows, train.evaluation_batches)
+
+
+def check_data(config: RunConfig) -> None:
+    """Find out before anything is written whether there is text to train and to evaluate on.
+
+    Raises:
+        InputError: the data is missing, damaged or too short, a split is empty, or the model has no row for a token.
+    """
+    check_vocabulary(config)
+    unverified = replace(config, data=replace(config.data, verify=False))  # checksums are for who reads all of it
+    batch_source(unverified.data, "train", config.train.batch_size, config.context_length)
+    next(evaluation_text(unverified))
 
 
 def check_dtype(config: RunConfig, framework: str) -> None:

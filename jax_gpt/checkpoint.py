@@ -9,6 +9,7 @@ from flax import nnx
 from gpt_core.checkpoint_config import PARAMS_FOLDER, read_checkpoint_config, refuse_twin, write_checkpoint_config
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_directory
+from gpt_core.formats.replaceable import kept_checkpoint
 from gpt_core.orbax_file import OrbaxReader, write_orbax
 from gpt_core.parameters import Parameter
 from gpt_core.precision import Precision
@@ -25,7 +26,7 @@ def save(model: GPT, path: Path, tokenizer: Tokenizer | None = None, *, force: b
         model: What to save.
         path: Folder to write.
         tokenizer: Written beside the weights, so that text can be run on the checkpoint.
-        force: Replace a folder that exists.
+        force: Replace a checkpoint that exists.
 
     Raises:
         InputError: the destination exists, is read-only or full.
@@ -37,7 +38,7 @@ def save(model: GPT, path: Path, tokenizer: Tokenizer | None = None, *, force: b
     def read(key: str, layer: int | None) -> Array:
         return np.asarray(state[key] if layer is None else state[key][layer])
 
-    with atomic_directory(path, force=force) as folder:
+    with atomic_directory(path, replace=kept_checkpoint if force else None) as folder:
         write_orbax(folder / PARAMS_FOLDER, infos, read, split=stacked)
         write_checkpoint_config(folder, model.config)
         if tokenizer is not None:

@@ -116,18 +116,19 @@ def _init_parser() -> ArgumentParser:
     command.add_argument("destination", type=Path, help="folder to write")
     command.add_argument("--config", required=True, help="a YAML file with a `model` section, or a preset's name")
     command.add_argument("--seed", type=int, default=0, help="of the random weights")
-    command.add_argument("--force", action="store_true", help="replace a folder that exists")
+    command.add_argument("--force", action="store_true", help="replace a checkpoint that exists")
     command.add_argument("--json", action="store_true", help="print what was written as JSON")
     return command
 
 
 def _init(options: Namespace) -> int:
     from gpt_core.files import refuse_existing
+    from gpt_core.formats.replaceable import kept_checkpoint
     from gpt_core.tokenizer import gpt2_tokenizer
     from jax_gpt.checkpoint import save
     from jax_gpt.model import GPT, initialiser
 
-    refuse_existing(options.destination, force=options.force)
+    refuse_existing(options.destination, replace=kept_checkpoint if options.force else None)
     config = ModelConfig.from_yaml(options.config)
     tokenizer = gpt2_tokenizer() if config.vocab_size == gpt2_tokenizer().vocab_size else None
     save(GPT(config, initialiser(options.seed)), options.destination, tokenizer, force=options.force)

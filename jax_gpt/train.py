@@ -1,7 +1,7 @@
 """Training and evaluating. `torch_gpt/train.py` is its twin."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,22 @@ from jax.sharding import Mesh
 from gpt_core.checkpoint_config import read_checkpoint_config
 from gpt_core.data.loader import training_batches
 from gpt_core.run_config import RunConfig
-from gpt_core.runs import open_run
+from gpt_core.runs import held_run, open_run
 from gpt_core.tokenizer import gpt2_tokenizer
 from gpt_core.tracking import Tracker
-from gpt_core.training import Journal, StopRequest, check_dtype, check_vocabulary, evaluation_text, perplexity
+from gpt_core.training import (
+    Journal,
+    StopRequest,
+    check_data,
+    check_dtype,
+    check_vocabulary,
+    evaluation_text,
+    perplexity,
+)
 from jax_gpt.attention import pick
 from jax_gpt.checkpoint import load
 from jax_gpt.device import peak_memory, total_peak_flops
-from jax_gpt.distributed import is_primary, merged_state, preempted, wait_for_all
+from jax_gpt.distributed import all_agree, is_primary, merged_state, preempted, wait_for_all
 from jax_gpt.run_checkpoint import RunCheckpoints
 from jax_gpt.sharding import check_divides, create_mesh, local_rows, place_batch
 from jax_gpt.step import Program, create_program
@@ -44,11 +52,18 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
     mesh = create_mesh(config.jax.mesh)
     check_divides(config, mesh)
     check_dtype(config, "jax")
-    check_vocabulary(config)
+    check_data(config)
     tokenizer = gpt2_tokenizer() if config.model.vocab_size == gpt2_tokenizer().vocab_size else None
-    open_run(run, config, "jax", tokenizer, primary=is_primary())
-    wait_for_all("the run's folder is there")
+    with held_run(run, primary=is_primary(), agree=all_agree) as require_hold:
+        open_run(run, config, "jax", tokenizer, primary=is_primary())
+        wait_for_all("the run's folder is there")
+        return _train(config, run, mesh, require_hold)
 
+
+def _train(
+    config: RunConfig, run: Path, mesh: Mesh, require_hold: Callable[[], None]
+) -> tuple[dict[str, Any] | None, int]:
+    """Train in a folder that is held; `require_hold` is asked before each save."""
     program = create_program(config, mesh)
     rows = local_rows(mesh, config.train.batch_size)
     steps = config.train.steps
@@ -100,6 +115,7 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
                 if evaluating:
                     journal.evaluated(done, evaluate(program, state.parameters, config, mesh))
                 if saving:
+                    require_hold()
                     checkpoints.save(state, journal.record(done, merged_state(data_state), "jax", evaluated=evaluating))
                 if stopping and not last:
                     checkpoints.wait()

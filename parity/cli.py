@@ -15,6 +15,7 @@ from gpt_core.cli import CHECK_FAILED, SUCCESS, parser, print_json, progress, ru
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_directory, refuse_existing
 from gpt_core.formats import FORMATS, is_hugging_face
+from gpt_core.formats.replaceable import kept_checkpoint
 from gpt_core.formats.targets import HUGGING_FACE, TARGETS
 from gpt_core.precision import DType
 from gpt_core.run_cli import add_run_arguments, run_config
@@ -106,20 +107,20 @@ def _train_parser() -> ArgumentParser:
     )
     command.add_argument("--dtype", nargs="+", choices=_DTYPES[:2], default=_DTYPES[:2], help="what to compute in")
     command.add_argument("--out", type=Path, default=Path("runs/parity-train"), help="folder for runs and report")
-    command.add_argument("--force", action="store_true", help="replace a folder that exists")
+    command.add_argument("--force", action="store_true", help="replace what this command wrote before")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     return command
 
 
 def _train(options: Namespace) -> int:
     from parity.report import report, write_report
-    from parity.train import RUNS, compare_training
+    from parity.train import RUNS, compare_training, kept_runs
 
     config = run_config(options)
     if options.steps is not None:
         config = replace(config, train=replace(config.train, steps=options.steps))
     started = time.perf_counter()
-    with atomic_directory(options.out, force=options.force) as folder, progress() as bar:
+    with atomic_directory(options.out, replace=kept_runs if options.force else None) as folder, progress() as bar:
         total = len(options.variant) * len(options.dtype) * len(RUNS) * config.train.steps
         task = bar.add_task("training", total=total)
         results = compare_training(
@@ -170,7 +171,7 @@ def _convert_parser() -> ArgumentParser:
     )
     command.add_argument("--max-shard-size", type=int | None, default=None, metavar="BYTES", help="hf: of one file")
     command.add_argument("--report", type=Path | None, default=None, metavar="FILE", help="hf: for the model card")
-    command.add_argument("--force", action="store_true", help="replace a destination that exists")
+    command.add_argument("--force", action="store_true", help="replace a checkpoint or an export that exists")
     command.add_argument("--json", action="store_true", help="print what was done as JSON")
     return command
 
@@ -212,7 +213,7 @@ def _record_parser() -> ArgumentParser:
     command.add_argument("--dtype", default="float32", choices=_DTYPES, help="what to compute in")
     command.add_argument("--trace", action="store_true", help="write the named intermediates too")
     command.add_argument("--gradients", action="store_true", help="write the loss of the next token and its gradients")
-    command.add_argument("--force", action="store_true", help="replace a file that exists")
+    command.add_argument("--force", action="store_true", help="replace a record that exists")
     command.add_argument("--json", action="store_true", help="print what was written as JSON")
     return command
 
@@ -355,7 +356,7 @@ def _convert_state(options: Namespace) -> int:
     given = [flag for flag, value in others.items() if value]
     if given:
         raise InputError(f"{given[0]} does not go with --state: a training state crosses over as it is")
-    refuse_existing(options.destination, force=options.force)
+    refuse_existing(options.destination, replace=kept_checkpoint if options.force else None)
     with local_checkpoint(options.source) as source, progress() as bar:
         task = bar.add_task("converting", total=CROSSING_PARTS)
         done = convert_state(
@@ -393,7 +394,7 @@ def _convert(options: Namespace) -> int:
         if options.max_shard_size < 1:
             raise InputError(f"--max-shard-size {options.max_shard_size} must be at least 1 byte")
         extra["max_shard_size"] = options.max_shard_size
-    refuse_existing(options.destination, force=options.force)
+    refuse_existing(options.destination, replace=kept_checkpoint if options.force else None)
     with local_checkpoint(options.source) as source, progress() as bar:
         task = bar.add_task("converting", total=conversion_parts(source))
         done = convert(
@@ -467,10 +468,11 @@ def _inspect(options: Namespace) -> int:
 def _record(options: Namespace) -> int:
     from parity.formats import open_checkpoint
     from parity.record import record_checkpoint
+    from parity.records import refuse_record
     from parity.tokens import tokens_for
     from parity.workers import framework_environment
 
-    refuse_existing(options.out, force=options.force)
+    refuse_record(options.out, force=options.force)
     os.environ.update(framework_environment(options.dtype, workers=1))
     with (
         local_checkpoint(options.checkpoint) as checkpoint,

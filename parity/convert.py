@@ -10,6 +10,7 @@ import numpy as np
 
 from gpt_core.checkpoint_config import CHECKPOINTS, config_home
 from gpt_core.errors import InputError
+from gpt_core.files import require_apart
 from gpt_core.formats import is_hugging_face, open_checkpoint
 from gpt_core.hashing import parts
 from gpt_core.parameters import parameter_count
@@ -72,7 +73,7 @@ def convert(
         destination: Folder to write.
         to: Format to write; `hf` picks the architecture of transformers that fits.
         dtype: Cast every weight to it; None keeps what is stored.
-        force: Replace a destination that exists.
+        force: Replace a checkpoint or an export that exists.
         allow_remote_code: Whether `hf` may bring modelling code of its own where no native architecture fits.
         name: Of the model, for its card; the source's unless given.
         parity: One line of a parity report for the card.
@@ -83,8 +84,7 @@ def convert(
         InputError: a bad source or destination, a format that cannot express the model, or what was read back is not
             what was written.
     """
-    if destination.resolve() == source.resolve():
-        raise InputError(f"{destination}: source and destination are the same folder")
+    require_apart(source, destination)
     checkpoint = open_checkpoint(source)
     read: Source = checkpoint.read
     dtypes = dict(checkpoint.dtypes)

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 
 from gpt_core.errors import InputError
-from gpt_core.files import refuse_existing
 from gpt_core.hashing import hash_weights, unpadded
 from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType
 from gpt_core.sites import model_sites
 from parity.compare import Array
 from parity.formats import open_checkpoint
-from parity.records import hash_tokens, write_record
+from parity.records import hash_tokens, refuse_record, write_record
 from parity.report import machine
 from parity.sides import TRANSFORMERS, side_of
 from parity.sides.runs import Batch, Run
@@ -79,7 +78,7 @@ def record_checkpoint(
         InputError: a bad checkpoint, tokens without a next one, a dtype that has no bound for gradients, or a
             destination that cannot be written.
     """
-    refuse_existing(destination, force=force)
+    refuse_record(destination, force=force)
     if gradients and ("gradients", dtype) not in TOLERANCE:
         known = [known_dtype for check, known_dtype in TOLERANCE if check == "gradients"]
         raise InputError(f"--gradients: there is no bound for gradients in {dtype}; record in {' or '.join(known)}")

@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from gpt_core.errors import InputError
-from gpt_core.files import atomic_directory, atomic_file
+from gpt_core.files import atomic_directory, atomic_file, refuse_existing
 from gpt_core.hashing import hash_array
 from parity.compare import Array
 
@@ -41,6 +41,7 @@ def write_record(
     Raises:
         InputError: the destination exists, or cannot be written.
     """
+    replace = _kept if force else None
     text = json.dumps({"format": "twingpt record", "version": VERSION} | dict(metadata), allow_nan=False)
 
     def members() -> Iterator[tuple[str, Array]]:
@@ -50,7 +51,7 @@ def write_record(
 
     if destination.suffix == ".npz":
         with (
-            atomic_file(destination, force=force) as temporary,
+            atomic_file(destination, replace=replace) as temporary,
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
         ):
             for name, array in members():
@@ -58,9 +59,27 @@ def write_record(
                 with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, array, allow_pickle=False)
     else:
-        with atomic_directory(destination, force=force) as folder:
+        with atomic_directory(destination, replace=replace) as folder:
             for name, array in members():
                 np.save(folder / f"{name}.npy", array, allow_pickle=False)
+
+
+def refuse_record(destination: Path, *, force: bool = False) -> None:
+    """Refuse a destination for `write_record` before there is anything to write.
+
+    Raises:
+        InputError: it exists, and `force` is off or it is no record.
+    """
+    refuse_existing(destination, replace=_kept if force else None, folder=destination.suffix != ".npz")
+
+
+def _kept(path: Path) -> str:
+    try:
+        StoredRecord(path)
+    except InputError:
+        return "is no whole record"
+    strange = [file.name for file in path.iterdir() if file.suffix != ".npy"] if path.is_dir() else []
+    return f"holds {min(strange)}, which is no part of a record" if strange else ""
 
 
 class StoredRecord:

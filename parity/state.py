@@ -16,8 +16,9 @@ import numpy as np
 from gpt_core.checkpoint_config import PARAMS_FOLDER, WEIGHTS_FILE
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
-from gpt_core.files import atomic_directory
+from gpt_core.files import atomic_directory, require_apart
 from gpt_core.formats import orbax_jax, safetensors_torch
+from gpt_core.formats.replaceable import kept_checkpoint
 from gpt_core.orbax_file import OrbaxReader, write_orbax
 from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.run_config import RunConfig
@@ -105,13 +106,14 @@ def convert_state(
         checkpoint: `RUN/checkpoints/STEP` of a run.
         destination: Folder of the new run.
         to: "jax" or "torch".
-        force: Replace a destination that exists.
+        force: Replace a checkpoint or an export that exists; a run never is.
         advance: Called after each of `crossing_parts` parts.
 
     Raises:
         InputError: no whole training state, one of the same framework, or a bad destination.
     """
     run = checkpoint.parent.parent
+    require_apart(checkpoint, destination)
     if to not in get_args(Framework):
         raise InputError(
             f"--state goes to {' or '.join(get_args(Framework))}, not to {to!r}: only trainers have a state"
@@ -127,7 +129,7 @@ def convert_state(
         raise InputError(f"{run}: its state cannot go to {to}: {error}. Weights alone go without --state") from None
     state = read_state(checkpoint)
     target: Framework = "jax" if to == "jax" else "torch"
-    with atomic_directory(destination, force=force) as folder:
+    with atomic_directory(destination, replace=kept_checkpoint if force else None) as folder:
         open_run(folder, config, target, tokenizer_of(run))
         records = [record for record in read_metrics(run) if record["step"] <= state.record.step]
         (folder / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -7,6 +7,7 @@ A third run, in PyTorch, starts one ulp away: what chaos alone makes of the smal
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,13 @@ def compare_training(
         draw(result, out / f"{case.variant}-{case.dtype}.png")
         results.append(result)
     return results
+
+
+def kept_runs(folder: Path) -> str:
+    """Why a folder must not be replaced by another comparison of training; "" where it is one, or empty."""
+    parts = r"report\.(json|html|md)|junit\.xml|(learned|rope)-(mha|gqa|mqa)-(full|window)(-float\d+\.png)?"
+    strange = sorted(path.name for path in folder.iterdir() if not re.fullmatch(parts, path.name))
+    return f"holds {strange[0]}, which is no part of what `parity train` writes" if strange else ""
 
 
 def as_variant(model: ModelConfig, variant: str, context_length: int) -> ModelConfig:

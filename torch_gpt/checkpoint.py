@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from gpt_core.checkpoint_config import WEIGHTS_FILE, read_checkpoint_config, refuse_twin, write_checkpoint_config
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_directory
+from gpt_core.formats.replaceable import kept_checkpoint
 from gpt_core.precision import Precision
 from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
 from gpt_core.tensor_info import TensorInfo
@@ -25,7 +26,7 @@ def save(model: GPT, path: Path, tokenizer: Tokenizer | None = None, *, force: b
         model: What to save.
         path: Folder to write.
         tokenizer: Written beside the weights, so that text can be run on the checkpoint.
-        force: Replace a folder that exists.
+        force: Replace a checkpoint that exists.
 
     Raises:
         InputError: the destination exists, is read-only or full.
@@ -34,7 +35,7 @@ def save(model: GPT, path: Path, tokenizer: Tokenizer | None = None, *, force: b
     infos = {
         key: TensorInfo(tuple(tensor.shape), to_numpy(tensor[:0].flatten()).dtype) for key, tensor in state.items()
     }
-    with atomic_directory(path, force=force) as folder:
+    with atomic_directory(path, replace=kept_checkpoint if force else None) as folder:
         write_safetensors(folder / WEIGHTS_FILE, infos, lambda key: to_numpy(state[key]))
         write_checkpoint_config(folder, model.config)
         if tokenizer is not None:

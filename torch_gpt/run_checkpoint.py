@@ -15,7 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from gpt_core.checkpoint_config import CHECKPOINTS, WEIGHTS_FILE
 from gpt_core.errors import InputError
-from gpt_core.files import atomic_directory
+from gpt_core.files import anything, atomic_directory
 from gpt_core.run_config import TrainConfig
 from gpt_core.runs import (
     RECORD_FILE,
@@ -119,7 +119,7 @@ class RunCheckpoints:
         moments: Mapping[str, torch.Tensor],
         metadata: Mapping[str, str],
     ) -> None:
-        with atomic_directory(checkpoint_folder(self._run, record.step), force=True) as folder:
+        with atomic_directory(checkpoint_folder(self._run, record.step), replace=anything) as folder:
             _write_tensors(folder / WEIGHTS_FILE, weights, {})
             _write_tensors(folder / OPTIMIZER_FILE, moments, metadata)
             file = folder / RECORD_FILE

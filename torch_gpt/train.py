@@ -1,24 +1,33 @@
 """Training and evaluating. `jax_gpt/train.py` is its twin."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from gpt_core.checkpoint_config import read_checkpoint_config
 from gpt_core.data.loader import training_batches
 from gpt_core.run_config import RunConfig
-from gpt_core.runs import open_run
+from gpt_core.runs import held_run, open_run
 from gpt_core.tokenizer import gpt2_tokenizer
 from gpt_core.tracking import Tracker
-from gpt_core.training import Journal, StopRequest, check_dtype, check_vocabulary, evaluation_text, perplexity
+from gpt_core.training import (
+    Journal,
+    StopRequest,
+    check_data,
+    check_dtype,
+    check_vocabulary,
+    evaluation_text,
+    perplexity,
+)
 from torch_gpt.attention import pick
 from torch_gpt.checkpoint import load
 from torch_gpt.device import peak_memory, total_peak_flops
-from torch_gpt.distributed import connect, is_primary, merged_state, preempted, wait_for_all
+from torch_gpt.distributed import all_agree, connect, is_primary, merged_state, preempted, wait_for_all
 from torch_gpt.memory import keep_freed_memory
 from torch_gpt.parallel import check_divides, like, local_rows, place_batch
 from torch_gpt.run_checkpoint import RunCheckpoints
@@ -43,11 +52,18 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
     accelerator = connect()
     check_divides(config)
     check_dtype(config, "torch")
-    check_vocabulary(config)
+    check_data(config)
     tokenizer = gpt2_tokenizer() if config.model.vocab_size == gpt2_tokenizer().vocab_size else None
-    open_run(run, config, "torch", tokenizer, primary=is_primary())
-    wait_for_all("the run's folder is there")
+    with held_run(run, primary=is_primary(), agree=all_agree) as require_hold:
+        open_run(run, config, "torch", tokenizer, primary=is_primary())
+        wait_for_all("the run's folder is there")
+        return _train(config, run, accelerator, require_hold)
 
+
+def _train(
+    config: RunConfig, run: Path, accelerator: Accelerator, require_hold: Callable[[], None]
+) -> tuple[dict[str, Any] | None, int]:
+    """Train in a folder that is held; `require_hold` is asked before each save."""
     program = create_program(config, accelerator)
     rows = local_rows(config.train.batch_size)
     steps = config.train.steps
@@ -93,6 +109,7 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
                 if evaluating:
                     journal.evaluated(done, evaluate(program, config))
                 if saving:
+                    require_hold()
                     data = merged_state(data_state)
                     checkpoints.save(state, journal.record(done, data, "torch", evaluated=evaluating))
                 if stopping and not last:

@@ -66,7 +66,7 @@ def _inspect_parser() -> ArgumentParser:
 
 
 def _prepare(options: Namespace) -> int:
-    from gpt_core.data.prepare import prepare
+    from gpt_core.data.prepare import partial_folder, prepare
 
     config = DataConfig(
         source=options.source,
@@ -87,8 +87,9 @@ def _prepare(options: Namespace) -> int:
                 force=options.force,
                 advance=lambda read, total: bar.update(task, advance=read, total=total),
             )
-    except KeyboardInterrupt:
-        console.print("finished shards are kept: the same command goes on from there")
+    except KeyboardInterrupt as interrupt:
+        if partial_folder(options.destination).exists():
+            interrupt.add_note("finished shards are kept: the same command goes on from there")
         raise
     seconds = time.perf_counter() - started
     splits = {

@@ -106,7 +106,7 @@ def training_batches(
     Raises:
         InputError: the data is missing, damaged or too short.
     """
-    return BatchIterator(_source(config, "train", batch_size, context_length, rows), config.prefetch)
+    return BatchIterator(batch_source(config, "train", batch_size, context_length, rows), config.prefetch)
 
 
 def validation_batches(
@@ -143,9 +143,14 @@ def validation_batches(
     return chain([first], batches)
 
 
-def _source(
-    config: DataConfig, split: Split, batch_size: int, context_length: int, rows: Sequence[int] | None
+def batch_source(
+    config: DataConfig, split: Split, batch_size: int, context_length: int, rows: Sequence[int] | None = None
 ) -> BatchSource:
+    """What makes the batches of a split; nothing is made yet. Arguments as `training_batches`.
+
+    Raises:
+        InputError: the data is missing, damaged or too short.
+    """
     if config.prepared is None:
         return StreamedBatches(config, split, batch_size, context_length, rows)
     folder = Path(config.prepared)

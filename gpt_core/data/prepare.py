@@ -8,7 +8,7 @@ shards whose record does not tell the same text.
 
 import hashlib
 import json
-import shutil
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,12 +26,14 @@ from gpt_core.data.prepared import INDEX_FILE, Index, Shard, Tokens, file_sha256
 from gpt_core.data.records import Reader
 from gpt_core.data.sources import File, find_files
 from gpt_core.errors import InputError
-from gpt_core.files import atomic_file, refuse_existing
+from gpt_core.files import atomic_file, held_name, refuse_existing, remove, replace_directory
+from gpt_core.interrupts import uninterrupted
 from gpt_core.tokenizer import Tokenizer, gpt2_tokenizer
 
 SHARD_BYTES = 64 << 20  # of text; about 32 MB of tokens
 _PIECE_BYTES = 1 << 20  # of text: what one worker takes at a time
-_PLAN_FILE = "plan.json"
+_PLAN_FILE, _RECORD = "plan.json", ".json"
+_FREE = {"on_error"}  # settings that another run may go on with: a shard's text tells whether it is the same
 
 # Is told the megabytes of text read since the last call, and those in all where they are known.
 Progress = Callable[[float, float | None], None]
@@ -114,12 +116,35 @@ def prepare(
         InputError: the source is wrong, the destination exists or cannot be written, or an interrupted run had other
             settings.
     """
-    refuse_existing(destination, force=force)
-    if destination.exists() and not (destination / INDEX_FILE).is_file():
-        raise InputError(f"{destination}: is no folder of prepared tokens, so --force does not replace it")
+    refuse_existing(destination, replace=_kept if force else None)
     if workers < 1:
         raise InputError(f"workers = {workers} must be a whole number of at least 1")
     files = find_files(config.source)
+    partial = partial_folder(destination)
+    with held_name(destination):
+        try:
+            return _prepare(config, files, destination, partial, workers, force, advance, shard_bytes)
+        except BaseException:
+            if partial.is_dir() and not _kept(partial) and not _any_finished(partial):
+                remove(partial)
+            raise
+
+
+def partial_folder(destination: Path) -> Path:
+    """Where shards lie until all are done."""
+    return destination.with_name(f"{destination.name}.partial")
+
+
+def _prepare(
+    config: DataConfig,
+    files: list[File],
+    destination: Path,
+    partial: Path,
+    workers: int,
+    force: bool,
+    advance: Progress,
+    shard_bytes: int,
+) -> Prepared:
     settings = {
         "source": config.source,
         "text_field": config.text_field,
@@ -128,7 +153,6 @@ def prepare(
         "seed": config.seed,
         "tokenizer": "gpt2",
     }
-    partial = destination.with_name(f"{destination.name}.partial")
     _begin(partial, settings | {"shard_bytes": shard_bytes}, force=force)
     tokenizer = gpt2_tokenizer()
     reader = Reader(config.text_field, config.on_error)
@@ -164,7 +188,6 @@ def prepare(
     finally:
         pool.shutdown(cancel_futures=True)
     if not any(splits.values()):
-        shutil.rmtree(partial)
         raise InputError(
             f"{config.source}: holds no text" + (f"; {reader.skipped} broken records" * bool(reader.skipped))
         )
@@ -193,14 +216,19 @@ def _begin(partial: Path, plan: dict[str, Any], *, force: bool) -> None:
             before = json.loads(path.read_text(encoding="utf-8"))
     if before == plan:
         return
-    if partial.exists() and not force:
-        theirs = before or {}
-        differing = ", ".join(name for name in plan if plan[name] != theirs.get(name))
-        raise InputError(
-            f"{partial}: left by an interrupted run with other settings ({differing}); repeat those to go on, or pass "
-            f"--force to start again"
-        )
-    shutil.rmtree(partial, ignore_errors=True)
+    theirs = before or {}
+    differing = ", ".join(name for name in plan if plan[name] != theirs.get(name) and name not in _FREE)
+    complete = before is None and (partial / INDEX_FILE).is_file()  # it was replaced, and its end cut off
+    if partial.exists() and differing:
+        if not (force or complete) and _any_finished(partial):
+            raise InputError(
+                f"{partial}: left by an interrupted run with other settings ({differing}); repeat those to go on, or "
+                f"pass --force to start again"
+            )
+        kept = _kept(partial)
+        if kept:
+            raise InputError(f"{partial}: {kept}; move it away, this is where unfinished shards go")
+        remove(partial)
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(plan, indent=1), encoding="utf-8")
 
@@ -226,7 +254,7 @@ def _shards(
 
 
 def _record(partial: Path, text: _Text) -> Path:
-    return partial / f"{text.file}.json"
+    return partial / f"{text.file}{_RECORD}"
 
 
 def _finished(partial: Path, text: _Text) -> Shard | None:
@@ -237,6 +265,11 @@ def _finished(partial: Path, text: _Text) -> Shard | None:
     except (OSError, ValueError, TypeError):
         return None
     return shard if same else None
+
+
+def _any_finished(partial: Path) -> bool:
+    """Whether there is a shard that another run could use."""
+    return any(partial.glob(f"*.npy{_RECORD}"))
 
 
 def _write(partial: Path, text: _Text) -> Shard:
@@ -251,18 +284,22 @@ def _write(partial: Path, text: _Text) -> Shard:
 
 
 def _complete(partial: Path, destination: Path, index: Index) -> None:
-    """Give the finished folder its name; shards and records that the index does not know are removed."""
-    old = destination.with_name(f"{destination.name}.replaced")
+    """Give the finished folder its name; shards and records that the index does not know are removed before."""
     keep = {shard.file for shards in index.splits.values() for shard in shards}
     try:
         index.write(partial)
-        if destination.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            destination.replace(old)
-        partial.replace(destination)
-        for path in destination.iterdir():
+        for path in partial.iterdir():
             if path.name not in keep | {INDEX_FILE}:
                 path.unlink()
-        shutil.rmtree(old, ignore_errors=True)
+        with uninterrupted():
+            replace_directory(partial, destination)
+            remove(partial)
     except OSError as error:
         raise InputError(f"{destination}: cannot be written: {error.strerror}; run the same command again") from None
+
+
+def _kept(folder: Path) -> str:
+    """Why a folder must not be replaced; "" where it holds prepared tokens, whole or not, or nothing."""
+    parts = rf"{INDEX_FILE}|{_PLAN_FILE}|({'|'.join(get_args(Split))})-\d+\.npy({_RECORD})?|\..*\.(tmp|lease)"
+    strange = sorted(path.name for path in folder.iterdir() if not re.fullmatch(parts, path.name))
+    return f"holds {strange[0]}, which is no part of prepared tokens" if strange else ""

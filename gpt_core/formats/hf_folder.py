@@ -1,13 +1,14 @@
 """What makes a folder serve besides weights and config: tokenizer files, `generation_config.json` and a model card."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_core.checkpoint_config import CONFIG_FILE
+from gpt_core.checkpoint_config import CONFIG_FILE, PARAMS_FOLDER
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_file
@@ -21,6 +22,16 @@ _TOKENIZER_FILES = (
     *(TOKENIZER_FILE, _TOKENIZER_CONFIG, VOCABULARY_FILE, MERGES_FILE),
     *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "chat_template.jinja"),
 )
+CHECKPOINT_FILES = "|".join(
+    (
+        *map(re.escape, (CONFIG_FILE, PARAMS_FOLDER, *_TOKENIZER_FILES, "generation_config.json", "README.md")),
+        r"model(-\d+-of-\d+)?\.safetensors",
+        r"model\.safetensors\.index\.json",
+        r"(configuration|modeling)_twingpt\.py",
+    )
+)
+"""What lies in a checkpoint or an export, as a pattern of names."""
+
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _END_OF_TEXT = "<|endoftext|>"
 CARD_FILE = "README.md"

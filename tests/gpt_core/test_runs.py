@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from gpt_core.checkpoint_config import read_checkpoint_config
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, RunFailedError
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import (
     RECORD_FILE,
@@ -16,6 +17,7 @@ from gpt_core.runs import (
     StepRecord,
     checkpoint_folder,
     find_checkpoint,
+    held_run,
     kept_steps,
     open_run,
     read_record,
@@ -267,3 +269,83 @@ def test_a_run_is_refused_where_a_file_stands(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(InputError, match="run"):
         open_run(tmp_path / "run", CONFIG, "jax", None)
+
+
+# ------------------------------------------------------------------------------------------------------ one trainer
+
+
+def train(run: Path, config: RunConfig, *, until: int | None, ends: BaseException | None) -> None:
+    """As a trainer does: a checkpoint of a step, if given, and how it ends."""
+    with held_run(run) as require_hold:
+        open_run(run, config, "jax", None)
+        (run / "metrics.jsonl").write_text("{}\n")
+        require_hold()
+        if until is not None:
+            add_checkpoint(run, until, None)
+        if ends is not None:
+            raise ends
+
+
+REFUSED = [InputError("no text"), KeyboardInterrupt()]
+
+
+@pytest.mark.parametrize("ends", REFUSED, ids=["refused", "Ctrl-C"])
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "empty folder"])
+def test_a_run_that_saved_nothing_is_taken_away_and_other_settings_may_follow(
+    ends: BaseException, existing: bool, tmp_path: Path
+) -> None:
+    run = tmp_path / "new" / "run"
+    if existing:
+        run.mkdir(parents=True)
+    with pytest.raises(type(ends)):
+        train(run, CONFIG, until=None, ends=ends)
+    assert [path.name for path in tmp_path.rglob("*")] == (["new", "run"] if existing else [])
+    train(run, changed("optimizer", learning_rate=0.1), until=4, ends=None)
+    assert saved_steps(run) == [4]
+    assert not (run / ".lease").exists()
+
+
+@pytest.mark.parametrize("ends", [InputError("no text"), KeyboardInterrupt(), RunFailedError("NaN")])
+def test_a_run_that_saved_something_stays(ends: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(ends)):
+        train(tmp_path / "run", CONFIG, until=4, ends=ends)
+    assert read_run(tmp_path / "run") == (CONFIG, "jax")
+    assert saved_steps(tmp_path / "run") == [4]
+
+
+def test_what_is_left_of_a_run_that_failed_can_be_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(RunFailedError):
+        train(tmp_path / "run", CONFIG, until=None, ends=RunFailedError("NaN"))
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("ends", REFUSED, ids=["refused", "Ctrl-C"])
+def test_a_run_that_is_refused_when_it_goes_on_keeps_its_settings(ends: BaseException, run: Path) -> None:
+    before = (run / RUN_FILE).read_bytes()
+    with pytest.raises(type(ends)):
+        train(run, changed("train", steps=7), until=None, ends=ends)
+    assert (run / RUN_FILE).read_bytes() == before
+    assert saved_steps(run) == [9, 10, 20, 100]
+
+
+def test_a_second_trainer_is_refused_and_changes_nothing(run: Path) -> None:
+    before = (run / RUN_FILE).read_bytes()
+    with held_run(run), pytest.raises(InputError, match=f"run: is being written by process {os.getpid()} on "):
+        train(run, changed("train", steps=7), until=200, ends=None)
+    assert (run / RUN_FILE).read_bytes() == before
+    assert saved_steps(run) == [9, 10, 20, 100]
+
+
+def test_all_processes_of_a_run_learn_that_it_is_held(run: Path) -> None:
+    """What one process says reaches all; those that do not write never look themselves."""
+    said: list[bool] = []
+
+    def primary_could_not(mine: bool) -> bool:
+        said.append(mine)
+        return False
+
+    with pytest.raises(InputError, match="process 0 says why"), held_run(run, primary=False, agree=primary_could_not):
+        pass
+    with held_run(run), pytest.raises(InputError, match="is being written by"), held_run(run, agree=primary_could_not):
+        pass
+    assert said == [True, False]

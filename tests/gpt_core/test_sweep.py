@@ -13,6 +13,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from gpt_core import cli
 from gpt_core.config import find_config, preset_names, read_yaml
 from gpt_core.errors import InputError, RunFailedError
+from gpt_core.files import held_folder
 from gpt_core.run_cli import train_config, train_parser
 from gpt_core.sweep import Trial, best_first, propose, run_sweep, sweep_command, sweep_parser
 from gpt_core.sweep_config import Parameter, Sweep, find_sweep, sweep_names
@@ -421,6 +422,12 @@ def test_an_interrupt_ends_the_running_trial_and_keeps_the_others(name: str, tra
     trainer.trouble({})
     assert sorted(rates(trainer.run())) == RATES
     assert len(trainer.calls()) == 5
+
+
+def test_a_second_sweep_is_refused_and_starts_nothing(trainer: Trainer) -> None:
+    with held_folder(trainer.out), pytest.raises(InputError, match="sweep: is being written by process"):
+        trainer.run()
+    assert trainer.calls() == []
 
 
 @pytest.mark.parametrize(

@@ -170,10 +170,10 @@ class TestDestination:
     def test_a_place_that_cannot_be_written_is_named(self, tiny, to, code, write_checkpoint, tmp_path, monkeypatch):
         source = write_checkpoint("torch", tiny)
 
-        def refuse(**_: object) -> None:
+        def refuse(*_: object) -> None:
             raise OSError(code, "no way")
 
-        monkeypatch.setattr("tempfile.mkdtemp", refuse)
+        monkeypatch.setattr("gpt_core.files.Lease", refuse)
         with pytest.raises(InputError, match="copy: cannot be written: no way; nothing was changed"):
             convert(source, tmp_path / "copy", to)
         assert left_behind(tmp_path) == ["checkpoint"]
@@ -212,13 +212,13 @@ class TestHalfWay:
         folder = tmp_path / "copy"
         if request.param == "something there":
             folder.mkdir()
-            (folder / "old").write_text("kept", encoding="utf-8")
+            (folder / "README.md").write_text("kept", encoding="utf-8")
         return folder
 
     def assert_as_before(self, destination: Path, existed: bool) -> None:
         assert left_behind(destination.parent) == (["checkpoint", "copy"] if existed else ["checkpoint"])
         if existed:
-            assert (destination / "old").read_text(encoding="utf-8") == "kept"
+            assert (destination / "README.md").read_text(encoding="utf-8") == "kept"
 
     def test_one_flipped_bit_is_seen(self, tiny, to, destination, write_checkpoint, monkeypatch):
         source, existed = write_checkpoint("torch", tiny), destination.exists()

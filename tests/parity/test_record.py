@@ -80,14 +80,29 @@ def test_any_format_runs_in_any_framework(tiny, format, write_checkpoint, draw_w
 
 def test_a_record_that_exists_is_kept_without_force(tiny, write_checkpoint, tokens, tmp_path, parity):
     folder, out = write_checkpoint("torch", tiny), tmp_path / "out.npz"
-    out.write_text("kept", encoding="utf-8")
     arguments = ("record", folder, out, "--framework", "torch", "--tokens", tokens)
+    assert parity(*arguments).code == 0
+    before = out.read_bytes()
     called = parity(*arguments)
     assert called.code == 2
     assert "exists already" in called.err
-    assert out.read_text(encoding="utf-8") == "kept"
-    assert parity(*arguments, "--force").code == 0
+    assert out.read_bytes() == before
+    assert parity(*arguments, "--dtype", "bfloat16", "--force").code == 0
+    assert out.read_bytes() != before
     assert np.load(out)["logits"].shape == (2, 17, 29)
+
+
+def test_force_replaces_records_alone(tiny, write_checkpoint, tokens, tmp_path, parity):
+    folder = write_checkpoint("torch", tiny)
+    np.savez(tmp_path / "mine.npz", data=np.arange(3))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("mine", encoding="utf-8")
+    for out in ("mine.npz", "notes"):
+        called = parity("record", folder, tmp_path / out, "--framework", "torch", "--tokens", tokens, "--force")
+        assert called.code == 2
+        assert f"{out}: is no whole record, so --force does not replace it" in called.err
+    assert np.load(tmp_path / "mine.npz")["data"].tolist() == [0, 1, 2]
+    assert (tmp_path / "notes" / "thesis.txt").read_text(encoding="utf-8") == "mine"
 
 
 def test_no_tokenizer_asks_for_tokens_and_writes_nothing(tiny, write_checkpoint, tmp_path, parity):

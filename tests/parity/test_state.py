@@ -95,7 +95,8 @@ def said(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
 def test_what_is_no_whole_state_is_refused(
     framework: str, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    destination = tmp_path / "new"
+    destination, nothing = tmp_path / "new", tmp_path / "nothing"
+    nothing.mkdir()
     to = OTHER[framework]
     assert f"trained in {framework} already" in said(
         ["convert", "--state", str(whole), str(destination), "--to", framework], capfd
@@ -105,7 +106,7 @@ def test_what_is_no_whole_state_is_refused(
     )
     flags = ["--dtype", "bfloat16"]
     assert "--dtype" in said(["convert", "--state", str(whole), str(destination), "--to", to, *flags], capfd)
-    assert "no training run" in said(["convert", "--state", str(tmp_path), str(destination), "--to", to], capfd)
+    assert "no training run" in said(["convert", "--state", str(nothing), str(destination), "--to", to], capfd)
     half = tmp_path / "half"
     shutil.copytree(whole, half)
     for name in ("optimizer", OPTIMIZER_FILE):

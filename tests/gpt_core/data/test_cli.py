@@ -39,9 +39,7 @@ def test_skipped_records_are_counted_and_named(tmp_path: Path, capsys: pytest.Ca
     arguments = ["prepare", str(source), str(tmp_path / "tokens")]
     assert main(arguments) == 2
     assert f"{source}:1: not a JSON record" in capsys.readouterr().err
-    assert main([*arguments, "--on-error", "skip", "--json"]) == 2  # the first run's settings are on the disk
-    assert "(on_error)" in capsys.readouterr().err
-    assert main([*arguments, "--on-error", "skip", "--force", "--json"]) == 0
+    assert main([*arguments, "--on-error", "skip", "--json"]) == 0
     output = capsys.readouterr()
     assert json.loads(output.out)["skipped"] == 2
     assert f"2 broken records skipped; the first: {source}:1" in output.err
@@ -77,18 +75,28 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert "gpt-data prepare stdlib data/stdlib" in capsys.readouterr().out
 
 
-def test_ctrl_c_leaves_no_folder_and_the_same_command_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("finished", [0, 2])
+def test_ctrl_c_leaves_finished_shards_alone_and_the_same_command_goes_on(
+    finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_json_lines(tmp_path / "a.jsonl", [text * 20 for text in texts(1000)])
     command = ["prepare", str(source), str(tmp_path / "tokens"), "--workers", "2"]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
+    write, left = prepare._write, iter(range(finished))
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_write", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(
+            prepare,
+            "_write",
+            lambda *words: signal.raise_signal(signal.SIGINT) if next(left, None) is None else write(*words),
+        )
+        patch.setitem(prepare.prepare.__kwdefaults__, "shard_bytes", 10_000)
         assert main(command) == 130
-    assert "the same command goes on" in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "tokens.partial"}
-    assert main(command) == 0
+        said = capsys.readouterr().err
+        assert said.startswith("interrupted; finished shards are kept" if finished else "interrupted; nothing")
+        kept = {"a.jsonl", "tokens.partial"} if finished else {"a.jsonl"}
+        assert {path.name for path in tmp_path.iterdir()} == kept
+        patch.setattr(prepare, "_write", write)
+        assert main(command) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "tokens"}
     splits = Index.read(tmp_path / "tokens").splits
     assert sum(shard.documents for shards in splits.values() for shard in shards) == 1000

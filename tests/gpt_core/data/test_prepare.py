@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def test_an_existing_folder_is_replaced_only_by_force(corpus: Path, tmp_path: Pa
 
 def test_force_never_replaces_another_folder(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
-    with pytest.raises(InputError, match="is no folder of prepared tokens"):
+    with pytest.raises(InputError, match="holds mine, which is no part of prepared tokens"):
         prepare(DataConfig(source=str(corpus)), tmp_path, force=True)
     assert (tmp_path / "mine").read_text() == "precious"
 
@@ -207,3 +208,41 @@ def test_reading_crosses_shards(prepared: Path) -> None:
 
 def test_unigram_entropy_of_equal_counts_is_their_logarithm() -> None:
     assert unigram_entropy(np.array([5, 5, 0, 5, 5])) == pytest.approx(np.log(4))
+
+
+def test_a_second_prepare_is_refused_and_harms_nothing(
+    corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, config = module._write, DataConfig(source=str(corpus), validation_fraction=0.1)
+
+    def write_beside_another(partial: Path, text: Any) -> Any:
+        with pytest.raises(InputError, match="tokens: is being written by process"):
+            prepare(config, tmp_path / "tokens", shard_bytes=SHARD, force=True)
+        return write(partial, text)
+
+    monkeypatch.setattr(module, "_write", write_beside_another)
+    prepare(config, tmp_path / "tokens", shard_bytes=SHARD)
+    assert files(tmp_path / "tokens") == files(prepared)
+
+
+@pytest.mark.parametrize("place", ["tokens", "tokens.partial"])
+def test_force_keeps_what_is_no_prepared_text(place: str, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=f"{place}: holds thesis.txt, which is no part of prepared tokens"):
+        prepare(DataConfig(source=str(corpus)), tmp_path / "tokens", force=True)
+    assert (tmp_path / place / "thesis.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [place]
+
+
+def test_a_replacement_that_was_cut_off_at_its_end_is_in_nobodys_way(corpus: Path, tmp_path: Path) -> None:
+    """Killed after the names were swapped: the old tokens lie where unfinished shards go."""
+    config = DataConfig(source=str(corpus))
+    prepare(config, tmp_path / "tokens")
+    shutil.copytree(tmp_path / "tokens", tmp_path / "tokens.partial")
+    prepare(DataConfig(source=str(corpus), seed=1), tmp_path / "tokens", force=True)
+    shutil.copytree(tmp_path / "tokens", tmp_path / "tokens.partial")
+    prepare(config, tmp_path / "other")
+    prepare(config, tmp_path / "tokens", force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "tokens"]
+    assert files(tmp_path / "tokens") == files(tmp_path / "other")

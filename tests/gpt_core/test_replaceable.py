@@ -1,0 +1,52 @@
+"""--force replaces checkpoints and exports, and nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from gpt_core.formats.replaceable import kept_checkpoint
+
+
+def made(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if name.endswith("/") else path.touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["config.json", "model.safetensors"],
+        ["config.json", "params/", "vocab.json", "merges.txt"],
+        ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "README.md"],
+        ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"],
+        ["config.json", "modeling_twingpt.py", "configuration_twingpt.py"],
+        ["params/"],  # damaged, but nothing else
+    ],
+)
+def test_a_checkpoint_or_an_export_may_be_replaced(names: list[str], tmp_path: Path) -> None:
+    assert kept_checkpoint(made(tmp_path / "here", *names)) == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (["config.json", "model.safetensors", "thesis.tex"], "holds thesis.tex, which is no part of a checkpoint"),
+        (["config.json", ".git/"], "holds .git, which"),
+        (["hf/config.json"], "holds hf, which"),
+        (["config.yaml", "config.json"], "is a training run"),
+        (["checkpoints/4/model.safetensors"], "is a training run"),
+        (["optimizer.safetensors", "model.safetensors"], "holds optimizer.safetensors, which"),
+    ],
+)
+def test_anything_else_is_kept(names: list[str], why: str, tmp_path: Path) -> None:
+    assert kept_checkpoint(made(tmp_path / "here", *names)).startswith(why)
+
+
+def test_a_checkpoint_of_a_run_is_kept_under_any_name(tmp_path: Path) -> None:
+    made(tmp_path / "run", "config.yaml", "checkpoints/4/model.safetensors")
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "checkpoints" / "4")
+    for place in (tmp_path / "link", tmp_path / "run" / "checkpoints" / "4"):
+        assert kept_checkpoint(place) == "is a checkpoint of the training run run"
