@@ -12,6 +12,8 @@ from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
+from gpt_core.interrupts import SIGNALS
+
 _words: str | None = None
 _is_console = False
 
@@ -57,12 +59,10 @@ def gpt_data() -> NoReturn:
 def _run(package: str) -> NoReturn:
     global _is_console
     _is_console, errors = True, os.dup(2)
-    signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, _end_at_once) for number in signals}  # importing leaves nothing to clean up
-    main = import_module(f"{package}.cli").main
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    _leave(main(), errors)
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end_at_once)  # until `gpt_core.cli.run` begins there is nothing to clean up
+    _leave(import_module(f"{package}.cli").main(), errors)
 
 
 def _end_at_once(number: int, _: FrameType | None) -> None:
