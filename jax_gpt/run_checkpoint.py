@@ -5,6 +5,7 @@
 
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from jax_gpt.distributed import all_agree, is_primary, wait_for_all
 from jax_gpt.step import TrainState
 
 _absl = logging.getLogger("absl")  # Orbax's
+_ORBAX = str(Path(ocp.__file__).parent)  # stands in the traceback of whatever passed through it
 _OPTIMIZER = "optimizer"
 _DAMAGE = (ValueError, OSError, KeyError, TypeError)  # what Orbax and TensorStore raise for files that are not right
 
@@ -143,22 +145,23 @@ def _silence_leftovers() -> None:
     """
     logging.getLogger("asyncio").addFilter(_not_of_orbax)
     warnings.filterwarnings("ignore", "coroutine 'async_.*serialize.* was never awaited", RuntimeWarning)
-    if not isinstance(sys.unraisablehook, _UnlessLoopClosed):
-        sys.unraisablehook = _UnlessLoopClosed(sys.unraisablehook)
+    if not isinstance(sys.unraisablehook, _UnlessOfOrbax):
+        sys.unraisablehook = _UnlessOfOrbax(sys.unraisablehook)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return str(Path(ocp.__file__).parent) not in logging.Formatter().format(record)
+    return _ORBAX not in logging.Formatter().format(record)
 
 
-class _UnlessLoopClosed:
-    """A `sys.unraisablehook` that passes on all but errors of closed event loops."""
+class _UnlessOfOrbax:
+    """A `sys.unraisablehook` that passes on all but what passed through Orbax, and errors of closed event loops."""
 
     def __init__(self, hook: Callable[[Any], Any]) -> None:
         self._hook = hook
 
     def __call__(self, raised: Any) -> None:
-        if str(raised.exc_value) != "Event loop is closed":
+        lines = "".join(traceback.format_exception(raised.exc_type, raised.exc_value, raised.exc_traceback))
+        if _ORBAX not in lines and str(raised.exc_value) != "Event loop is closed":
             self._hook(raised)
 
 
