@@ -6,10 +6,11 @@ RUN/checkpoints/STEP/                               weights, optimizer and the r
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -18,6 +19,7 @@ import yaml
 from gpt_core.checkpoint_config import CHECKPOINTS, write_checkpoint_config
 from gpt_core.config import read_yaml
 from gpt_core.errors import InputError
+from gpt_core.file_hashes import check_hashes
 from gpt_core.files import atomic_file, held_folder, remove
 from gpt_core.interrupts import uninterrupted
 from gpt_core.lease import SUFFIX, Lease
@@ -235,36 +237,47 @@ def read_record(checkpoint: Path) -> StepRecord:
     return StepRecord.from_dict(content, str(file))
 
 
+def validation_loss(run: Path, step: int) -> float | None:
+    """Of a checkpoint; None where none was measured, or where its record cannot be read (yet)."""
+    try:
+        return read_record(checkpoint_folder(run, step)).validation_loss
+    except InputError:
+        return None
+
+
 def newest_readable(
     run: Path,
     read: Callable[[int], Found],
-    damage: tuple[type[Exception], ...],
     agree: Callable[[bool], bool] = lambda yes: yes,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[Found | None, dict[int, str]]:
     """Read the newest checkpoint that is whole.
 
+    The hashes of its files say whether it is. One of an earlier version has none: it is damaged when it cannot be read.
+
     Args:
         run: Folder of the run.
-        read: Reads the checkpoint of a step.
-        damage: What `read` raises for one that is not whole.
+        read: Reads the checkpoint of a step; raises an InputError where that cannot be done.
         agree: Whether every process says yes; a checkpoint that one of them cannot read is damaged for all.
+        share: Which process this is, from 0, and of how many: each of them reads its share of the files' hashes.
 
     Returns:
         What was read, None when there is no checkpoint; and the steps of damaged ones with the reason of each.
 
     Raises:
-        InputError: there are checkpoints and all are damaged.
+        InputError: there are checkpoints and all are damaged, or one whose files are intact cannot be read.
     """
     reasons: dict[int, str] = {}
     for step in reversed(saved_steps(run)):
-        found = None
-        try:
-            found = read(step)
-        except damage as error:
-            reasons[step] = (str(error) or type(error).__name__).splitlines()[0]
-        if agree(found is not None):
-            return found, reasons
-        reasons.setdefault(step, "another process could not read it")
+        checkpoint = checkpoint_folder(run, step)
+        hashed, reason = _agreed(partial(check_hashes, checkpoint, *share), agree)
+        if reason is None:
+            found, reason = _agreed(partial(read, step), agree)
+            if reason is None:
+                return found, reasons
+            if hashed:
+                raise InputError(f"{checkpoint}: its files are as they were written, and cannot be read: {reason}")
+        reasons[step] = reason
     if reasons:
         raise InputError(
             f"{run / CHECKPOINTS}: no checkpoint can be read: {listed(reasons)}; move the run's folder away to start "
@@ -273,12 +286,28 @@ def newest_readable(
     return None, {}
 
 
+def _agreed(read: Callable[[], Found], agree: Callable[[bool], bool]) -> tuple[Found | None, str | None]:
+    """What was read; or why it could not be, here or in another process."""
+    found, reason = None, None
+    try:
+        found = read()
+    except InputError as error:
+        reason = str(error).splitlines()[0]
+    if agree(reason is None):
+        return found, None
+    return None, reason or "another process could not read it"
+
+
 def set_aside(run: Path, steps: Iterable[int]) -> None:
-    """Move damaged checkpoints to `RUN/damaged/`, so that the run can save these steps again."""
+    """Move damaged checkpoints to `RUN/damaged/`, so that the run can save these steps again.
+
+    What was moved there before stays: the second of step 8 becomes `8.1`.
+    """
+    folder = run / DAMAGED
+    folder.mkdir(exist_ok=True)
     for step in steps:
-        target = run / DAMAGED / str(step)
-        target.parent.mkdir(exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
+        names = chain([str(step)], (f"{step}.{number}" for number in count(1)))
+        target = next(path for path in map(folder.joinpath, names) if not path.exists())
         checkpoint_folder(run, step).rename(target)
 
 

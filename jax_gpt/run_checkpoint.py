@@ -7,7 +7,8 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from flax import nnx
 
 from gpt_core.checkpoint_config import CHECKPOINTS, PARAMS_FOLDER
 from gpt_core.errors import InputError
+from gpt_core.file_hashes import is_exhaustion, write_hashes
 from gpt_core.run_config import TrainConfig
 from gpt_core.runs import (
     RECORD_FILE,
@@ -29,14 +31,14 @@ from gpt_core.runs import (
     not_written,
     read_record,
     set_aside,
+    validation_loss,
 )
-from jax_gpt.distributed import all_agree, is_primary, wait_for_all
+from jax_gpt.distributed import all_agree, is_primary, process_count, process_index, wait_for_all
 from jax_gpt.step import TrainState
 
 _absl = logging.getLogger("absl")  # Orbax's
 _ORBAX = str(Path(ocp.__file__).parent)  # stands in the traceback of whatever passed through it
 _OPTIMIZER = "optimizer"
-_DAMAGE = (ValueError, OSError, KeyError, TypeError)  # what Orbax and TensorStore raise for files that are not right
 
 
 class RunCheckpoints:
@@ -50,6 +52,8 @@ class RunCheckpoints:
 
     def __init__(self, run: Path, config: TrainConfig, message: Callable[[str], None]) -> None:
         self._run, self._message = run, message
+        self._background = ThreadPoolExecutor(1)
+        self._hashing: Future[None] | None = None
         record_file = Path(RECORD_FILE)
         self._manager = ocp.CheckpointManager(
             (run / CHECKPOINTS).absolute(),
@@ -69,9 +73,10 @@ class RunCheckpoints:
         One that is damaged is moved to `damaged/`, so that the run can save this step again.
 
         Raises:
-            InputError: there are checkpoints and all are damaged.
+            InputError: there are checkpoints and all are damaged, or one whose files are intact does not fit.
         """
-        found, reasons = newest_readable(self._run, lambda step: self._restore(step, abstract), _DAMAGE, all_agree)
+        share = (process_index(), process_count())
+        found, reasons = newest_readable(self._run, lambda step: self._restore(step, abstract), all_agree, share)
         if found is not None and reasons:
             self._message(f"damaged: {listed(reasons)}; going on from step {found[1].step}")
             if is_primary():
@@ -83,9 +88,12 @@ class RunCheckpoints:
     def save(self, state: TrainState, record: StepRecord) -> None:
         """Begin to save; the arrays are copied before this returns, files are written while training goes on.
 
+        Hashes of the files follow when the checkpoint is there: one that a kill leaves without them is as good.
+
         Raises:
             InputError: this or the save before it could not be written; older checkpoints are as they were.
         """
+        self.wait()
         self._written(
             lambda: self._manager.save(
                 record.step,
@@ -98,6 +106,8 @@ class RunCheckpoints:
                 ),
             )
         )
+        if is_primary():
+            self._hashing = self._background.submit(self._hash, record.step)
 
     def wait(self) -> None:
         """Until all that was saved is complete.
@@ -106,6 +116,8 @@ class RunCheckpoints:
             InputError: it could not be written.
         """
         self._written(self._manager.wait_until_finished)
+        if self._hashing is not None:
+            self._written(self._hashing.result)
 
     def __enter__(self) -> "RunCheckpoints":
         # What fails in Orbax's threads is raised again where we wait for it; their own tracebacks say it twice.
@@ -116,26 +128,59 @@ class RunCheckpoints:
 
     def __exit__(self, *_: object) -> None:
         self._manager.close()
+        self._background.shutdown()
         _absl.setLevel(self._absl_level)
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, StepRecord]:
         record = read_record(checkpoint_folder(self._run, step))
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    PARAMS_FOLDER: ocp.args.StandardRestore(nnx.to_pure_dict(abstract.parameters)),
-                    _OPTIMIZER: ocp.args.StandardRestore(_optimizer_tree(abstract)),
-                }
-            ),
+        wanted = ocp.args.Composite(
+            **{
+                PARAMS_FOLDER: ocp.args.StandardRestore(nnx.to_pure_dict(abstract.parameters)),
+                _OPTIMIZER: ocp.args.StandardRestore(_optimizer_tree(abstract)),
+            }
         )
+        try:
+            restored = self._manager.restore(step, args=wanted)
+        except Exception as error:  # files that are not right end in any type, also in a bare `Exception`
+            if not _of_files(error):
+                raise
+            raise InputError(f"{checkpoint_folder(self._run, step)}: {_origin(error)}") from error
         return _filled(abstract, restored[PARAMS_FOLDER], restored[_OPTIMIZER]), record
+
+    def _hash(self, step: int) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception:  # `wait` says it
+            return
+        write_hashes(checkpoint_folder(self._run, step))
 
     def _written(self, write: Callable[[], Any]) -> None:
         try:
             write()
         except (OSError, ValueError) as error:
             raise not_written(self._run, error) from error
+
+
+def _of_files(error: BaseException) -> bool:
+    """Whether files can be the reason, and not memory, threads, file handles, devices or another host."""
+    return not any(
+        isinstance(cause, MemoryError | RuntimeError)
+        or is_exhaustion(cause)
+        or str(cause).startswith("RESOURCE_EXHAUSTED")  # TensorStore's, a ValueError
+        for cause in _causes(error)
+    )
+
+
+def _origin(error: BaseException) -> str:
+    *_, first = _causes(error)
+    return (str(first) or type(first).__name__).splitlines()[0].split(" [")[0]
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on: Orbax wraps TensorStore's."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _silence_leftovers() -> None:
@@ -172,16 +217,10 @@ class _Kept:
         self._run, self._config = run, config
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        losses = {checkpoint.step: self._loss(checkpoint.step) for checkpoint in checkpoints}
+        losses = {checkpoint.step: validation_loss(self._run, checkpoint.step) for checkpoint in checkpoints}
         config = self._config
         kept = kept_steps(losses, last=config.keep_last, best=config.keep_best, every=config.keep_every)
         return [checkpoint.step in kept for checkpoint in checkpoints]
-
-    def _loss(self, step: int) -> float | None:
-        try:
-            return read_record(checkpoint_folder(self._run, step)).validation_loss
-        except InputError:  # still being written
-            return None
 
 
 def _optimizer_tree(state: TrainState) -> dict[str, Any]:

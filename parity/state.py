@@ -16,6 +16,7 @@ import numpy as np
 from gpt_core.checkpoint_config import PARAMS_FOLDER, WEIGHTS_FILE
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
+from gpt_core.file_hashes import check_hashes, write_hashes
 from gpt_core.files import atomic_directory, require_apart
 from gpt_core.formats import orbax_jax, safetensors_torch
 from gpt_core.formats.replaceable import kept_checkpoint
@@ -151,10 +152,12 @@ def read_state(checkpoint: Path) -> TrainingState:
     Raises:
         InputError: a part is missing or damaged, or does not fit the run's config.
     """
+    in_jax = orbax_jax.matches(checkpoint)
+    _require(checkpoint / (OPTIMIZER_FOLDER if in_jax else OPTIMIZER_FILE))
+    check_hashes(checkpoint)
     opened: Any
-    if orbax_jax.matches(checkpoint):
+    if in_jax:
         opened = orbax_jax.open_checkpoint(checkpoint)
-        _require(checkpoint / OPTIMIZER_FOLDER)
         arrays = OrbaxReader(checkpoint / OPTIMIZER_FOLDER)
         if UPDATES not in arrays.tensors:
             raise InputError(f"{arrays.path}: {UPDATES} is missing")
@@ -164,7 +167,6 @@ def read_state(checkpoint: Path) -> TrainingState:
         moments = _moments(arrays.path, infos, expected, arrays.read, stacked=True)
     else:
         opened = safetensors_torch.open_checkpoint(checkpoint)
-        _require(checkpoint / OPTIMIZER_FILE)
         tensors = SafetensorsReader(checkpoint / OPTIMIZER_FILE)
         if not tensors.metadata.get(UPDATES, "").isdecimal():
             raise InputError(f"{tensors.path}: does not say how many updates its moments hold ({UPDATES})")
@@ -244,6 +246,7 @@ def write_state(folder: Path, state: TrainingState, framework: Framework, *, unr
     file = folder / RECORD_FILE
     file.parent.mkdir()
     file.write_text(json.dumps(replace(state.record, framework=framework).to_dict()), encoding="utf-8")
+    write_hashes(folder)
 
 
 def fresh_state(config: RunConfig, parameters: Source, data: dict[str, Any]) -> TrainingState:

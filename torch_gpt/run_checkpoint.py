@@ -15,6 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from gpt_core.checkpoint_config import CHECKPOINTS, WEIGHTS_FILE
 from gpt_core.errors import InputError
+from gpt_core.file_hashes import write_hashes
 from gpt_core.files import anything, atomic_directory
 from gpt_core.run_config import TrainConfig
 from gpt_core.runs import (
@@ -28,6 +29,7 @@ from gpt_core.runs import (
     read_record,
     saved_steps,
     set_aside,
+    validation_loss,
 )
 from gpt_core.safetensors_file import (
     FIRST_MOMENT,
@@ -39,7 +41,7 @@ from gpt_core.safetensors_file import (
 )
 from gpt_core.tensor_info import TensorInfo
 from torch_gpt.arrays import from_numpy, to_numpy
-from torch_gpt.distributed import all_agree, is_primary, wait_for_all
+from torch_gpt.distributed import all_agree, is_primary, process_count, process_index, wait_for_all
 from torch_gpt.parallel import gather, like
 from torch_gpt.step import TrainState
 
@@ -68,9 +70,10 @@ class RunCheckpoints:
         One that is damaged is moved to `damaged/`, so that the run can save this step again.
 
         Raises:
-            InputError: there are checkpoints and all are damaged.
+            InputError: there are checkpoints and all are damaged, or one whose files are intact does not fit.
         """
-        found, reasons = newest_readable(self._run, lambda step: self._restore(step, state), (InputError,), all_agree)
+        share = (process_index(), process_count())
+        found, reasons = newest_readable(self._run, lambda step: self._restore(step, state), all_agree, share)
         if found is not None and reasons:
             self._message(f"damaged: {listed(reasons)}; going on from step {found[1].step}")
             if is_primary():
@@ -125,10 +128,11 @@ class RunCheckpoints:
             file = folder / RECORD_FILE
             file.parent.mkdir()
             file.write_text(json.dumps(record.to_dict()), encoding="utf-8")
+            write_hashes(folder)
 
     def _prune(self) -> None:
         steps, config = saved_steps(self._run), self._config
-        losses = {step: read_record(checkpoint_folder(self._run, step)).validation_loss for step in steps}
+        losses = {step: validation_loss(self._run, step) for step in steps}
         kept = kept_steps(losses, last=config.keep_last, best=config.keep_best, every=config.keep_every)
         for step in set(steps) - kept:
             shutil.rmtree(checkpoint_folder(self._run, step))

@@ -10,6 +10,7 @@ import yaml
 
 from gpt_core.checkpoint_config import read_checkpoint_config
 from gpt_core.errors import InputError, RunFailedError
+from gpt_core.file_hashes import write_hashes
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import (
     RECORD_FILE,
@@ -19,10 +20,12 @@ from gpt_core.runs import (
     find_checkpoint,
     held_run,
     kept_steps,
+    newest_readable,
     open_run,
     read_record,
     read_run,
     saved_steps,
+    set_aside,
 )
 from gpt_core.tokenizer import gpt2_tokenizer
 
@@ -81,6 +84,34 @@ def test_the_newest_the_best_and_regular_ones_are_kept(last: int, best: int, eve
 
 def test_of_nothing_nothing_is_kept() -> None:
     assert kept_steps({}, last=2, best=1, every=10) == set()
+
+
+# ----------------------------------------------------------------------------------------------------------- damaged
+
+
+def test_what_was_moved_aside_before_stays(run: Path) -> None:
+    for time in range(3):
+        for step in (9, 20):
+            shutil.rmtree(checkpoint_folder(run, step), ignore_errors=True)
+            add_checkpoint(run, step, float(time))
+        set_aside(run, {20: "damaged", 9: "damaged"})
+    assert saved_steps(run) == [10, 100]
+    found = {path.name: read_record(path).validation_loss for path in (run / "damaged").iterdir()}
+    assert found == {"9": 0.0, "9.1": 1.0, "9.2": 2.0, "20": 0.0, "20.1": 1.0, "20.2": 2.0}
+
+
+@pytest.mark.parametrize("phase", ["hashes", "reading"])
+def test_what_another_process_cannot_read_is_damaged_for_all(phase: str, run: Path) -> None:
+    write_hashes(checkpoint_folder(run, 20))
+    answers = iter([True, False, True, True] if phase == "reading" else [False, True, True])
+    found, reasons = newest_readable(run, lambda step: step, lambda yes: yes and next(answers))
+    assert (found, reasons) == (20, {100: "another process could not read it"})
+
+
+def test_no_process_begins_to_read_what_another_one_found_damaged(run: Path) -> None:
+    answers, begun = iter([False, True, True]), []
+    newest_readable(run, begun.append, lambda yes: next(answers))
+    assert begun == [20]
 
 
 # ------------------------------------------------------------------------------------------------------------- names

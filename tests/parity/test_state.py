@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from gpt_core.file_hashes import HASHES_FILE
 from gpt_core.runs import checkpoint_folder, saved_steps
 from gpt_core.safetensors_file import OPTIMIZER_FILE, SafetensorsReader, write_safetensors
 from gpt_core.tracking import read_metrics
@@ -138,6 +139,7 @@ def test_a_state_that_does_not_say_its_updates_is_refused(
     reader = SafetensorsReader(path)
     arrays = {key: np.array(reader.read(key)) for key in reader.tensors}
     write_safetensors(path, reader.tensors, lambda key: arrays[key])
+    (checkpoint_folder(run, ALL) / HASHES_FILE).unlink()
     assert "how many updates" in said(["convert", "--state", str(run), str(tmp_path / "new"), "--to", "jax"], capfd)
 
 
@@ -163,3 +165,27 @@ def test_a_float16_run_stays_in_pytorch(
     assert "float16" in message
     assert "without --state" in message
     assert not destination.exists()
+
+
+def test_a_flipped_bit_is_noticed_before_a_state_crosses_over_and_after(
+    framework: str, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, crossed, destination = tmp_path / "run", tmp_path / "crossed", tmp_path / "new"
+    shutil.copytree(whole, run)
+    assert main(["convert", "--state", str(run), str(crossed), "--to", OTHER[framework]]) == 0
+    for source, to in ((run, OTHER[framework]), (crossed, framework)):
+        folder = checkpoint_folder(source, ALL)
+        file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        message = said(["convert", "--state", str(source), str(destination), "--to", to], capfd)
+        assert f"{folder}: damaged: {file.relative_to(folder)} has other bytes than were written" in message
+        assert not destination.exists()
+
+
+def test_a_state_of_an_earlier_version_crosses_over_without_hashes(framework: str, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (checkpoint_folder(run, ALL) / HASHES_FILE).unlink()
+    assert main(["convert", "--state", str(run), str(tmp_path / "new"), "--to", OTHER[framework]]) == 0
