@@ -65,6 +65,11 @@ SAMPLES = {
     "gpt_neo, global": Sample(
         "gpt_neo", {**_NEO, "hidden_size": 48, "attention_types": [[["global"], 2]]}, "hf-gpt_neo", dtype="bfloat16"
     ),
+    "gpt_neo, alternating under a window that covers the context": Sample(
+        "gpt_neo",
+        {**_NEO, "hidden_size": 40, "attention_types": [[["global", "local"], 1]], "window_size": 40},
+        "hf-gpt_neo",
+    ),
     "starcoder2, grouped, window": Sample(
         "starcoder2",
         {**_STARCODER2, **_ROPE, "hidden_size": 40, "intermediate_size": 56, "num_key_value_heads": 2}

@@ -8,25 +8,22 @@ from typing import Any
 
 from gpt_core.checkpoint_config import CONFIG_FILE
 from gpt_core.errors import InputError
-
-# Fields that do not touch the logits of a decoder, written by some version of transformers or by some uploader.
-BOOKKEEPING = frozenset(
-    {
-        *("_attn_implementation_autoset", "_name_or_path", "architectures", "attn_implementation", "bos_token_id"),
-        *("classifier_dropout", "decoder_start_token_id", "dtype", "eos_token_id", "finetuning_task"),
-        *("gradient_checkpointing", "id2label", "inference_runner", "label2id", "max_batch_size"),
-        *("max_sequence_length", "model_type", "name_or_path", "num_labels", "output_attentions"),
-        *("output_hidden_states", "pad_key_length", "pad_token_id", "pre_allocate_kv_cache", "prefix", "problem_type"),
-        *("return_dict", "sep_token_id", "summary_activation", "summary_first_dropout", "summary_proj_to_labels"),
-        *("summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype"),
-        *("transformers_version", "use_cache", "validate_runner_input"),
-    }
-)
+from gpt_core.formats.bookkeeping import BOOKKEEPING, FIXED
+from gpt_core.source_files import read_json
 
 HUGGING_FACE_TYPES = frozenset({"gpt2", "gpt_bigcode", "gpt_neo", "starcoder2", "twingpt_remote"})
 """What `model_type` says in the folders that our spokes for transformers read."""
 
 _MISSING: Any = object()
+_KINDS: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list",
+    dict: "a mapping",
+}
+_SHOWN = 80  # characters of a value in a message
 
 
 class Fields:
@@ -35,23 +32,39 @@ class Fields:
     Args:
         path: The file, for messages.
         content: What it holds.
+        within: The field whose value that is, where it is not the whole file; nothing in it is bookkeeping.
+
+    Raises:
+        InputError: that is no mapping.
     """
 
-    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, content: Any, within: str = "") -> None:
+        if not isinstance(content, Mapping):
+            raise InputError(f"{path}: must hold a mapping of fields")
         self.path = path
         self.notices: list[str] = []
-        self._left = {name: value for name, value in content.items() if name not in BOOKKEEPING}
+        self._place = f"{path}: {within}." if within else f"{path}: "
+        self._left = {name: value for name, value in content.items() if within or name not in BOOKKEEPING}
 
-    def take(self, name: str, default: Any = _MISSING) -> Any:
+    def take(self, name: str, kind: type, default: Any = _MISSING) -> Any:
         """The value of a field; null counts as absent where there is a default.
 
+        Args:
+            name: The field.
+            kind: int, float (which a whole number is too), bool, str, list or dict.
+            default: What it is when it is absent.
+
         Raises:
-            InputError: it is missing and has no default.
+            InputError: it is missing and has no default, or of another kind.
         """
         value = self._left.pop(name, _MISSING)
-        if default is _MISSING and (value is _MISSING or value is None):
-            raise InputError(f"{self.path}: {name} is missing")
-        return default if value is _MISSING or value is None else value
+        if value is _MISSING or value is None:
+            if default is _MISSING:
+                raise InputError(f"{self._place}{name} is missing")
+            return default
+        if not _is(value, kind):
+            raise InputError(f"{self._place}{name} is {_shown(value)} and must be {_KINDS[kind]}")
+        return value
 
     def only(self, name: str, *allowed: Any, because: str) -> None:
         """Take a field that may be absent or have one of some values.
@@ -62,7 +75,7 @@ class Fields:
         value = self._left.pop(name, allowed[0])
         if not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed):
             wanted = " or ".join(json.dumps(other) for other in allowed)
-            raise InputError(f"{self.path}: {name} is {json.dumps(value)}, {because}; only {wanted} can be read")
+            raise InputError(f"{self._place}{name} is {_shown(value)}, {because}; only {wanted} can be read")
 
     def same(self, name: str, value: Any, as_name: str) -> None:
         """Take a field that repeats another one.
@@ -70,10 +83,11 @@ class Fields:
         Raises:
             InputError: the two disagree.
         """
-        found = self.take(name, value)
-        number = isinstance(found, int | float) and isinstance(value, int | float)
-        if not (math.isclose(found, value, rel_tol=1e-9) if number else found == value):
-            raise InputError(f"{self.path}: {name} is {found} and {as_name} is {value}; they must agree")
+        found = self._left.pop(name, None)
+        if found is not None and not _agree(found, value):
+            raise InputError(
+                f"{self._place}{name} is {_shown(found)} and {as_name} is {_shown(value)}; they must agree"
+            )
 
     def activation(self, name: str, default: str) -> None:
         """Take the name of the activation.
@@ -81,16 +95,16 @@ class Fields:
         Raises:
             InputError: it is no tanh GELU.
         """
-        value = self.take(name, default)
+        value = self.take(name, str, default)
         if value not in ("gelu_new", "gelu_pytorch_tanh"):
             raise InputError(
-                f"{self.path}: {name} is {value!r}, another function than the tanh GELU; only 'gelu_new' or "
-                f"'gelu_pytorch_tanh' can be read"
+                f"{self._place}{name} is {_shown(value)}, another function than our tanh GELU; only "
+                f"'gelu_new' or 'gelu_pytorch_tanh' can be read"
             )
 
     def dropout(self, embedding: str, residual: str, attention: str, default: float) -> float:
         """The one rate that our models have on the embedding and the residual branches; a notice where it differs."""
-        rates = {name: self.take(name, default) for name in (embedding, residual, attention)}
+        rates = {name: self.take(name, float, default) for name in (embedding, residual, attention)}
         if rates[embedding] == rates[residual]:
             rate, lost = rates[embedding], [attention] if rates[attention] else []
         else:
@@ -107,30 +121,52 @@ class Fields:
         Raises:
             InputError: there are such fields; they are named.
         """
-        self.only("is_encoder_decoder", False, None, because="another architecture")
-        self.only("add_cross_attention", False, None, because="another architecture")
-        self.only("is_decoder", False, True, None, because="another architecture")
-        self.only("pruned_heads", {}, None, [], because="heads were removed")
-        self.only("chunk_size_feed_forward", 0, None, because="another order of computation")
+        for name, field in FIXED.items():
+            self.only(name, *field.values, because=field.because)
+        self.refuse_rest()
+
+    def refuse_rest(self) -> None:
+        """Refuse fields that nobody took, whatever their values are.
+
+        Raises:
+            InputError: there are such fields; they are named.
+        """
         if self._left:
+            names = _cut(", ".join(map(repr, sorted(self._left))))
             raise InputError(
-                f"{self.path}: unknown field {', '.join(map(repr, sorted(self._left)))}, which may change the model; "
-                f"remove it if it does not"
+                f"{self._place}unknown field {names}, which may change the model; remove it if it does not"
             )
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+def _is(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and _finite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
-    Raises:
-        InputError: it is missing or damaged.
-    """
+
+def _finite(value: float) -> bool:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond fp64
+        return False
+
+
+def _agree(found: Any, value: Any) -> bool:
+    if _is(found, float) and _is(value, float):
+        return math.isclose(found, value, rel_tol=1e-9)
+    return type(found) is type(value) and bool(found == value)
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON has it, a text in quotes; cut where it is long."""
+    try:
+        return _cut(repr(value) if isinstance(value, str) else json.dumps(value))
+    except RecursionError:
+        return "nested deeply"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
 def model_type_of(folder: Path) -> Any:

@@ -12,8 +12,8 @@ from gpt_core.checkpoint_config import CONFIG_FILE, PARAMS_FOLDER
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_file
-from gpt_core.formats.hf_fields import read_json
 from gpt_core.parameters import parameter_count
+from gpt_core.source_files import read_json
 from gpt_core.tokenizer import MERGES_FILE, VOCABULARY_FILE, Tokenizer, gpt2_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -49,19 +49,24 @@ SPOKE: Spoke = {
 
 def read_sizes(fields: Fields) -> dict[str, Any]:
     """What GPT-2 and GPTBigCode name alike, as fields of `ModelConfig`."""
-    embed, positions = fields.take("n_embd"), fields.take("n_positions")
+    embed, positions = fields.take("n_embd", int), fields.take("n_positions", int)
+    layers, heads = fields.take("n_layer", int), fields.take("n_head", int)
     fields.same("n_ctx", positions, "n_positions")
+    fields.same("max_position_embeddings", positions, "n_positions")
+    fields.same("hidden_size", embed, "n_embd")
+    fields.same("num_hidden_layers", layers, "n_layer")
+    fields.same("num_attention_heads", heads, "n_head")
     return {
-        "vocab_size": fields.take("vocab_size"),
+        "vocab_size": fields.take("vocab_size", int),
         "context_length": positions,
-        "n_layers": fields.take("n_layer"),
-        "n_heads": fields.take("n_head"),
+        "n_layers": layers,
+        "n_heads": heads,
         "embed_dim": embed,
-        "mlp_dim": fields.take("n_inner", 4 * embed),
-        "norm_eps": fields.take("layer_norm_epsilon", 1e-5),
-        "init_std": fields.take("initializer_range", 0.02),
+        "mlp_dim": fields.take("n_inner", int, 4 * embed),
+        "norm_eps": fields.take("layer_norm_epsilon", float, 1e-5),
+        "init_std": fields.take("initializer_range", float, 0.02),
         "dropout": fields.dropout("embd_pdrop", "resid_pdrop", "attn_pdrop", 0.1),
-        "tied_embeddings": fields.take("tie_word_embeddings", True),
+        "tied_embeddings": fields.take("tie_word_embeddings", bool, True),
     }
 
 

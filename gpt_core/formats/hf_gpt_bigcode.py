@@ -45,7 +45,7 @@ def _read(fields: Fields) -> ModelConfig:
     fields.only("scale_attn_weights", True, because="which leaves the scores unscaled")
     for name in ("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"):
         fields.only(name, True, False, because="no switch")  # precision; ours is fp32 or better in any case
-    multi_query = fields.take("multi_query", True)
+    multi_query = fields.take("multi_query", bool, True)
     n_kv_heads = 1 if multi_query else sizes["n_heads"]
     fields.same("num_key_value_heads", n_kv_heads, f"the number of key/value heads by multi_query {multi_query}")
     return ModelConfig(**sizes, n_kv_heads=n_kv_heads)

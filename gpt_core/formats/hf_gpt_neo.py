@@ -1,7 +1,8 @@
 """The spoke of `GPTNeoForCausalLM`: learned positions, a local window, no scale and no biases on q, k and v.
 
 All layers are alike here: all local (a window) or all global (a full mask). The default of transformers alternates the
-two, which our models do not have.
+two, which our models do not have, unless the window covers the context: then a local layer sees all that a global one
+does.
 """
 
 from typing import Any
@@ -35,45 +36,64 @@ SPOKE: Spoke = {
 
 
 def _read(fields: Fields) -> ModelConfig:
-    embed, n_layers = fields.take("hidden_size"), fields.take("num_layers")
-    positions = fields.take("max_position_embeddings")
+    embed, layers = fields.take("hidden_size", int), fields.take("num_layers", int)
+    heads, positions = fields.take("num_heads", int), fields.take("max_position_embeddings", int)
     fields.same("n_ctx", positions, "max_position_embeddings")
+    fields.same("num_hidden_layers", layers, "num_layers")
+    fields.same("num_attention_heads", heads, "num_heads")
     fields.activation("activation_function", "gelu_new")
-    window = fields.take("window_size", 256)
     return ModelConfig(
-        vocab_size=fields.take("vocab_size"),
+        vocab_size=fields.take("vocab_size", int),
         context_length=positions,
-        n_layers=n_layers,
-        n_heads=fields.take("num_heads"),
+        n_layers=layers,
+        n_heads=heads,
         embed_dim=embed,
-        mlp_dim=fields.take("intermediate_size", 4 * embed),
-        sliding_window=window if _kind(fields, n_layers) == "local" else None,
+        mlp_dim=fields.take("intermediate_size", int, 4 * embed),
+        sliding_window=_window(fields, layers, positions),
         attention_scale=1.0,
         qkv_bias=False,
-        norm_eps=fields.take("layer_norm_epsilon", 1e-5),
-        init_std=fields.take("initializer_range", 0.02),
+        norm_eps=fields.take("layer_norm_epsilon", float, 1e-5),
+        init_std=fields.take("initializer_range", float, 0.02),
         dropout=fields.dropout("embed_dropout", "resid_dropout", "attention_dropout", 0.0),
-        tied_embeddings=fields.take("tie_word_embeddings", True),
+        tied_embeddings=fields.take("tie_word_embeddings", bool, True),
     )
 
 
-def _kind(fields: Fields, n_layers: int) -> str:
-    """The one kind of attention of all layers."""
-    types = fields.take("attention_types", [[["global", "local"], 12]])
-    try:
-        layers = [kind for kinds, repeats in types for _ in range(repeats) for kind in kinds]
-    except (TypeError, ValueError):
-        raise InputError(f'{fields.path}: attention_types must be like [[["local"], {n_layers}]]') from None
-    fields.same("attention_layers", layers, "attention_types, layer by layer,")
-    if len(layers) != n_layers:
-        raise InputError(f"{fields.path}: attention_types names {len(layers)} layers and num_layers is {n_layers}")
-    kinds = set(layers)
-    if kinds not in ({"local"}, {"global"}):
+def _window(fields: Fields, n_layers: int, positions: int) -> int | None:
+    """The window of all layers; None where they see everything."""
+    window = fields.take("window_size", int, 256)
+    types = fields.take("attention_types", list, [[["global", "local"], 12]])
+    if not all(_is_type(entry) for entry in types):
+        raise InputError(f'{fields.path}: attention_types must be like [[["local"], {n_layers}]]')
+    count = sum(len(kinds) * repeats for kinds, repeats in types)
+    if count != n_layers:
+        raise InputError(f"{fields.path}: attention_types names {count} layers and num_layers is {n_layers}")
+    named = fields.take("attention_layers", list, None)
+    if named is not None and (
+        len(named) != count or named != [kind for kinds, repeats in types for _ in range(repeats) for kind in kinds]
+    ):
+        raise InputError(f"{fields.path}: attention_layers and attention_types name other layers; they must agree")
+    found = {kind for kinds, repeats in types if repeats for kind in kinds}
+    if not found <= {"global", "local"}:
+        raise InputError(f"{fields.path}: attention_types has layers that are neither 'global' nor 'local'")
+    if found == {"local"}:
+        return int(window)
+    if found == {"global", "local"} and window < positions:
         raise InputError(
-            f"{fields.path}: attention_types mixes {' and '.join(sorted(map(str, kinds)))} layers, which our models do "
-            f"not have; only checkpoints whose layers are all local or all global can be read"
+            f"{fields.path}: attention_types mixes global and local layers, which our models do not have, and "
+            f"window_size {window} does not cover the {positions} positions, which would make them alike; only "
+            f"checkpoints whose layers are all local or all global can be read"
         )
-    return str(layers[0])
+    return None
+
+
+def _is_type(entry: Any) -> bool:
+    """Whether it is like `[["global", "local"], 6]`."""
+    if not isinstance(entry, list) or len(entry) != 2:
+        return False
+    kinds, repeats = entry
+    counts = isinstance(repeats, int) and not isinstance(repeats, bool) and repeats >= 0
+    return counts and isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

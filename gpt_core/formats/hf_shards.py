@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt_core.errors import InputError
-from gpt_core.formats.hf_fields import read_json
 from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
+from gpt_core.source_files import read_json
 from gpt_core.tensor_info import Array, TensorInfo
 
 WEIGHTS_FILE = "model.safetensors"

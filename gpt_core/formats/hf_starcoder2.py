@@ -40,63 +40,52 @@ SPOKE: Spoke = {
 
 
 def _read(fields: Fields) -> ModelConfig:
-    eps = fields.take("norm_epsilon", 1e-5)
+    eps = fields.take("norm_epsilon", float, 1e-5)
     fields.same("layer_norm_epsilon", eps, "norm_epsilon")
     fields.activation("hidden_act", "gelu_pytorch_tanh")
     fields.only("mlp_type", "default", because="another MLP")
     fields.only("norm_type", "layer_norm", because="another norm")
+    fields.take("rms_norm_eps", float, None)  # starcoder2-15b has it, and no norm that would read it
     fields.only("scale_attn_weights", True, because="which leaves the scores unscaled")
     for name in ("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"):
         fields.only(name, True, False, because="no switch")  # precision; ours is fp32 or better in any case
     return ModelConfig(
-        vocab_size=fields.take("vocab_size"),
-        context_length=fields.take("max_position_embeddings"),
-        n_layers=fields.take("num_hidden_layers"),
-        n_heads=fields.take("num_attention_heads"),
-        n_kv_heads=fields.take("num_key_value_heads"),
-        embed_dim=fields.take("hidden_size"),
-        head_dim=fields.take("head_dim", None),
-        mlp_dim=fields.take("intermediate_size"),
+        vocab_size=fields.take("vocab_size", int),
+        context_length=fields.take("max_position_embeddings", int),
+        n_layers=fields.take("num_hidden_layers", int),
+        n_heads=fields.take("num_attention_heads", int),
+        n_kv_heads=fields.take("num_key_value_heads", int),
+        embed_dim=fields.take("hidden_size", int),
+        head_dim=fields.take("head_dim", int, None),
+        mlp_dim=fields.take("intermediate_size", int),
         position="rope",
         rope_theta=_theta(fields),
-        sliding_window=fields.take("sliding_window", None),
+        sliding_window=fields.take("sliding_window", int, None),
         norm_eps=eps,
-        bias=fields.take("use_bias", True),
-        init_std=fields.take("initializer_range", 0.018042),
+        bias=fields.take("use_bias", bool, True),
+        init_std=fields.take("initializer_range", float, 0.018042),
         dropout=fields.dropout("embedding_dropout", "residual_dropout", "attention_dropout", 0.0),
-        tied_embeddings=fields.take("tie_word_embeddings", True),
+        tied_embeddings=fields.take("tie_word_embeddings", bool, True),
     )
 
 
 def _theta(fields: Fields) -> float:
     """The base of the rotary frequencies, from where version 5 writes it, version 4 did, or both."""
-    parts: dict[str, Any] = {}
+    bases = {}
     for name in ("rope_scaling", "rope_parameters"):
-        content = fields.take(name, {})
-        if not isinstance(content, dict):
-            raise InputError(f"{fields.path}: {name} must be a mapping")
+        nested = Fields(fields.path, fields.take(name, dict, {}), name)
         for key in ("rope_type", "type"):
-            kind = content.get(key, "default")
-            if kind != "default":
-                raise InputError(
-                    f"{fields.path}: {name}.{key} is {kind!r}, which scales the rotation; only 'default' can be read"
-                )
-        if content.get("partial_rotary_factor", 1.0) != 1.0:
-            raise InputError(
-                f"{fields.path}: {name}.partial_rotary_factor rotates a part of each head; only 1 can be read"
-            )
-        unknown = sorted(set(content) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-        if unknown:
-            raise InputError(f"{fields.path}: unknown field {name}.{unknown[0]}")
-        parts |= content
+            nested.only(key, "default", None, because="which scales the rotation")
+        nested.only("partial_rotary_factor", 1.0, None, because="which rotates a part of each head")
+        bases[f"{name}.rope_theta"] = nested.take("rope_theta", float, None)
+        nested.refuse_rest()
     fields.only("partial_rotary_factor", 1.0, None, because="which rotates a part of each head")
-    nested = parts.get("rope_theta")
-    theta = fields.take("rope_theta", 10_000.0 if nested is None else nested)
-    if nested is not None and nested != theta:
-        raise InputError(
-            f"{fields.path}: rope_theta is {theta} and rope_parameters.rope_theta {nested}; they must agree"
-        )
-    return float(theta)
+    bases["rope_theta"] = fields.take("rope_theta", float, None)
+    given = {name: base for name, base in bases.items() if base is not None} or {"rope_theta": 10_000.0}
+    if len(set(given.values())) > 1:
+        said = " and ".join(f"{name} is {base}" for name, base in given.items())
+        raise InputError(f"{fields.path}: {said}; they must agree")
+    return float(given.popitem()[1])
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

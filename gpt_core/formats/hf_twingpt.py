@@ -41,12 +41,12 @@ _ALIASES = {
 
 
 def _read(fields: Fields) -> ModelConfig:
-    config = ModelConfig.from_dict(fields.take("model"), source=str(fields.path))
+    config = ModelConfig.from_dict(fields.take("model", dict), source=str(fields.path))
     if config.padded_vocab_size != config.vocab_size:
         raise InputError(f"{fields.path}: model.pad_vocab_size_multiple must leave vocab_size as it is")
     for alias, name in _ALIASES.items():
         fields.same(alias, getattr(config, name), f"model.{name}")
-    fields.take("auto_map", {})  # code that we bring ourselves and never run
+    fields.take("auto_map", dict, {})  # code that we bring ourselves and never run
     return config
 
 

@@ -16,7 +16,7 @@ from gpt_core.adaptation import Adaptation
 from gpt_core.checkpoint_config import CONFIG_FILE
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
-from gpt_core.formats.hf_fields import Fields, model_type_of, read_json
+from gpt_core.formats.hf_fields import Fields, model_type_of
 from gpt_core.formats.hf_folder import (
     copy_tokenizer,
     find_tokenizer,
@@ -26,6 +26,7 @@ from gpt_core.formats.hf_folder import (
 )
 from gpt_core.formats.hf_shards import ShardsReader, write_shards
 from gpt_core.parameters import Parameter
+from gpt_core.source_files import read_json
 from gpt_core.tensor_info import Array, TensorInfo
 from gpt_core.tokenizer import Tokenizer
 from gpt_core.weights import DType, Slot, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
@@ -65,6 +66,24 @@ class Architecture:
     format: str = ""
 
 
+def read_config(file: Path, architecture: Architecture) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Translate a config.json, whatever weights lie beside it.
+
+    Returns:
+        The model, and what of it is not kept, one sentence each.
+
+    Raises:
+        InputError: the file is missing or damaged, or a field is unknown, of the wrong kind or beyond our models.
+    """
+    fields = Fields(file, read_json(file))
+    try:
+        config = architecture.read(fields)
+    except InputError as error:
+        raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+    fields.finish()
+    return config, tuple(fields.notices)
+
+
 class HuggingFaceCheckpoint:
     """An opened folder of one architecture.
 
@@ -77,12 +96,7 @@ class HuggingFaceCheckpoint:
         self.path = path
         self.architecture = architecture
         self.format = architecture.format or f"hf-{architecture.model_type}"
-        fields = Fields(path / CONFIG_FILE, read_json(path / CONFIG_FILE))
-        try:
-            self.config = architecture.read(fields)
-        except InputError as error:
-            raise InputError(str(error) if str(path) in str(error) else f"{path / CONFIG_FILE}: {error}") from None
-        fields.finish()
+        self.config, self.notices = read_config(path / CONFIG_FILE, architecture)
         self._reader = ShardsReader(path, lambda key: re.fullmatch(architecture.buffers, key) is not None)
         keys = self._keys(architecture)
         self.tensors = {key: self._reader.tensors[stored] for key, stored in keys.items()}
@@ -91,7 +105,6 @@ class HuggingFaceCheckpoint:
         self.dtypes = parameter_dtypes(str(path), expected, {key: info.dtype for key, info in self.tensors.items()})
         self._source = source_of(expected, lambda key: self._reader.read(keys[key]))
         self._found = find_tokenizer(path)
-        self.notices = tuple(fields.notices)
         if self._found.foreign:
             self.notices += ("its tokenizer is not GPT-2's: only another Hugging Face folder can take it along",)
 

@@ -76,7 +76,8 @@ ALTERNATING = [[["global", "local"], 1]]
         ("gpt_neo, local", "attention_types", ALTERNATING, "mixes global and local layers"),
         ("gpt_neo, local", "attention_types", ..., "names 24 layers and num_layers is 2"),
         ("gpt_neo, local", "attention_layers", ["local", "global"], "they must agree"),
-        ("gpt_neo, local", "attention_types", "local", "attention_types must be like"),
+        ("gpt_neo, local", "attention_types", "local", "attention_types is 'local' and must be a list"),
+        ("gpt_neo, local", "attention_types", [["local", 2]], "attention_types must be like"),
         ("gpt_neo, local", "activation_function", "relu", "activation_function is 'relu'"),
         ("starcoder2, head_dim of its own", "hidden_act", "silu", "hidden_act is 'silu'"),
         (
@@ -333,7 +334,7 @@ def test_the_convert_command_says_what_was_picked_and_why(folder_of, tmp_path, p
         (["--to", "hf", "--unrolled"], "--unrolled belongs to --to jax"),
         (["--to", "hf", "--max-shard-size", "0"], "must be at least 1 byte"),
         (["--to", "hf-gpt_neo"], "hf-gpt_neo has no biases on queries"),
-        (["--to", "hf", "--report", "nowhere.json"], "nowhere.json: missing"),
+        (["--to", "hf", "--report", "nowhere.json"], "nowhere.json: no such file"),
     ],
 )
 def test_flags_that_do_not_fit_are_named(flags, message, folder_of, tmp_path, parity):
