@@ -65,7 +65,7 @@ def read_hashes(checkpoint: Path) -> dict[str, FileHash]:
         if is_exhaustion(error):
             raise
         raise InputError(f"{path}: is damaged: {error}") from None
-    if not recorded or not all(map(_is_hash, recorded.values())):
+    if not recorded or not all(map(str.isprintable, recorded)) or not all(map(_is_hash, recorded.values())):
         raise InputError(f"{path}: is damaged: it holds something else than hashes")
     return dict(sorted(recorded.items(), key=lambda item: (-item[1].bytes, item[0])))
 

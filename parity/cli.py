@@ -195,8 +195,13 @@ def _verify_parser() -> ArgumentParser:
 
 
 def _inspect_parser() -> ArgumentParser:
-    command = parser("Show format, config and parameters of a checkpoint.", "  parity inspect runs/torch")
+    command = parser(
+        "Show format, config and parameters of a checkpoint; with --verify, whether its files are as they were written.\n"
+        "Exit code 0: shown, and intact; 1: damaged files, one a line; 2: wrong input.",
+        "  parity inspect runs/torch\n  parity inspect runs/tiny-cpu@200 --verify",
+    )
     command.add_argument("path", help=_CHECKPOINT)
+    command.add_argument("--verify", action="store_true", help="hold a run's files against their hashes")
     command.add_argument("--json", action="store_true", help="print it as JSON")
     return command
 
@@ -454,15 +459,20 @@ def _verify(options: Namespace) -> int:
 
 
 def _inspect(options: Namespace) -> int:
-    from parity.inspect import inspect, print_inspection
+    from parity.inspect import inspect, print_inspection, print_verification, verify_files
 
     with local_checkpoint(options.path) as path:
-        content = inspect(path)
+        verified = verify_files(path) if options.verify else {}
+        damaged = bool(verified.get("damaged_files"))
+        content = verified if damaged else inspect(path) | verified
     if options.json:
         print_json(content)
     else:
-        print_inspection(content, Console(width=None if os.isatty(1) else 140, highlight=False))
-    return SUCCESS
+        if not damaged:
+            print_inspection(content, Console(width=None if os.isatty(1) else 140, highlight=False))
+        if verified:
+            print_verification(verified)
+    return CHECK_FAILED if damaged else SUCCESS
 
 
 def _record(options: Namespace) -> int:

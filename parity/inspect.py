@@ -1,4 +1,4 @@
-"""`parity inspect`: what lies in a checkpoint, without reading its weights."""
+"""`parity inspect`: what lies in a checkpoint, without reading its weights; with `--verify`, whether it is intact."""
 
 import math
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gpt_core.errors import InputError
+from gpt_core.file_hashes import HASHES_FILE, damaged_files, read_hashes
 from gpt_core.parameters import parameter_table
 from parity.formats import open_checkpoint
 
@@ -42,6 +44,36 @@ def inspect(path: Path) -> dict[str, Any]:
         "config": checkpoint.config.to_dict(),
         "parameters": rows,
     }
+
+
+def verify_files(path: Path) -> dict[str, Any]:
+    """Hold the files of a run's checkpoint against the hashes that were recorded when it was saved.
+
+    Returns:
+        `path`, `verified_files`: how many were read, and `damaged_files`: the name of each with what is wrong.
+
+    Raises:
+        InputError: no hashes are recorded, or their record is damaged.
+    """
+    recorded = read_hashes(path)
+    if not recorded:
+        raise InputError(
+            f"{path}: holds no hashes of its files ({HASHES_FILE}), so nothing can be verified: checkpoints of runs "
+            f"have them, those of earlier versions have not. Leave out --verify to see what lies in it"
+        )
+    return {
+        "path": str(path),
+        "verified_files": len(recorded),
+        "damaged_files": damaged_files(path, recorded),
+    }
+
+
+def print_verification(found: dict[str, Any]) -> None:
+    """The damaged files, one a line; or that there are none."""
+    for name, reason in found["damaged_files"].items():
+        print(f"{name} {reason}")
+    if not found["damaged_files"]:
+        print(f"all {found['verified_files']} files are as they were written")
 
 
 def print_inspection(content: dict[str, Any], console: Console) -> None:

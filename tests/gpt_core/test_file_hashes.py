@@ -96,6 +96,7 @@ def test_of_processes_that_share_the_files_one_finds_the_damage(name: str, share
         '{"model.safetensors": {"sha256": 7, "bytes": 7}}',
         json.dumps({"model.safetensors": {"sha256": 64 * "0", "bytes": True}}),
         json.dumps({"model.safetensors": {"sha256": 64 * "0", "bytes": 7, "more": 1}}),
+        json.dumps({"\x1b[2J\n": {"sha256": 64 * "0", "bytes": 7}}),
         b"\xff",
     ],
     ids=lambda content: repr(content)[:24],
