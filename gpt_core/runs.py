@@ -137,7 +137,7 @@ def _put_back(run: Path, config: bytes | None, *, empty: bool) -> None:
 
 def open_run(
     run: Path, config: RunConfig, framework: Framework, tokenizer: Tokenizer | None, *, primary: bool = True
-) -> None:
+) -> RunConfig | None:
     """Make a run's folder, or check that the one there is of the same run, so that it can go on.
 
     Args:
@@ -147,19 +147,37 @@ def open_run(
         tokenizer: Written beside the model's config, so that checkpoints can be used with text.
         primary: Whether this process writes; the others only check.
 
+    Returns:
+        The config that the run there had until now; None for a new one.
+
     Raises:
         InputError: the folder holds another run (the fields that differ are named), one of the other framework, or
             something that is no run.
     """
-    file = run / RUN_FILE
+    file, saved = run / RUN_FILE, None
     if file.exists():
-        _check_same_run(file, config, framework)
+        saved = _check_same_run(file, config, framework)
     elif run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
         raise InputError(f"{run}: is not empty and holds no run (no {RUN_FILE}); choose another folder with --out")
-    if not primary:
-        return
+    if primary:
+        write_run(run, config, framework, tokenizer)
+    return saved
+
+
+def write_run(run: Path, config: RunConfig, framework: Framework, tokenizer: Tokenizer | None) -> None:
+    """Write what every run's folder holds; one that is there has been checked.
+
+    Args:
+        run: The folder.
+        config: What is to run.
+        framework: Which trainer.
+        tokenizer: Written beside the model's config, so that checkpoints can be used with text.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     # First of all: whatever a process that was killed here leaves behind is recognised as this run.
-    with atomic_file(file) as temporary:
+    with atomic_file(run / RUN_FILE) as temporary:
         content = {"framework": framework, "run": config.to_dict()}
         temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     try:
@@ -183,7 +201,7 @@ def read_run(run: Path) -> tuple[RunConfig, str]:
     return RunConfig.from_dict(content.get("run"), source=str(file)), str(content.get("framework"))
 
 
-def _check_same_run(file: Path, config: RunConfig, framework: Framework) -> None:
+def _check_same_run(file: Path, config: RunConfig, framework: Framework) -> RunConfig:
     saved, saved_framework = read_run(file.parent)
     if saved_framework != framework:
         raise InputError(
@@ -196,6 +214,13 @@ def _check_same_run(file: Path, config: RunConfig, framework: Framework) -> None
             f"{file.parent}: holds a run with another config, it differs in {differing}; go on with the saved values, "
             f"or choose another folder with --out"
         )
+    made = max(saved_steps(file.parent), default=0)
+    if config.train.steps < made:
+        raise InputError(
+            f"{file.parent}: train.steps = {config.train.steps}, and this run has made {made} steps already; give at "
+            f"least {made}, or choose another folder with --out"
+        )
+    return saved
 
 
 def differing_run_fields(saved: RunConfig, ours: RunConfig) -> str:
@@ -207,7 +232,47 @@ def differing_run_fields(saved: RunConfig, ours: RunConfig) -> str:
         if section not in _FREE_SECTIONS
         for name in a[section]
         if name not in _FREE_FIELDS.get(section, set()) and a[section][name] != b[section][name]
+        if name != "decay_steps" or not _schedule_may_end(saved, ours)
     )
+
+
+def _schedule_may_end(saved: RunConfig, ours: RunConfig) -> bool:
+    """Whether our `optimizer.decay_steps` is as free as `train.steps`, which it followed, or says the same step."""
+    return saved.optimizer.decay_steps is None or _schedule_end(saved) == _schedule_end(ours)
+
+
+def _schedule_end(config: RunConfig) -> int:
+    return config.optimizer.decay_steps or config.train.steps
+
+
+def resume_notices(saved: RunConfig | None, config: RunConfig, step: int) -> list[str]:
+    """What a person should know of fields that may change when a run goes on, and that change what it computes.
+
+    Args:
+        saved: The config that the run had until now, None for a new one.
+        config: The config that it goes on with.
+        step: Updates made so far.
+    """
+    if saved is None or step == 0:
+        return []
+    notices = []
+    rate, old_rate = (f"{run.rate(step):.4g}" for run in (config, saved))
+    if step < config.train.steps and rate != old_rate:
+        end, old_end = map(_schedule_end, (config, saved))
+        notices.append(
+            f"step {step + 1} has the learning rate {rate}, not {old_rate}: the schedule ends at step {end} now, where "
+            f"it ended at {old_end}; --optimizer.decay_steps {old_end} keeps the old one"
+        )
+    if saved.train.evaluation_batches != config.train.evaluation_batches:
+        before, now = (
+            "the whole validation text" if count is None else f"{count} batches of the validation text"
+            for count in (saved.train.evaluation_batches, config.train.evaluation_batches)
+        )
+        notices.append(
+            f"train.evaluation_batches: validation losses are of {now} from here on, of {before} until now; keep_best "
+            f"and @best compare them as if they were alike"
+        )
+    return notices
 
 
 def saved_steps(run: Path) -> list[int]:

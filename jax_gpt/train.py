@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from gpt_core.checkpoint_config import read_checkpoint_config
 from gpt_core.data.loader import training_batches
 from gpt_core.run_config import RunConfig
-from gpt_core.runs import held_run, open_run
+from gpt_core.runs import held_run, open_run, resume_notices
 from gpt_core.tokenizer import gpt2_tokenizer
 from gpt_core.tracking import Tracker
 from gpt_core.training import (
@@ -55,15 +55,15 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
     check_data(config)
     tokenizer = gpt2_tokenizer() if config.model.vocab_size == gpt2_tokenizer().vocab_size else None
     with held_run(run, primary=is_primary(), agree=all_agree) as require_hold:
-        open_run(run, config, "jax", tokenizer, primary=is_primary())
+        before = open_run(run, config, "jax", tokenizer, primary=is_primary())
         wait_for_all("the run's folder is there")
-        return _train(config, run, mesh, require_hold)
+        return _train(config, run, before, mesh, require_hold)
 
 
 def _train(
-    config: RunConfig, run: Path, mesh: Mesh, require_hold: Callable[[], None]
+    config: RunConfig, run: Path, before: RunConfig | None, mesh: Mesh, require_hold: Callable[[], None]
 ) -> tuple[dict[str, Any] | None, int]:
-    """Train in a folder that is held; `require_hold` is asked before each save."""
+    """Train in a folder that is held (`require_hold` is asked before each save); `before` is what it was to be then."""
     program = create_program(config, mesh)
     rows = local_rows(mesh, config.train.batch_size)
     steps = config.train.steps
@@ -87,6 +87,7 @@ def _train(
             ) as tracker,
             training_batches(config.data, config.train.batch_size, config.context_length, rows) as batches,
         ):
+            opening += resume_notices(before, config, first)
             for text in [*opening, *([f"going on after step {first}"] if first else [])]:
                 tracker.message(text)
             if record is not None:

@@ -196,8 +196,8 @@ def _verify_parser() -> ArgumentParser:
 
 def _inspect_parser() -> ArgumentParser:
     command = parser(
-        "Show format, config and parameters of a checkpoint; with --verify, whether its files are as they were written.\n"
-        "Exit code 0: shown, and intact; 1: damaged files, one a line; 2: wrong input.",
+        "Show format, config and parameters of a checkpoint, and with --verify whether its files are as they were\n"
+        "written. Exit code 0: shown, and intact, 1: damaged files, one a line, 2: wrong input.",
         "  parity inspect runs/torch\n  parity inspect runs/tiny-cpu@200 --verify",
     )
     command.add_argument("path", help=_CHECKPOINT)

@@ -29,9 +29,9 @@ from gpt_core.runs import (
     Framework,
     StepRecord,
     checkpoint_folder,
-    open_run,
     read_record,
     read_run,
+    write_run,
 )
 from gpt_core.safetensors_file import (
     FIRST_MOMENT,
@@ -131,7 +131,7 @@ def convert_state(
     state = read_state(checkpoint)
     target: Framework = "jax" if to == "jax" else "torch"
     with atomic_directory(destination, replace=kept_checkpoint if force else None) as folder:
-        open_run(folder, config, target, tokenizer_of(run))
+        write_run(folder, config, target, tokenizer_of(run))
         records = [record for record in read_metrics(run) if record["step"] <= state.record.step]
         (folder / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         written = checkpoint_folder(folder, state.record.step)

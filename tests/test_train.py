@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -83,6 +84,24 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_taken(
     assert "going on from step 4" in said
     assert sorted(path.name for path in (run / "damaged").iterdir()) == ["12", "8"]
     assert losses(run) == losses(undisturbed)
+
+
+def test_another_number_of_steps_says_what_becomes_of_the_rate_and_how_to_keep_it(
+    framework: str, config: Path, undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kept, changed = tmp_path / "kept", tmp_path / "changed"
+    for run in (kept, changed):
+        shutil.copytree(undisturbed, run)
+    assert train(framework, config, changed, "--train.steps", "13") == 0
+    rate = 0.5 * 1e-2 * (1 + np.cos(np.pi * (12 - 2) / (13 - 2)))  # two steps of warmup, then half a cosine to 0
+    said = capfd.readouterr().err
+    assert f"step 13 has the learning rate {rate:.4g}, not 0: " in said
+    assert read_metrics(changed)[-2]["learning_rate"] == pytest.approx(rate)
+    flags = re.search(r"--optimizer\.decay_steps \d+", said)
+    assert flags is not None
+    assert train(framework, config, kept, "--train.steps", "13", *flags[0].split()) == 0
+    assert "learning rate" not in capfd.readouterr().err
+    assert read_metrics(kept)[-2]["learning_rate"] == 0
 
 
 def test_all_checkpoints_damaged_is_no_reason_to_start_from_nothing(

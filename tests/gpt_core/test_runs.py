@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from gpt_core.runs import (
     RUN_FILE,
     StepRecord,
     checkpoint_folder,
+    differing_run_fields,
     find_checkpoint,
     held_run,
     kept_steps,
@@ -24,6 +26,7 @@ from gpt_core.runs import (
     open_run,
     read_record,
     read_run,
+    resume_notices,
     saved_steps,
     set_aside,
 )
@@ -264,6 +267,78 @@ def test_free_fields_may_change_when_a_run_goes_on(section: str, values: dict[st
     open_run(run, changed(section, **values), "jax", None)
     saved, _ = read_run(run)
     assert {name: asdict(getattr(saved, section))[name] for name in values} == values
+
+
+def schedule(steps: int, decay_steps: int | None = None) -> RunConfig:
+    """A run of `steps` whose rate falls from 1 at step 0 to 0.2 at its end."""
+    optimizer = replace(CONFIG.optimizer, learning_rate=1.0, final_learning_rate=0.2, decay_steps=decay_steps)
+    return replace(CONFIG, optimizer=optimizer, train=replace(CONFIG.train, steps=steps))
+
+
+# Half of a cosine from 1 to 0.2: 0.6 in its middle.
+@pytest.mark.parametrize(
+    ("saved", "ours", "step", "told"),
+    [
+        (schedule(100), schedule(200), 100, "step 101 has the learning rate 0.6, not 0.2: .* 200 now, .* at 100; "),
+        (schedule(100), schedule(200), 50, r"step 51 has the learning rate 0\.8828, not 0\.6: "),
+        (schedule(200), schedule(100), 50, r"step 51 has the learning rate 0\.6, not 0\.8828: .*decay_steps 200 keeps"),
+        (schedule(100, 50), schedule(200, 200), 100, "step 101 .* 0.6, not 0.2: .* 200 now, .*decay_steps 50 keeps"),
+        (schedule(100), schedule(100), 50, None),
+        (schedule(100), schedule(200, 100), 100, None),
+        (schedule(100, 50), schedule(200, 50), 60, None),
+        (schedule(100), schedule(200), 0, None),  # nothing was trained yet
+        (schedule(200), schedule(100), 100, None),  # nothing is left to train
+        (None, schedule(200), 100, None),
+    ],
+)
+def test_going_on_says_both_rates_where_the_schedule_changes(
+    saved: RunConfig | None, ours: RunConfig, step: int, told: str | None
+) -> None:
+    notices = resume_notices(saved, ours, step)
+    assert len(notices) == (told is not None)
+    assert told is None or re.match(told, notices[0])
+
+
+def test_going_on_says_when_validation_losses_are_of_other_text() -> None:
+    saved, ours = (changed("train", evaluation_batches=count) for count in (50, None))
+    assert resume_notices(saved, saved, 10) == []
+    (notice,) = resume_notices(saved, ours, 10)
+    assert "of the whole validation text from here on, of 50 batches of the validation text until now" in notice
+    assert "train.evaluation_batches" in notice
+
+
+def test_the_old_schedule_is_kept_as_the_notice_says_also_after_the_new_one_was_saved(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert open_run(run, schedule(100), "jax", None) is None
+    add_checkpoint(run, 100, None)
+    assert open_run(run, schedule(200), "jax", None) == schedule(100)
+    assert open_run(run, schedule(200, 100), "jax", None) == schedule(200)
+    assert read_run(run)[0] == schedule(200, 100)
+    assert open_run(run, schedule(300, 100), "jax", None) == schedule(200, 100)
+
+
+@pytest.mark.parametrize(
+    ("saved", "ours", "same"),
+    [
+        (schedule(100), schedule(100, 100), True),
+        (schedule(100, 100), schedule(100), True),
+        (schedule(200, 100), schedule(200), False),
+        (schedule(200, 100), schedule(200, 150), False),
+        (schedule(200, 100), schedule(400, 100), True),
+    ],
+)
+def test_an_end_of_the_schedule_that_was_given_stays(saved: RunConfig, ours: RunConfig, same: bool) -> None:
+    assert (differing_run_fields(saved, ours) == "") is same
+    assert same or "optimizer.decay_steps 100 against" in differing_run_fields(saved, ours)
+
+
+@pytest.mark.parametrize("primary", [True, False])
+def test_fewer_steps_than_a_run_has_made_are_refused(primary: bool, run: Path) -> None:
+    before = (run / RUN_FILE).read_text()
+    with pytest.raises(InputError, match=r"train\.steps = 99, and this run has made 100 steps already"):
+        open_run(run, changed("train", steps=99), "jax", None, primary=primary)
+    assert (run / RUN_FILE).read_text() == before
+    open_run(run, changed("train", steps=100), "jax", None, primary=primary)
 
 
 def test_a_run_of_the_other_framework_is_refused_with_what_to_do(run: Path) -> None:
