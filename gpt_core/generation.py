@@ -27,6 +27,7 @@ class SamplingConfig:
         top_p: Keep the most likely tokens that together have this probability, and all as likely as the last of them.
         stop_tokens: A row ends with the first of these ids, which it keeps.
         seed: Of the random numbers.
+        known_tokens: Only ids below it are written: as many as the tokenizer knows. Null: all of the model.
 
     Raises:
         InputError: a value is outside its range; the message names field and range.
@@ -38,6 +39,7 @@ class SamplingConfig:
     top_p: float = 1.0
     stop_tokens: tuple[int, ...] = ()
     seed: int = 0
+    known_tokens: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
@@ -53,6 +55,8 @@ class SamplingConfig:
             raise InputError(f"stop_tokens = {list(self.stop_tokens)!r} must be token ids")
         if not _is_count(self.seed, 0):
             raise InputError(f"seed = {self.seed!r} must be a whole number of at least 0")
+        if self.known_tokens is not None and not _is_count(self.known_tokens, 1):
+            raise InputError(f"known_tokens = {self.known_tokens!r} must be a whole number of at least 1")
 
     @property
     def greedy(self) -> bool:
@@ -120,10 +124,12 @@ def pack_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, new_toke
             raise InputError(
                 f"prompt {row} has {len(prompt)} tokens, more than context_length = {config.context_length}; shorten it"
             )
-        if config.position == "learned" and len(prompt) + new_tokens > config.context_length:
+        # The last new token needs no position of its own: nothing is written behind it.
+        if config.position == "learned" and len(prompt) + new_tokens - 1 > config.context_length:
             raise InputError(
                 f"prompt {row} has {len(prompt)} tokens, and {new_tokens} more would exceed context_length = "
-                f"{config.context_length}, the table of learned positions; shorten it or lower max_new_tokens"
+                f"{config.context_length}, the table of learned positions, although the last token needs none; "
+                f"shorten it or lower max_new_tokens"
             )
         outside = [token for token in prompt if not 0 <= token < config.vocab_size]
         if outside:

@@ -99,12 +99,13 @@ def choose(
 ) -> Int[jax.Array, "*rows"]:
     """A token for each row, by a random number in [0, 1)."""
     if options.greedy:
-        return logits.argmax(-1).astype(jnp.int32)
+        return logits[..., : options.known_tokens].argmax(-1).astype(jnp.int32)
     return draw(distribution(logits, options), noise)
 
 
-def distribution(logits: Float[jax.Array, "*rows vocab"], options: SamplingConfig) -> Float[jax.Array, "*rows vocab"]:
-    """Probabilities after temperature, top-k and then top-p; greedy has all of it on one token."""
+def distribution(logits: Float[jax.Array, "*rows vocab"], options: SamplingConfig) -> Float[jax.Array, "*rows known"]:
+    """Probabilities of the known tokens after temperature, top-k and then top-p; greedy has all of it on one token."""
+    logits = logits[..., : options.known_tokens]
     if options.greedy:
         return jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=logits.dtype)
     scaled = (logits - logits.max(-1, keepdims=True)) / options.temperature
@@ -122,9 +123,13 @@ def distribution(logits: Float[jax.Array, "*rows vocab"], options: SamplingConfi
 
 
 def draw(probabilities: Float[jax.Array, "*rows vocab"], noise: Float[jax.Array, "*rows"]) -> Int[jax.Array, "*rows"]:
-    """The token in whose share of the summed probabilities a random number in [0, 1) falls."""
-    reached = jnp.cumsum(probabilities, axis=-1)
-    return (reached <= noise[..., None].astype(reached.dtype) * reached[..., -1:]).sum(-1).astype(jnp.int32)
+    """The token in whose share of the summed probabilities a random number in [0, 1) falls; never an impossible one."""
+    reached = jnp.cumsum(probabilities, axis=-1)  # summed in parts: rounding can make it fall, also at the end
+    beyond = reached > noise[..., None].astype(reached.dtype) * reached[..., -1:]
+    possible = probabilities > 0
+    places = jnp.arange(possible.shape[-1])
+    last = jnp.where(possible, places, 0).max(-1, keepdims=True)
+    return (possible & (beyond | (places == last))).argmax(-1).astype(jnp.int32)
 
 
 def is_stop(token: Int[jax.Array, "*rows"], options: SamplingConfig) -> jax.Array:

@@ -214,7 +214,7 @@ def propose(
     last: Int[jax.Array, "batch 2"],
     position: Int[jax.Array, " batch"],
     cache: Cache,
-) -> tuple[Int[jax.Array, "batch draft_tokens"], Float[jax.Array, "batch draft_tokens vocab"] | None, Cache]:
+) -> tuple[Int[jax.Array, "batch draft_tokens"], Float[jax.Array, "batch draft_tokens known"] | None, Cache]:
     """Write a few tokens.
 
     Args:
@@ -245,7 +245,7 @@ def propose(
 
 def judge(
     proposals: Int[jax.Array, "batch draft_tokens"],
-    draft: Float[jax.Array, "batch draft_tokens vocab"] | None,
+    draft: Float[jax.Array, "batch draft_tokens known"] | None,
     logits: Float[jax.Array, "batch places vocab"],
     noise: Float[jax.Array, "batch places draws"],
     options: SamplingConfig,
@@ -278,7 +278,7 @@ def judge(
     # Rounding may leave nothing where p and q are the same.
     rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, target)
     here = accepted[:, None]
-    rest = jnp.take_along_axis(rest, here[:, :, None], axis=1)[:, 0]  # [batch, vocab]
+    rest = jnp.take_along_axis(rest, here[:, :, None], axis=1)[:, 0]  # [batch, known]
     own = draw(rest, jnp.take_along_axis(noise[:, :, DRAW_TOKEN], here, axis=1)[:, 0])
     padded = jnp.pad(proposals, ((0, 0), (0, 1)))
     return jnp.where(jnp.arange(padded.shape[1]) == here, own[:, None], padded), accepted

@@ -101,14 +101,15 @@ def choose(
 ) -> Int[torch.Tensor, "*rows"]:
     """A token for each row, by a random number in [0, 1)."""
     if options.greedy:
-        return logits.argmax(-1)
+        return logits[..., : options.known_tokens].argmax(-1)
     return draw(distribution(logits, options), noise)
 
 
 def distribution(
     logits: Float[torch.Tensor, "*rows vocab"], options: SamplingConfig
-) -> Float[torch.Tensor, "*rows vocab"]:
-    """Probabilities after temperature, top-k and then top-p; greedy has all of it on one token."""
+) -> Float[torch.Tensor, "*rows known"]:
+    """Probabilities of the known tokens after temperature, top-k and then top-p; greedy has all of it on one token."""
+    logits = logits[..., : options.known_tokens]
     if options.greedy:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     scaled = (logits - logits.amax(-1, keepdim=True)) / options.temperature
@@ -128,9 +129,13 @@ def distribution(
 def draw(
     probabilities: Float[torch.Tensor, "*rows vocab"], noise: Float[torch.Tensor, "*rows"]
 ) -> Int[torch.Tensor, "*rows"]:
-    """The token in whose share of the summed probabilities a random number in [0, 1) falls."""
-    reached = probabilities.cumsum(-1)
-    return (reached <= noise[..., None].to(reached.dtype) * reached[..., -1:]).sum(-1)
+    """The token in whose share of the summed probabilities a random number in [0, 1) falls; never an impossible one."""
+    reached = probabilities.cumsum(-1)  # on a GPU summed in parts: rounding can make it fall, also at the end
+    beyond = reached > noise[..., None].to(reached.dtype) * reached[..., -1:]
+    possible = probabilities > 0
+    places = torch.arange(possible.shape[-1], device=possible.device)
+    last = torch.where(possible, places, 0).amax(-1, keepdim=True)
+    return (possible & (beyond | (places == last))).int().argmax(-1)
 
 
 def is_stop(token: Int[torch.Tensor, "*rows"], options: SamplingConfig) -> Bool[torch.Tensor, "*rows"]:

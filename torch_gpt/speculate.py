@@ -219,7 +219,7 @@ def propose(
     position: Int[torch.Tensor, " batch"],
     cache: Cache,
     compiled: bool = False,
-) -> tuple[Int[torch.Tensor, "batch draft_tokens"], Float[torch.Tensor, "batch draft_tokens vocab"] | None, Cache]:
+) -> tuple[Int[torch.Tensor, "batch draft_tokens"], Float[torch.Tensor, "batch draft_tokens known"] | None, Cache]:
     """Write a few tokens.
 
     Args:
@@ -251,7 +251,7 @@ def propose(
 
 def judge(
     proposals: Int[torch.Tensor, "batch draft_tokens"],
-    draft: Float[torch.Tensor, "batch draft_tokens vocab"] | None,
+    draft: Float[torch.Tensor, "batch draft_tokens known"] | None,
     logits: Float[torch.Tensor, "batch places vocab"],
     noise: Float[torch.Tensor, "batch places draws"],
     options: SamplingConfig,
@@ -284,7 +284,7 @@ def judge(
     # Rounding may leave nothing where p and q are the same.
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, target)
     here = accepted[:, None]
-    rest = rest.take_along_dim(here[:, :, None], dim=1)[:, 0]  # [batch, vocab]
+    rest = rest.take_along_dim(here[:, :, None], dim=1)[:, 0]  # [batch, known]
     own = draw(rest, noise[:, :, DRAW_TOKEN].take_along_dim(here, dim=1)[:, 0])
     padded = F.pad(proposals, (0, 1))
     return torch.where(torch.arange(padded.shape[1], device=here.device) == here, own[:, None], padded), accepted

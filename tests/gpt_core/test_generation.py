@@ -27,6 +27,7 @@ CONFIG = ModelConfig(vocab_size=10, context_length=8, n_layers=1, n_heads=2, emb
         ("max_new_tokens", 0, "max_new_tokens = 0"),
         ("stop_tokens", (-1,), "stop_tokens"),
         ("seed", -1, "seed = -1"),
+        ("known_tokens", 0, "known_tokens = 0 must be a whole number of at least 1"),
     ],
 )
 def test_a_bad_option_is_refused_with_its_range(field: str, value: object, message: str) -> None:
@@ -40,13 +41,21 @@ def test_a_bad_option_is_refused_with_its_range(field: str, value: object, messa
         ([], 1, "there is no prompt"),
         ([[1], []], 1, "prompt 1 is empty"),
         ([[1] * 9], 1, "prompt 0 has 9 tokens, more than context_length = 8"),
-        ([[1] * 6], 3, "and 3 more would exceed context_length = 8"),
+        ([[1] * 6], 4, "and 4 more would exceed context_length = 8"),
+        ([[1] * 8], 2, "and 2 more would exceed context_length = 8"),
         ([[1, 10]], 1, r"token id 10 is outside the vocabulary 0\.\.9"),
     ],
 )
 def test_a_bad_prompt_is_refused(prompts: list[list[int]], new: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         pack_prompts(prompts, CONFIG, new)
+
+
+@pytest.mark.parametrize(("length", "new"), [(8, 1), (7, 2), (1, 8)])
+def test_the_last_token_of_a_text_needs_no_position(length: int, new: int) -> None:
+    packed = pack_prompts([[1] * length], CONFIG, new)
+    assert packed.lengths.tolist() == [length]
+    pack_draft_prompts([[1] * length], CONFIG, CONFIG, new, 4)
 
 
 def test_another_vocabulary_is_no_draft() -> None:

@@ -83,11 +83,11 @@ def test_a_compiled_step_of_thousands_of_tokens_is_the_models() -> None:
     assert numpy_gpt.relative_error(logits, np.asarray(model(tokens)[:, 2:])) <= 1e-5
 
 
-def greedy_by_definition(config: ModelConfig, prompt: list[int], new: int) -> list[int]:
+def greedy_by_definition(config: ModelConfig, prompt: list[int], new: int, known: int | None = None) -> list[int]:
     tokens = list(prompt)
     for _ in range(new):
         logits = numpy_gpt.forward(config, random_weights(config), np.array([tokens]))["logits"]
-        tokens.append(int(logits[0, -1].argmax()))
+        tokens.append(int(logits[0, -1, :known].argmax()))
     return tokens[len(prompt) :]
 
 
@@ -108,6 +108,34 @@ def test_a_row_ends_with_its_stop_token_and_the_others_go_on(x64: None) -> None:
     chunks = list(stream(model_of(config), prompts, options, chunk=4))
     found = [[token for chunk in chunks for token in chunk[row]] for row in range(2)]
     assert found == [rows[0][: rows[0].index(stop) + 1], rows[1]]
+
+
+@pytest.mark.parametrize(("length", "new"), [(16, 1), (15, 2), (6, 11)])
+def test_the_last_token_of_a_full_context_is_written(length: int, new: int, x64: None) -> None:
+    config = VARIANTS["learned-gqa-full"]
+    assert length + new == config.context_length + 1
+    prompts = [list(range(length)), [28, 3]]
+    found = generate(model_of(config), prompts, SamplingConfig(max_new_tokens=new))
+    assert found == [greedy_by_definition(config, prompt, new) for prompt in prompts]
+
+
+def test_tokens_beyond_the_known_ones_are_as_if_the_model_had_no_rows_for_them(x64: None) -> None:
+    config = VARIANTS["rope-gqa-window"]
+    prompts, model = [[1, 2, 3], [5]], model_of(config)
+    unbound = [token for prompt in prompts for token in greedy_by_definition(config, prompt, 9)]
+    known = sorted(unbound)[len(unbound) // 2]
+    found = generate(model, prompts, SamplingConfig(max_new_tokens=9, known_tokens=known))
+    assert found == [greedy_by_definition(config, prompt, 9, known) for prompt in prompts]
+    for seed in range(3):
+        options = SamplingConfig(max_new_tokens=9, temperature=9.0, top_p=0.99, seed=seed, known_tokens=known)
+        drawn = generate(model, prompts, options)
+        assert max(token for row in drawn for token in row) < known
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 29)))
+    whole, bound = (
+        SamplingConfig(temperature=0.7, top_k=5, top_p=0.9),
+        SamplingConfig(temperature=0.7, top_k=5, top_p=0.9, known_tokens=known),
+    )
+    np.testing.assert_array_equal(distribution(logits, bound), distribution(logits[:, :known], whole))
 
 
 @pytest.mark.parametrize(
@@ -133,3 +161,26 @@ def test_a_random_number_falls_into_a_tokens_share_and_never_on_an_impossible_on
     noise = jnp.array([0.0, 0.24, 0.26, 0.999, 1 - 2**-24], jnp.float32)
     rows = jnp.tile(jnp.array([0.0, 0.25, 0.0, 0.75, 0.0], jnp.float32), (5, 1))
     assert draw(rows, noise).tolist() == [1, 1, 3, 3, 3]
+
+
+def test_no_token_of_probability_zero_is_drawn_where_rounding_makes_the_running_sum_fall() -> None:
+    """XLA adds up in parts: the sum of 50 tokens among 50,257 steps back behind some of them. At every edge."""
+    logits = np.random.default_rng(3).normal(0, 2, (1, 50257)).astype(np.float32)
+    probabilities = np.asarray(distribution(jnp.asarray(logits), SamplingConfig(temperature=1.0, top_k=50)))[0]
+    possible = np.flatnonzero(probabilities)
+    assert len(possible) == 50
+    exact = np.cumsum(probabilities.astype(np.float64))
+    edges = np.floor(exact[possible] / exact[-1] * 2**24)[:, None] + np.arange(-4, 5)
+    noise = np.unique(edges.clip(0, 2**24 - 1)) * 2.0**-24
+    drawn = draw(jnp.tile(probabilities, (len(noise), 1)), jnp.asarray(noise, jnp.float32))
+    assert set(np.asarray(drawn).tolist()) == set(possible.tolist())
+
+
+@pytest.mark.parametrize(("noise", "token"), [(0.2, 1), (0.3, 3), (0.62, 3), (0.7, 3), (0.8, 5), (0.99, 5)])
+def test_a_running_sum_that_falls_chooses_the_first_possible_token_beyond_the_noise(
+    noise: float, token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = jnp.array([[0.0, 0.26, 0.24, 0.75, 0.625, 0.74, 1.0]])
+    monkeypatch.setattr(jnp, "cumsum", lambda x, axis: reached)
+    probabilities = jnp.array([[0.0, 0.25, 0.0, 0.5, 0.0, 0.25, 0.0]])
+    assert draw(probabilities, jnp.array([noise])).tolist() == [token]

@@ -53,6 +53,27 @@ def test_the_likeliest_text_is_that_of_plain_decoding_whatever_the_draft(name: s
     assert same.accepted == same.proposed
 
 
+@pytest.mark.parametrize(("length", "new"), [(16, 1), (15, 2), (6, 11)])
+def test_a_full_context_ends_as_in_plain_decoding(length: int, new: int) -> None:
+    """Rounds reach beyond the table of positions; what lies there is no part of the text."""
+    config = VARIANTS["learned-mha-full"]
+    target, prompts = model_of(config, 0), [list(range(1, length + 1)), [28, 3]]
+    options = SamplingConfig(max_new_tokens=new)
+    for draft in (target, model_of(replace(config, n_layers=1), 1)):
+        found = speculate.speculate(target, draft, prompts, options, draft_tokens=4)
+        assert found.rows == generate(target, prompts, options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 9.0])
+def test_tokens_beyond_the_known_ones_are_neither_proposed_nor_written(temperature: float) -> None:
+    target, draft = model_of(VARIANTS["rope-gqa-window"], 0), model_of(VARIANTS["rope-gqa-window"], 1)
+    options = SamplingConfig(max_new_tokens=10, temperature=temperature, known_tokens=9)
+    found = speculate.speculate(target, draft, PROMPTS, options)
+    assert max(token for row in found.rows for token in row) < 9
+    if not temperature:
+        assert found.rows == generate(target, PROMPTS, options)
+
+
 def test_the_likeliest_texts_of_many_prompts_are_those_of_plain_decoding() -> None:
     """A draft close to the target, so that rounds end at every place."""
     config = replace(VARIANTS["rope-gqa-window"], n_layers=3)
