@@ -13,7 +13,7 @@ from gpt_core.errors import InputError
 from gpt_core.generation import SamplingConfig, Written, pack_draft_prompts, pack_prompts
 from gpt_core.precision import PARAM_DTYPES, Precision
 from gpt_core.runs import find_checkpoint
-from gpt_core.tokenizer import Tokenizer, tokenizer_of
+from gpt_core.tokenizer import Tokenizer, text_tokenizer
 
 Chunks = Iterator[Written]
 
@@ -64,9 +64,7 @@ def generate_command(options: Namespace, start: Callable[[Request], Chunks]) -> 
     """
     checkpoint = find_checkpoint(options.checkpoint)
     config = read_checkpoint_config(checkpoint)
-    tokenizer = tokenizer_of(checkpoint)
-    if tokenizer is None:
-        raise InputError(f"{checkpoint}: has no tokenizer beside its weights, so text cannot be read or written")
+    tokenizer = text_tokenizer(checkpoint, "`generate` in code takes token ids")
     if options.stop == "":
         raise InputError("--stop is an empty text; give one with at least one token")
     stop = tokenizer.end_of_text if options.stop is None else tokenizer.encode(options.stop)[0]
@@ -77,6 +75,7 @@ def generate_command(options: Namespace, start: Callable[[Request], Chunks]) -> 
         top_p=options.top_p,
         stop_tokens=(stop,),
         seed=options.seed,
+        known_tokens=tokenizer.vocab_size,
     )
     prompts = [tokenizer.encode(prompt) for prompt in options.prompts]
     pack_prompts(prompts, config, sampling.max_new_tokens)  # a mistake is named before weights are read

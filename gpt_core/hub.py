@@ -7,7 +7,7 @@ from gpt_core.errors import InputError
 from gpt_core.runs import find_checkpoint
 
 _HUB_NAME = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*")
-_FILES = ["*.json", "*.safetensors", "merges.txt", "*.model", "*.jinja"]  # never a pickle, never code
+_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.model", "*.jinja"]  # never a pickle, never code
 _TIMEOUT = 10.0  # seconds, for the first answer
 
 

@@ -19,7 +19,7 @@ from gpt_core.errors import InputError
 from gpt_core.files import atomic_directory, sync_directory
 from gpt_core.formats import format_of, is_hugging_face, open_checkpoint
 from gpt_core.formats.base import Checkpoint
-from gpt_core.formats.hf_folder import write_card
+from gpt_core.formats.hf_folder import carry, write_card
 from gpt_core.formats.replaceable import kept_checkpoint
 from gpt_core.formats.targets import HUGGING_FACE, Target, choose_target
 from gpt_core.hashing import WeightsHash, parts
@@ -41,7 +41,7 @@ class Origin:
         training: One line on the training run, or "".
         parity: One line of a parity report, or "".
         notices: What reading the source changed.
-        folder: A Hugging Face folder whose tokenizer and token ids are taken along, or None.
+        folder: The checkpoint whose tokenizer files, token ids and `generation_config.json` are taken along, or None.
     """
 
     name: str
@@ -120,6 +120,8 @@ def write_pretrained(
     with atomic_directory(destination, replace=kept_checkpoint if force else None) as folder:
         started = time.perf_counter()
         writer.write(folder, after, read, target.adaptation.dtypes(dtypes), tokenizer, **options)
+        if origin.folder is not None:
+            carry(origin.folder, folder)
         sync_directory(folder)
         written = time.perf_counter()
         try:

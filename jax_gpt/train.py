@@ -15,7 +15,7 @@ from gpt_core.checkpoint_config import read_checkpoint_config
 from gpt_core.data.loader import training_batches
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import held_run, open_run, resume_notices
-from gpt_core.tokenizer import gpt2_tokenizer
+from gpt_core.tokenizer import rows_without_tokens, tokenizer_for
 from gpt_core.tracking import Tracker
 from gpt_core.training import (
     Journal,
@@ -53,7 +53,7 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
     check_divides(config, mesh)
     check_dtype(config, "jax")
     check_data(config)
-    tokenizer = gpt2_tokenizer() if config.model.vocab_size == gpt2_tokenizer().vocab_size else None
+    tokenizer = tokenizer_for(config.model.vocab_size)
     with held_run(run, primary=is_primary(), agree=all_agree) as require_hold:
         before = open_run(run, config, "jax", tokenizer, primary=is_primary())
         wait_for_all("the run's folder is there")
@@ -67,7 +67,7 @@ def _train(
     program = create_program(config, mesh)
     rows = local_rows(mesh, config.train.batch_size)
     steps = config.train.steps
-    opening: list[str] = []
+    opening = rows_without_tokens(config.model.vocab_size)
     if config.jax.attention == "auto":
         model = config.model
         chosen = pick(jax.default_backend(), config.train.dtype, model.head_dim, model.sliding_window)

@@ -11,7 +11,7 @@ import numpy as np
 from gpt_core.checkpoint_config import CHECKPOINTS, config_home
 from gpt_core.errors import InputError
 from gpt_core.files import require_apart
-from gpt_core.formats import is_hugging_face, open_checkpoint
+from gpt_core.formats import open_checkpoint
 from gpt_core.hashing import parts
 from gpt_core.parameters import parameter_count
 from gpt_core.pretrained import Origin, write_pretrained
@@ -103,7 +103,7 @@ def convert(
             training=_training(source),
             parity=parity,
             notices=checkpoint.notices,
-            folder=source if is_hugging_face(checkpoint.format) else None,
+            folder=source,
         ),
         to,
         tokenizer=checkpoint.tokenizer,

@@ -10,6 +10,7 @@ from rich.table import Table
 from gpt_core.errors import InputError
 from gpt_core.file_hashes import HASHES_FILE, damaged_files, read_hashes
 from gpt_core.parameters import parameter_table
+from gpt_core.tokenizer import find_tokenizer
 from parity.formats import open_checkpoint
 
 
@@ -36,7 +37,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "path": str(path),
         "format": checkpoint.format,
         "variant": checkpoint.config.variant,
-        "tokenizer": "gpt2" if checkpoint.tokenizer else None,
+        "tokenizer": find_tokenizer(path).kind,
         "parameter_count": sum(math.prod(parameter.shape) for parameter in table.values()),
         "dtypes": sorted({row["dtype"] for row in rows}),
         "tensors": len(checkpoint.tensors),

@@ -19,6 +19,7 @@ from gpt_core.errors import InputError
 from gpt_core.file_hashes import check_hashes, write_hashes
 from gpt_core.files import atomic_directory, require_apart
 from gpt_core.formats import orbax_jax, safetensors_torch
+from gpt_core.formats.hf_folder import carry
 from gpt_core.formats.replaceable import kept_checkpoint
 from gpt_core.orbax_file import OrbaxReader, write_orbax
 from gpt_core.parameters import Parameter, parameter_table
@@ -42,7 +43,6 @@ from gpt_core.safetensors_file import (
     write_safetensors,
 )
 from gpt_core.tensor_info import Array, TensorInfo
-from gpt_core.tokenizer import tokenizer_of
 from gpt_core.tracking import METRICS_FILE, read_metrics
 from gpt_core.training import check_dtype
 from gpt_core.weights import DType, Slot, Source, parameter_dtypes, require_keys, slots, source_of
@@ -131,7 +131,8 @@ def convert_state(
     state = read_state(checkpoint)
     target: Framework = "jax" if to == "jax" else "torch"
     with atomic_directory(destination, replace=kept_checkpoint if force else None) as folder:
-        write_run(folder, config, target, tokenizer_of(run))
+        write_run(folder, config, target, None)
+        carry(run, folder)
         records = [record for record in read_metrics(run) if record["step"] <= state.record.step]
         (folder / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         written = checkpoint_folder(folder, state.record.step)

@@ -6,13 +6,10 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
-from gpt_core.checkpoint_config import MODEL_TYPE
 from gpt_core.config import ModelConfig
 from gpt_core.data.stdlib import prose
 from gpt_core.errors import InputError
-from gpt_core.formats.hf_fields import model_type_of
-from gpt_core.formats.hf_folder import find_tokenizer
-from gpt_core.tokenizer import tokenizer_of
+from gpt_core.tokenizer import text_tokenizer
 
 Tokens = npt.NDArray[np.int64]
 
@@ -74,12 +71,7 @@ def _from_file(path: Path) -> Tokens:
 
 
 def _from_text(folder: Path, config: ModelConfig, text: Path | None) -> Tokens:
-    ours = model_type_of(folder) in (None, MODEL_TYPE)  # None: the step of a run
-    tokenizer = tokenizer_of(folder) if ours else find_tokenizer(folder).gpt2
-    if tokenizer is None:
-        raise InputError(
-            f"{folder}: has no tokenizer beside its weights, so text cannot be read; give --tokens FILE.npy"
-        )
+    tokenizer = text_tokenizer(folder, "give --tokens FILE.npy")
     try:
         content = prose() if text is None else text.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from gpt_core.runs import saved_steps
+from gpt_core.tokenizer import tokenizer_of
 from gpt_core.tracking import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +116,16 @@ def test_all_checkpoints_damaged_is_no_reason_to_start_from_nothing(
     assert train(framework, config, run) == 2
     assert "no checkpoint can be read" in capfd.readouterr().err
     assert saved_steps(run) == [4, 8, 12]
+
+
+def test_a_model_with_more_rows_than_tokens_is_told_so_and_keeps_its_tokenizer(
+    framework: str, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["--model.vocab_size", "50304", "--train.steps", "1", "--train.evaluation_batches", "1"]
+    assert train(framework, config, tmp_path / "run", *rows) == 0
+    said = capfd.readouterr().err
+    assert said.index("rows 50257 to 50303 have no token") < said.index("step 1:")
+    assert tokenizer_of(tmp_path / "run" / "checkpoints" / "1") is not None
 
 
 def test_another_model_is_refused_by_field(

@@ -106,17 +106,19 @@ def _init_parser() -> ArgumentParser:
 def _init(options: Namespace) -> int:
     from gpt_core.files import refuse_existing
     from gpt_core.formats.replaceable import kept_checkpoint
-    from gpt_core.tokenizer import gpt2_tokenizer
+    from gpt_core.tokenizer import rows_without_tokens, tokenizer_for
     from torch_gpt.checkpoint import save
     from torch_gpt.model import GPT, initialiser
 
     refuse_existing(options.destination, replace=kept_checkpoint if options.force else None)
     config = ModelConfig.from_yaml(options.config)
-    tokenizer = gpt2_tokenizer() if config.vocab_size == gpt2_tokenizer().vocab_size else None
+    tokenizer, notices = tokenizer_for(config.vocab_size), rows_without_tokens(config.vocab_size)
     save(GPT(config, initialiser(options.seed)), options.destination, tokenizer, force=options.force)
     summary = {"destination": str(options.destination), "parameters": parameter_count(config)}
     if options.json:
-        print_json(summary | {"config": config.to_dict()})
+        print_json(summary | {"config": config.to_dict(), "notices": notices})
     else:
         print(f"{options.destination}: {config.variant}, {summary['parameters']:,} parameters")
+        for notice in notices:
+            print(f"note: {notice}")
     return SUCCESS

@@ -22,12 +22,15 @@ class Checkpoint(Protocol):
     """The format's own tensors by key, not yet read."""
     dtypes: Mapping[str, DType]
     """The stored dtype of every canonical parameter."""
-    notices: tuple[str, ...]
-    """What a person should know of reading it, one sentence each."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """GPT-2's tokenizer, where it lies beside the weights."""
+        ...
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a person should know of reading it, one sentence each."""
         ...
 
     def read(self, parameter: Parameter) -> Array:

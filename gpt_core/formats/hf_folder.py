@@ -1,118 +1,82 @@
 """What makes a folder serve besides weights and config: tokenizer files, `generation_config.json` and a model card."""
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_core.checkpoint_config import CONFIG_FILE, PARAMS_FOLDER
+from gpt_core.checkpoint_config import CONFIG_FILE, config_home
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_file
+from gpt_core.formats.hf_fields import HUGGING_FACE_TYPES, model_type_of
 from gpt_core.parameters import parameter_count
 from gpt_core.source_files import read_json
-from gpt_core.tokenizer import MERGES_FILE, VOCABULARY_FILE, Tokenizer, gpt2_tokenizer
+from gpt_core.tokenizer import Tokenizer
+from gpt_core.tokenizer_rules import END_OF_TEXT, TOKENIZER_CONFIG, TOKENIZER_FILE, tokenizer_files
 
-TOKENIZER_FILE = "tokenizer.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-_TOKENIZER_FILES = (
-    *(TOKENIZER_FILE, _TOKENIZER_CONFIG, VOCABULARY_FILE, MERGES_FILE),
-    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "chat_template.jinja"),
-)
-CHECKPOINT_FILES = "|".join(
-    (
-        *map(re.escape, (CONFIG_FILE, PARAMS_FOLDER, *_TOKENIZER_FILES, "generation_config.json", "README.md")),
-        r"model(-\d+-of-\d+)?\.safetensors",
-        r"model\.safetensors\.index\.json",
-        r"(configuration|modeling)_twingpt\.py",
-    )
-)
-"""What lies in a checkpoint or an export, as a pattern of names."""
-
+GENERATION_CONFIG = "generation_config.json"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_END_OF_TEXT = "<|endoftext|>"
 CARD_FILE = "README.md"
 PARITY_ROW = "parity"
 
 
-@dataclass(frozen=True)
-class FoundTokenizer:
-    """The tokenizer of a folder.
+def carry(source: Path, folder: Path) -> None:
+    """Take along what serves beside weights and config, byte for byte: tokenizer files and `generation_config.json`.
 
     Args:
-        gpt2: GPT-2's, when it is that one.
-        foreign: Whether there is one that is not GPT-2's.
+        source: A checkpoint of any format. Token ids that stand in a config.json of Hugging Face alone become a
+            `generation_config.json`, since our own config has no place for them.
+        folder: Where another one is being written; what lies there under these names is replaced.
     """
-
-    gpt2: Tokenizer | None = None
-    foreign: bool = False
-
-
-def find_tokenizer(folder: Path) -> FoundTokenizer:
-    """Recognise GPT-2's tokenizer by its content, in the files of any version of transformers."""
-    vocabulary, merges = folder / VOCABULARY_FILE, folder / MERGES_FILE
-    if vocabulary.exists() and merges.exists():
-        try:
-            return FoundTokenizer(Tokenizer(merges=merges, vocabulary=vocabulary))
-        except InputError:
-            return FoundTokenizer(foreign=True)
-    if (folder / TOKENIZER_FILE).exists() and _is_gpt2(folder / TOKENIZER_FILE):
-        return FoundTokenizer(gpt2_tokenizer())
-    return FoundTokenizer(foreign=any((folder / name).exists() for name in _TOKENIZER_FILES))
-
-
-def _is_gpt2(path: Path) -> bool:
-    try:
-        content = read_json(path)
-        ours = _tokenizer_json(gpt2_tokenizer())
-        model, wanted = content["model"], ours["model"]
-        merges = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in model["merges"]]
-        added = [token["content"] for token in content["added_tokens"]]
-        return (
-            model["vocab"] == wanted["vocab"]
-            and merges == [pair.split(" ") for pair in wanted["merges"]]
-            and set(added) <= {_END_OF_TEXT}
-        )
-    except (InputError, KeyError, TypeError):
-        return False
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy tokenizer files of another folder as they are."""
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    home = config_home(source)
+    generation = home / GENERATION_CONFIG
+    if _is_hugging_face(home) and not (folder / GENERATION_CONFIG).exists():
+        write_generation_config(folder, token_ids(home, None))
+    for file in (*tokenizer_files(home), *([generation] if generation.is_file() else [])):
+        shutil.copyfile(file, folder / file.name)
 
 
 def token_ids(source: Path | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Begin, end and padding for config.json: GPT-2's, or those of the folder that the model came from."""
+    """Begin, end and padding for config.json: those that came with the model, or GPT-2's.
+
+    Args:
+        source: The checkpoint that it came from.
+        tokenizer: GPT-2's, or None.
+
+    Raises:
+        InputError: a file that names them is damaged.
+    """
     if source is not None:
-        content = read_json(source / CONFIG_FILE)
-        return {name: content.get(name) for name in _TOKEN_IDS}
+        home = config_home(source)
+        file = home / (CONFIG_FILE if _is_hugging_face(home) else GENERATION_CONFIG)
+        if file.is_file():
+            content = read_json(file)
+            return {name: content.get(name) for name in _TOKEN_IDS}
     end = None if tokenizer is None else tokenizer.end_of_text
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+
+
+def _is_hugging_face(folder: Path) -> bool:
+    return model_type_of(folder) in HUGGING_FACE_TYPES
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
     """Write GPT-2's tokenizer: the two original files, and the two that AutoTokenizer reads without a network."""
     tokenizer.save(folder)
     _write_json(folder / TOKENIZER_FILE, _tokenizer_json(tokenizer), indent=None)
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT)
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     # Not "GPT2Tokenizer": transformers 5 rebuilds that one from vocab.json and merges.txt instead of reading
     # tokenizer.json, and ends with a vocabulary of one.
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length, **special}
-    _write_json(folder / _TOKENIZER_CONFIG, config | {"clean_up_tokenization_spaces": False})
+    _write_json(folder / TOKENIZER_CONFIG, config | {"clean_up_tokenization_spaces": False})
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """GPT-2's byte-level BPE in the file format of the library `tokenizers`."""
-    vocabulary = json.loads(tokenizer.files[VOCABULARY_FILE].read_text(encoding="utf-8"))
-    lines = tokenizer.files[MERGES_FILE].read_text(encoding="utf-8").split("\n")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end = {"id": tokenizer.end_of_text, "content": _END_OF_TEXT, "single_word": False, "lstrip": False}
+    end = {"id": tokenizer.end_of_text, "content": END_OF_TEXT, "single_word": False, "lstrip": False}
     return {
         "version": "1.0",
         "truncation": None,
@@ -131,15 +95,15 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": [line for line in lines[1:] if line],  # the first line is a version
+            "vocab": tokenizer.vocabulary,
+            "merges": tokenizer.merges,
         },
     }
 
 
 def write_generation_config(folder: Path, ids: dict[str, Any]) -> None:
     """Write `generation_config.json`: greedy unless the caller asks for more."""
-    _write_json(folder / "generation_config.json", {"do_sample": False, "use_cache": True, **ids})
+    _write_json(folder / GENERATION_CONFIG, {"do_sample": False, "use_cache": True, **ids})
 
 
 def write_card(

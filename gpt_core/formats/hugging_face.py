@@ -17,18 +17,12 @@ from gpt_core.checkpoint_config import CONFIG_FILE
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats.hf_fields import Fields, model_type_of
-from gpt_core.formats.hf_folder import (
-    copy_tokenizer,
-    find_tokenizer,
-    token_ids,
-    write_generation_config,
-    write_tokenizer,
-)
+from gpt_core.formats.hf_folder import token_ids, write_generation_config, write_tokenizer
 from gpt_core.formats.hf_shards import ShardsReader, write_shards
 from gpt_core.parameters import Parameter
 from gpt_core.source_files import read_json
 from gpt_core.tensor_info import Array, TensorInfo
-from gpt_core.tokenizer import Tokenizer
+from gpt_core.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
 from gpt_core.weights import DType, Slot, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
 
 MAX_SHARD_SIZE = 5_000_000_000
@@ -104,14 +98,12 @@ class HuggingFaceCheckpoint:
         require_keys(str(path), expected, {key: info.shape for key, info in self.tensors.items()})
         self.dtypes = parameter_dtypes(str(path), expected, {key: info.dtype for key, info in self.tensors.items()})
         self._source = source_of(expected, lambda key: self._reader.read(keys[key]))
-        self._found = find_tokenizer(path)
-        if self._found.foreign:
-            self.notices += ("its tokenizer is not GPT-2's: only another Hugging Face folder can take it along",)
+        self.notices += find_tokenizer(path).notices
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """GPT-2's tokenizer where the folder holds it."""
-        return self._found.gpt2
+        """GPT-2's tokenizer, where it lies beside the weights."""
+        return tokenizer_of(self.path)
 
     def read(self, parameter: Parameter) -> Array:
         """A parameter, or one block of it, in canonical axes and the stored dtype."""
@@ -180,7 +172,7 @@ class HuggingFaceFormat:
             dtypes: Of its parameters.
             tokenizer: GPT-2's, or None.
             max_shard_size: Bytes of a weights file at most, unless one tensor is larger.
-            inherit: A Hugging Face folder whose tokenizer files and token ids are taken over.
+            inherit: The checkpoint that it comes from, whose token ids are taken over.
         """
         expected = slots(config, self.architecture.spoke(config))
         tensors = {key: TensorInfo(slot.shape, _dtype(slot, dtypes)) for key, slot in expected.items()}
@@ -208,8 +200,6 @@ class HuggingFaceFormat:
         self.architecture.extra_files(path)
         if tokenizer is not None:
             write_tokenizer(path, tokenizer, config.context_length)
-        elif inherit is not None:
-            copy_tokenizer(inherit, path)
 
 
 def require_whole_heads(config: ModelConfig, name: str) -> None:

@@ -13,7 +13,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.orbax_file import OrbaxReader, write_orbax
 from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.tensor_info import Array, TensorInfo
-from gpt_core.tokenizer import Tokenizer, tokenizer_of
+from gpt_core.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
 from gpt_core.weights import DType, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
 
 
@@ -37,7 +37,6 @@ class JaxCheckpoint:
     """An opened JAX checkpoint."""
 
     format = "jax"
-    notices: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,6 +53,11 @@ class JaxCheckpoint:
     def tokenizer(self) -> Tokenizer | None:
         """GPT-2's tokenizer, where it lies beside the weights."""
         return tokenizer_of(self.path)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a person should know of reading it."""
+        return find_tokenizer(self.path).notices
 
     def read(self, parameter: Parameter) -> Array:
         """A parameter, or one block of it, in canonical axes and the stored dtype."""

@@ -14,7 +14,7 @@ from gpt_core.formats.hf_fields import HUGGING_FACE_TYPES, model_type_of
 from gpt_core.parameters import Parameter
 from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
 from gpt_core.tensor_info import Array, TensorInfo
-from gpt_core.tokenizer import Tokenizer, tokenizer_of
+from gpt_core.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
 from gpt_core.weights import DType, Source, parameter_dtypes, require_keys, slots, source_of
 
 SPOKE = {
@@ -51,7 +51,6 @@ class TorchCheckpoint:
     """An opened PyTorch checkpoint."""
 
     format = "torch"
-    notices: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,6 +66,11 @@ class TorchCheckpoint:
     def tokenizer(self) -> Tokenizer | None:
         """GPT-2's tokenizer, where it lies beside the weights."""
         return tokenizer_of(self.path)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a person should know of reading it."""
+        return find_tokenizer(self.path).notices
 
     def read(self, parameter: Parameter) -> Array:
         """A parameter, or one block of it, in canonical axes and the stored dtype."""

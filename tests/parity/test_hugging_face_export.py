@@ -1,6 +1,8 @@
 """Exports load in transformers alone, in a process that cannot import us, and compute what our models do."""
 
+import itertools
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -230,22 +232,32 @@ class TestRefused:
         assert target.adaptation.after.sliding_window is None
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """A folder with GPT-2's tokenizer, in shards, and the config of its model."""
+def with_tokenizer(name, root, **options):
+    """An exported folder with GPT-2's tokenizer, and the config of its model."""
     from gpt_core.formats import format_of
     from gpt_core.weights import weights_source
 
-    root = tmp_path_factory.mktemp("served")
-    config = replace(
-        ROOM["learned-mqa-full"], vocab_size=50257, embed_dim=12, n_heads=2, n_layers=1, head_dim=6, mlp_dim=48
-    )
+    small = {"embed_dim": 12, "n_heads": 2, "n_kv_heads": 1 if "mqa" in name else 2, "head_dim": 6, "mlp_dim": 48}
+    config = replace(ROOM[name], vocab_size=50257, n_layers=1, **small)
     weights = weights_of("served", config)
     (root / "ours").mkdir()
     stored = {row: array.dtype for row, array in weights.items()}
     format_of("torch").write(root / "ours", config, weights_source(weights), stored, gpt2_tokenizer())
-    convert(root / "ours", root / "export", "hf", max_shard_size=1_000_000, parity="passed: 342 of 342 checks")
+    convert(root / "ours", root / "export", "hf", **options)
     return root / "export", config
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A folder in shards."""
+    more = {"max_shard_size": 1_000_000, "parity": "passed: 342 of 342 checks"}
+    return with_tokenizer("learned-mqa-full", tmp_path_factory.mktemp("served"), **more)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A folder of the architecture whose tokenizer transformers knows without any rules beside it."""
+    return with_tokenizer("learned-mha-full", tmp_path_factory.mktemp("gpt2"))[0]
 
 
 class TestFolder:
@@ -319,6 +331,111 @@ class TestFolder:
         assert open_checkpoint(tmp_path / "lost").tokenizer is None
         convert(foreign, tmp_path / "kept", "hf", dtype="bfloat16")
         assert (tmp_path / "kept" / "tokenizer.json").read_text() == changed
+
+
+OWN = {
+    "vocab.json": lambda content: json.dumps(json.loads(content), indent=1, sort_keys=True).encode(),
+    "merges.txt": lambda content: content.replace(b"\n", b"\r\n"),
+}
+PREFIX = {
+    "tokenizer.json": lambda content: content.replace(b'"add_prefix_space": false', b'"add_prefix_space": true', 1)
+}
+ADDED = {
+    "added_tokens.json": json.dumps({"[PAD]": 50257, "<user>": 50258}),
+    "special_tokens_map.json": json.dumps({"pad_token": "[PAD]", "additional_special_tokens": ["<user>"]}),
+    "tokenizer_config.json": json.dumps({"tokenizer_class": "GPT2Tokenizer", "pad_token": "[PAD]"}),
+    "chat_template.jinja": "{{ messages }}",
+}
+
+
+class TestTokenizer:
+    """What serves a folder goes on from format to format in every byte, and nothing else is put in its place."""
+
+    @pytest.fixture(
+        params=[
+            ("gpt2", ["vocab.json", "merges.txt"], {}),
+            ("gpt2", ["vocab.json", "merges.txt"], OWN),
+            ("gpt2", ["tokenizer.json", "tokenizer_config.json"], {}),
+            ("other", ["tokenizer.json", "tokenizer_config.json"], PREFIX),
+            ("other", ["vocab.json", "merges.txt"], ADDED),
+            (None, [], {}),
+        ],
+        ids=["original", "other bytes", "tokenizer.json", "prefix space", "added tokens", "none"],
+    )
+    def source(self, request, gpt2, tmp_path):
+        """A folder of transformers with some of the files, changed or with others beside them."""
+        import shutil
+
+        kind, names, changes = request.param
+        folder = tmp_path / "source"
+        rest = shutil.ignore_patterns("README.md", "*token*", "vocab.json", "merges.txt")
+        shutil.copytree(gpt2, folder, ignore=rest)
+        for name in {*names, *changes}:
+            change = changes.get(name, lambda content: content)
+            content = change((gpt2 / name).read_bytes()) if callable(change) else change.encode()
+            (folder / name).write_bytes(content)
+        generation = {"bos_token_id": 50256, "eos_token_id": [50256, 13], "pad_token_id": 7, "temperature": 0.7}
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        return folder, kind
+
+    @staticmethod
+    def files(folder):
+        from gpt_core.tokenizer_rules import TOKENIZER_FILES
+
+        names = [*TOKENIZER_FILES, "generation_config.json"]
+        return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+
+    def test_a_chain_of_formats_gives_every_file_back(self, source, tmp_path, parity):
+        folder, kind = source
+        wanted = self.files(folder)
+        steps = [folder, tmp_path / "jax", tmp_path / "torch", tmp_path / "hf"]
+        for before, after in itertools.pairwise(steps):
+            notices = convert(before, after, after.name).notices
+            assert any("its tokenizer is not GPT-2's" in notice for notice in notices) == (kind == "other")
+            found = self.files(after)
+            assert found | wanted == found, "as they were, and others where they were missing"
+            if kind != "gpt2":
+                assert found == wanted
+            assert (open_checkpoint(after).tokenizer is not None) == (kind == "gpt2")
+        content = json.loads((steps[-1] / "config.json").read_text())
+        assert (content["eos_token_id"], content["pad_token_id"]) == ([50256, 13], 7)
+        assert json.loads(parity("inspect", steps[1], "--json").out)["tokenizer"] == kind
+
+    def test_transformers_reads_the_ids_of_the_source(self, source, tmp_path):
+        from transformers import AutoTokenizer
+
+        folder, kind = source
+        convert(folder, tmp_path / "again", "hf")
+        if kind is None:
+            return
+        texts = ["Hello  World 1234\n", " <user>hi", "naïve<|endoftext|>"]
+        found = [
+            [AutoTokenizer.from_pretrained(place)(text)["input_ids"] for text in texts]
+            for place in (folder, tmp_path / "again")
+        ]
+        assert found[0] == found[1]
+
+    def test_token_ids_that_stand_in_config_json_alone_are_kept(self, source, tmp_path):
+        folder, _ = source
+        (folder / "generation_config.json").unlink()
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(content | {"eos_token_id": 5, "pad_token_id": 6}))
+        convert(folder, tmp_path / "jax", "jax")
+        convert(tmp_path / "jax", tmp_path / "hf", "hf")
+        for name in ("config.json", "generation_config.json"):
+            found = json.loads((tmp_path / "hf" / name).read_text())
+            assert (found["eos_token_id"], found["pad_token_id"]) == (5, 6)
+
+    @pytest.mark.parametrize("source", [("other", ["vocab.json", "merges.txt"], ADDED)], indirect=True)
+    def test_text_is_refused_where_the_tokenizer_is_another(self, source, tmp_path, parity):
+        folder, _ = source
+        convert(folder, tmp_path / "torch", "torch")
+        told = r"its tokenizer is not GPT-2's \(tokenizer_config.json differs in pad_token\), .*--tokens FILE\.npy"
+        record = ("record", "--framework", "torch", tmp_path / "torch", tmp_path / "x.npz")
+        for words in (("verify", folder), ("check", tmp_path / "torch", tmp_path / "torch"), record):
+            called = parity(*words)
+            assert called.code == 2
+            assert re.search(told, called.err)
 
 
 def test_the_card_of_a_run_names_the_run(tmp_path, exports):

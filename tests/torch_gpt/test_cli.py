@@ -37,6 +37,15 @@ def test_init_writes_no_tokenizer_for_another_vocabulary(config: Path, tmp_path:
     assert tokenizer_of(tmp_path / "out") is None
 
 
+def test_init_says_which_rows_have_no_token_and_writes_the_tokenizer(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(SMALL + "50304}\n")
+    assert main(["init", str(tmp_path / "out"), "--config", str(config)]) == 0
+    assert "note: model.vocab_size = 50304: rows 50257 to 50303 have no token" in capsys.readouterr().out
+    assert tokenizer_of(tmp_path / "out") is not None
+
+
 def test_init_follows_its_seed(config: Path, tmp_path: Path) -> None:
     config.write_text(SMALL + "100}\n")
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
