@@ -21,7 +21,8 @@ def hash_array(digest: "hashlib._Hash", name: str, array: Array) -> None:
     if np.issubdtype(array.dtype, np.integer):
         values = array.astype("<i8")
     else:
-        values = array.astype("<f4", copy=False)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = array.astype("<f4", copy=False)
         if array.dtype.itemsize > 4 and not np.array_equal(values, array, equal_nan=True):
             values = array.astype("<f8", copy=False)
     digest.update(f"{name} {values.dtype.name} {'x'.join(map(str, values.shape))}\n".encode())

@@ -24,10 +24,10 @@ from gpt_core.formats.replaceable import kept_checkpoint
 from gpt_core.formats.targets import HUGGING_FACE, Target, choose_target
 from gpt_core.hashing import WeightsHash, parts
 from gpt_core.hub import local_folder
-from gpt_core.parameters import Parameter
+from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.tensor_info import Array, contiguous, pieces
 from gpt_core.tokenizer import Tokenizer
-from gpt_core.weights import DType, Source
+from gpt_core.weights import DType, Source, cast
 
 _THREADS = 2  # of reading back: one compares while the other waits for its pages
 
@@ -83,7 +83,7 @@ def write_pretrained(
     destination: Path,
     config: ModelConfig,
     source: Source,
-    dtypes: Mapping[str, DType],
+    dtypes: Mapping[str, DType] | DType,
     origin: Origin,
     to: str = HUGGING_FACE,
     *,
@@ -99,7 +99,7 @@ def write_pretrained(
         destination: Folder to write.
         config: The model.
         source: Gives its parameters.
-        dtypes: Of its parameters.
+        dtypes: Of its parameters; or one dtype, to which all of them are cast.
         origin: Where they come from.
         to: A name of `gpt_core.formats.targets.TARGETS`.
         tokenizer: GPT-2's, or None.
@@ -114,18 +114,24 @@ def write_pretrained(
     """
     target = choose_target(to, config, allow_remote_code=allow_remote_code)
     writer, after = format_of(target.format), target.adaptation.after
-    read = target.adaptation.source(_counting(source, advance), dtypes)
+    if isinstance(dtypes, Mapping):
+        kept, stored = source, dtypes
+    else:
+        kept, stored = cast(source, dtypes), dict.fromkeys(parameter_table(config), dtypes)
+    read = target.adaptation.source(_counting(kept, advance), stored)
     if is_hugging_face(target.format):
         options |= {"inherit": origin.folder}
     with atomic_directory(destination, replace=kept_checkpoint if force else None) as folder:
         started = time.perf_counter()
-        writer.write(folder, after, read, target.adaptation.dtypes(dtypes), tokenizer, **options)
+        writer.write(folder, after, read, target.adaptation.dtypes(stored), tokenizer, **options)
         if origin.folder is not None:
             carry(origin.folder, folder)
         sync_directory(folder)
         written = time.perf_counter()
         try:
-            sha256, warnings = _verify(read, after, writer.open_checkpoint(folder))
+            sha256, warnings = _verify(
+                read, after, writer.open_checkpoint(folder), target.adaptation.source(source, stored)
+            )
         except InputError as error:
             raise InputError(f"{destination}: not kept, it reads back wrong; is the disk sound? ({error})") from None
         verified = time.perf_counter()
@@ -153,11 +159,19 @@ def _counting(read: Source, advance: Callable[[int], None]) -> Source:
     return counted
 
 
-def _verify(read: Source, config: ModelConfig, copy: Checkpoint) -> tuple[str, tuple[str, ...]]:
-    """Hold what was written against its source, part by part: the hash of the copy, and warnings."""
+def _verify(read: Source, config: ModelConfig, copy: Checkpoint, original: Source) -> tuple[str, tuple[str, ...]]:
+    """Hold what was written against its source, part by part: the hash of the copy, and warnings.
+
+    Args:
+        read: What was written.
+        config: The model.
+        copy: What can be read of it now.
+        original: The same before it was cast, to tell whose an infinity is.
+    """
     if not same_function(config, copy.config):
         raise InputError("its config reads back as another model")
-    strange: list[str] = []
+    strange: list[str] = []  # hold NaN or infinity
+    beyond: list[str] = []  # and were finite before the cast
     digest = WeightsHash(config)
 
     def compared(part: Parameter) -> Array:
@@ -178,11 +192,20 @@ def _verify(read: Source, config: ModelConfig, copy: Checkpoint) -> tuple[str, t
             if following is not None:
                 running.append((following, pool.submit(compared, following)))
             digest.add(part, found)
-            if not all(np.isfinite(piece).all() for piece in pieces(contiguous(found))):
-                strange.append(part.name if part.layer is None else f"{part.name}, layer {part.layer}")
+            if not _finite(found):
+                kind, dtype = beyond if _finite(original(part)) else strange, found.dtype
+                kind.append(part.name if part.layer is None else f"{part.name}, layer {part.layer}")
             del found
-    warnings = () if not strange else (f"{len(strange)} tensors hold NaN or infinity, such as {strange[0]}",)
-    return digest.hexdigest(), warnings
+    warnings = []
+    if strange:
+        warnings.append(f"{len(strange)} tensors hold NaN or infinity, such as {strange[0]}")
+    if beyond:
+        warnings.append(f"{len(beyond)} tensors hold values that become infinite in {dtype}, such as {beyond[0]}")
+    return digest.hexdigest(), tuple(warnings)
+
+
+def _finite(array: Array) -> bool:
+    return all(np.isfinite(piece).all() for piece in pieces(contiguous(array)))
 
 
 def _same_bits(a: Array, b: Array) -> bool:

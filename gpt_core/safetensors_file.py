@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gpt_core.errors import InputError
+from gpt_core.source_files import JSON_BYTES, file_size, parse_json
 from gpt_core.tensor_info import Array, Scratch, TensorInfo, contiguous, mapped, pieces
 from gpt_core.threads import for_each
 
@@ -93,21 +94,25 @@ class SafetensorsReader:
         ignored: Whether a key is no weight (a mask that was saved along, for one) and is left out, whatever its dtype.
 
     Raises:
-        InputError: the file is missing, truncated, no safetensors file, or holds something that is no float.
+        InputError: the file is missing, not ours to read, truncated, no safetensors file, or holds something that is no
+            float.
     """
 
     def __init__(self, path: Path, ignored: Callable[[str], bool] = lambda key: False) -> None:
         self.path = path
+        size = file_size(path)
         try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if not length <= size - 8:
+                    raise ValueError(f"its header should have {length:,} bytes and the file has {size:,}")
+                if length > JSON_BYTES:
+                    raise ValueError(f"its header has {length:,} bytes; at most {JSON_BYTES:,} are read")
+                header = parse_json(file.read(length))
             with safe_open(str(path), framework="np"):
-                pass  # the library holds the header against the file: sizes, offsets, gaps, overlaps
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file") from None
-        except (SafetensorError, OSError) as error:
+                pass  # the library holds the header against the file: kinds, sizes, offsets, gaps, overlaps
+        except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path}: not a whole safetensors file ({error}); fetch or export it again") from None
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         header = {key: entry for key, entry in header.items() if not ignored(key)}
         foreign = next(((key, entry["dtype"]) for key, entry in header.items() if entry["dtype"] not in _DTYPES), None)

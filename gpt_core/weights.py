@@ -7,7 +7,7 @@ along which axis they are joined, in the order of the table, before the pattern 
 the table, in both directions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,23 +105,50 @@ def slots(config: ModelConfig, spoke: Spoke) -> dict[str, Slot]:
     return found
 
 
-def require_keys(source: str, expected: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]]) -> None:
+WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
+"""What DataParallel and its kin, torch.compile and PEFT put before every key of the model that they hold."""
+
+
+def wrapper_of(keys: Iterable[str]) -> str:
+    """What wrappers put before all of these keys, one within the other; "" where a key is without it."""
+    names, found = list(keys), ""
+    while names and (inner := [w for w in WRAPPERS if all(name.startswith(found + w) for name in names)]):
+        found += inner[0]
+    return found
+
+
+def require_keys(
+    source: str,
+    expected: Mapping[str, Slot],
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Callable[[str], str] = str,
+) -> None:
     """Hold a format's tensors against the slots that the config asks for.
 
+    Args:
+        source: What holds the tensors, for messages.
+        expected: The slots.
+        shapes: Shape of every tensor that is there.
+        stored: What a key is called in the file, where that is another name.
+
     Raises:
-        InputError: a tensor is missing, unused or of another shape; the message names the first of each kind.
+        InputError: a tensor is missing, unused or of another shape; the message names the first of each kind, as the
+            file has it.
     """
     missing = [key for key in expected if key not in shapes]
     unused = [key for key in shapes if key not in expected]
     wrong = [key for key in expected if key in shapes and tuple(shapes[key]) != expected[key].shape]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} tensors are missing, such as {missing[0]}")
+        problems.append(f"{len(missing)} tensors are missing, such as {stored(missing[0])}")
     if unused:
-        problems.append(f"{len(unused)} tensors have no place in it, such as {unused[0]}")
+        name = stored(unused[0])
+        inner = next((key for key in missing if name.endswith(f".{key}")), None)
+        hint = f" (it would, without {name.removesuffix(inner)!r} before it)" if inner else ""
+        problems.append(f"{len(unused)} tensors have no place in it, such as {name}{hint}")
     if wrong:
         key = wrong[0]
-        problems.append(f"{key} has shape {tuple(shapes[key])} where the config asks for {expected[key].shape}")
+        problems.append(f"{stored(key)} has shape {tuple(shapes[key])} where the config asks for {expected[key].shape}")
     if problems:
         raise InputError(f"{source}: weights and config do not fit: {'; '.join(problems)}")
 
@@ -170,14 +197,25 @@ def source_of(
         whole = np.empty(parameter.shape, first.dtype)
         whole[0] = first
         for layer in range(1, parameter.shape[0]):
-            whole[layer] = whole_or_block(parameter.name, layer)
+            block = whole_or_block(parameter.name, layer)
+            if block.dtype != whole.dtype:  # never narrower than a block
+                whole = whole.astype(np.promote_types(whole.dtype, block.dtype), copy=False)
+            whole[layer] = block
         return whole
 
     return source
 
 
-def parameter_dtypes(source: str, expected: Mapping[str, Slot], dtypes: Mapping[str, DType]) -> dict[str, DType]:
+def parameter_dtypes(
+    source: str, expected: Mapping[str, Slot], dtypes: Mapping[str, DType], stored: Callable[[str], str] = str
+) -> dict[str, DType]:
     """The dtype of every canonical parameter, from those of a format's tensors.
+
+    Args:
+        source: What holds the tensors, for messages.
+        expected: The slots.
+        dtypes: Dtype of every tensor.
+        stored: What a key is called in the file, where that is another name.
 
     Raises:
         InputError: blocks of one parameter differ in dtype, so that stacking them would cast.
@@ -187,7 +225,8 @@ def parameter_dtypes(source: str, expected: Mapping[str, Slot], dtypes: Mapping[
         for name in (parameter.name for parameter in slot.parameters):
             if found.setdefault(name, dtypes[key]) != dtypes[key]:
                 raise InputError(
-                    f"{source}: {key} is {dtypes[key]} where other blocks are {found[name]}; save it in one dtype"
+                    f"{source}: {stored(key)} is {dtypes[key]} where other blocks are {found[name]}; choose one with "
+                    f"--dtype of parity convert"
                 )
     return found
 
@@ -198,5 +237,13 @@ def weights_source(weights: Mapping[str, Array]) -> Source:
 
 
 def cast(source: Source, dtype: npt.DTypeLike) -> Source:
-    """The same source with every array in another dtype; an array that has it already is not copied."""
-    return lambda parameter: source(parameter).astype(dtype, copy=False)
+    """The same source with every array in another dtype; an array that has it already is not copied.
+
+    What is beyond the range of the dtype becomes infinite; who writes it looks for that.
+    """
+
+    def read(parameter: Parameter) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return source(parameter).astype(dtype, copy=False)
+
+    return read

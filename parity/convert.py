@@ -16,7 +16,6 @@ from gpt_core.hashing import parts
 from gpt_core.parameters import parameter_count
 from gpt_core.pretrained import Origin, write_pretrained
 from gpt_core.runs import RECORD_FILE, read_record, read_run
-from gpt_core.weights import Source, cast
 
 DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -86,18 +85,13 @@ def convert(
     """
     require_apart(source, destination)
     checkpoint = open_checkpoint(source)
-    read: Source = checkpoint.read
-    dtypes = dict(checkpoint.dtypes)
-    if dtype is not None:
-        if dtype not in DTYPES:
-            raise InputError(f"dtype {dtype!r} must be one of: {', '.join(DTYPES)}")
-        read = cast(read, DTYPES[dtype])
-        dtypes = dict.fromkeys(dtypes, DTYPES[dtype])
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} must be one of: {', '.join(DTYPES)}")
     written = write_pretrained(
         destination,
         checkpoint.config,
-        read,
-        dtypes,
+        checkpoint.read,
+        checkpoint.dtypes if dtype is None else DTYPES[dtype],
         Origin(
             name=name or _name(source),
             training=_training(source),

@@ -6,13 +6,14 @@ import torch
 from safetensors.torch import load_file
 
 from gpt_core.checkpoint_config import WEIGHTS_FILE, read_checkpoint_config, refuse_twin, write_checkpoint_config
-from gpt_core.errors import InputError
 from gpt_core.files import atomic_directory
 from gpt_core.formats.replaceable import kept_checkpoint
+from gpt_core.formats.safetensors_torch import SPOKE
 from gpt_core.precision import Precision
 from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
 from gpt_core.tensor_info import TensorInfo
 from gpt_core.tokenizer import Tokenizer
+from gpt_core.weights import require_keys, slots
 from torch_gpt.arrays import to_numpy
 from torch_gpt.attention import Implementation
 from torch_gpt.dtypes import torch_dtype
@@ -50,6 +51,8 @@ def load(path: Path, *, precision: Precision = Precision(), implementation: Impl
     """
     config = read_checkpoint_config(path)
     refuse_twin(path, "torch")
+    stored = SafetensorsReader(path / WEIGHTS_FILE).tensors  # a damaged file is named here
+    require_keys(str(path), slots(config, SPOKE), {key: info.shape for key, info in stored.items()})
     dtype = torch_dtype(precision.param_dtype)
     model = GPT(
         config,
@@ -57,10 +60,6 @@ def load(path: Path, *, precision: Precision = Precision(), implementation: Impl
         precision=precision,
         implementation=implementation,
     )
-    SafetensorsReader(path / WEIGHTS_FILE)  # a damaged file is named here
     state = {key: tensor.to(dtype) for key, tensor in load_file(path / WEIGHTS_FILE).items()}
-    try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise InputError(f"{path}: weights and config do not fit: {error}") from None
+    model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(True).eval()

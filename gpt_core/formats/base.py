@@ -20,8 +20,11 @@ class Checkpoint(Protocol):
     config: ModelConfig
     tensors: Mapping[str, TensorInfo]
     """The format's own tensors by key, not yet read."""
-    dtypes: Mapping[str, DType]
-    """The stored dtype of every canonical parameter."""
+
+    @property
+    def dtypes(self) -> Mapping[str, DType]:
+        """The stored dtype of every canonical parameter; an InputError says where blocks of one differ."""
+        ...
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gpt_core.errors import InputError
 from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
-from gpt_core.source_files import read_json
+from gpt_core.source_files import is_there, read_json
 from gpt_core.tensor_info import Array, TensorInfo
 
 WEIGHTS_FILE = "model.safetensors"
@@ -21,29 +21,32 @@ class ShardsReader:
     Args:
         folder: Holds `model.safetensors`, or shards with `model.safetensors.index.json`.
         ignored: Whether a key is no weight, such as a mask that older versions saved.
+        spare: Whether an index may list a key that no file holds: a tied tensor stands under its other name.
 
     Raises:
         InputError: a file is missing or damaged, there are only pickles, or index and files disagree.
     """
 
-    def __init__(self, folder: Path, ignored: Callable[[str], bool]) -> None:
+    def __init__(self, folder: Path, ignored: Callable[[str], bool], spare: Callable[[str], bool]) -> None:
         self._readers: dict[str, SafetensorsReader] = {}  # key -> its file
         index = folder / INDEX_FILE
-        if not index.exists():
+        if not is_there(index):
             self._require_no_pickle(folder)
             reader = SafetensorsReader(folder / WEIGHTS_FILE, ignored)
             self._readers = dict.fromkeys(reader.tensors, reader)
-        elif (folder / WEIGHTS_FILE).exists():
+        elif is_there(folder / WEIGHTS_FILE):
             raise InputError(f"{folder}: holds both {WEIGHTS_FILE} and {INDEX_FILE}; remove the one that is stale")
         else:
-            self._open_shards(folder, index, ignored)
+            self._open_shards(folder, index, ignored, spare)
         self.tensors: Mapping[str, TensorInfo] = {key: reader.tensors[key] for key, reader in self._readers.items()}
 
     def read(self, key: str) -> Array:
         """The array of a key."""
         return self._readers[key].read(key)
 
-    def _open_shards(self, folder: Path, index: Path, ignored: Callable[[str], bool]) -> None:
+    def _open_shards(
+        self, folder: Path, index: Path, ignored: Callable[[str], bool], spare: Callable[[str], bool]
+    ) -> None:
         content = read_json(index)
         places = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
@@ -52,7 +55,7 @@ class ShardsReader:
         outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
         if outside:
             raise InputError(f"{index}: names {outside[0]!r}, which is no safetensors file of this folder")
-        missing = [name for name in names if not (folder / name).is_file()]
+        missing = [name for name in names if not is_there(folder / name)]
         if missing:
             raise InputError(f"{folder}: {len(missing)} of {len(names)} shards are missing, such as {missing[0]}")
         for name in names:
@@ -66,7 +69,7 @@ class ShardsReader:
                     said = f"in {places[key]}" if key in places else "nowhere"
                     raise InputError(f"{index}: {key} lies in {name}, the index says {said}; export it again")
                 self._readers[key] = reader
-        absent = [key for key in places if key not in self._readers and not ignored(key)]
+        absent = [key for key in places if key not in self._readers and not ignored(key) and not spare(key)]
         if absent:
             raise InputError(
                 f"{index}: {absent[0]} is not in {places[absent[0]]}, where the index says; export it again"
@@ -74,7 +77,7 @@ class ShardsReader:
 
     @staticmethod
     def _require_no_pickle(folder: Path) -> None:
-        if (folder / WEIGHTS_FILE).exists():
+        if is_there(folder / WEIGHTS_FILE):
             return
         pickled = sorted(path.name for ending in PICKLES for path in folder.glob(ending))
         if pickled:

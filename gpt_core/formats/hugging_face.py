@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,22 @@ from gpt_core.parameters import Parameter
 from gpt_core.source_files import read_json
 from gpt_core.tensor_info import Array, TensorInfo
 from gpt_core.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
-from gpt_core.weights import DType, Slot, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
+from gpt_core.weights import (
+    WRAPPERS,
+    DType,
+    Slot,
+    Source,
+    Spoke,
+    parameter_dtypes,
+    require_keys,
+    slots,
+    source_of,
+    wrapper_of,
+)
 
 MAX_SHARD_SIZE = 5_000_000_000
 _HEAD = "lm_head.weight"
+_ADAPTER = re.compile(r"\.(lora_\w+|base_layer|modules_to_save)\.")
 
 
 @dataclass(frozen=True)
@@ -91,14 +104,25 @@ class HuggingFaceCheckpoint:
         self.architecture = architecture
         self.format = architecture.format or f"hf-{architecture.model_type}"
         self.config, self.notices = read_config(path / CONFIG_FILE, architecture)
-        self._reader = ShardsReader(path, lambda key: re.fullmatch(architecture.buffers, key) is not None)
-        keys = self._keys(architecture)
-        self.tensors = {key: self._reader.tensors[stored] for key, stored in keys.items()}
-        expected = slots(self.config, architecture.spoke(self.config))
-        require_keys(str(path), expected, {key: info.shape for key, info in self.tensors.items()})
-        self.dtypes = parameter_dtypes(str(path), expected, {key: info.dtype for key, info in self.tensors.items()})
-        self._source = source_of(expected, lambda key: self._reader.read(keys[key]))
+        buffers = re.compile(f"({'|'.join(map(re.escape, WRAPPERS))})*({architecture.buffers})")
+        self._reader = ShardsReader(path, lambda key: buffers.fullmatch(key) is not None, self._is_tied)
+        self._keys, self._wrapper, self._bare = self._full_keys()
+        self.tensors = {key: self._reader.tensors[stored] for key, stored in self._keys.items()}
+        self._expected = slots(self.config, architecture.spoke(self.config))
+        shapes = {key: info.shape for key, info in self.tensors.items()}
+        require_keys(str(path), self._expected, shapes, self._stored)
+        self._source = source_of(self._expected, lambda key: self._reader.read(self._keys[key]))
         self.notices += find_tokenizer(path).notices
+
+    @cached_property
+    def dtypes(self) -> Mapping[str, DType]:
+        """The stored dtype of every canonical parameter.
+
+        Raises:
+            InputError: blocks of one differ.
+        """
+        found = {key: info.dtype for key, info in self.tensors.items()}
+        return parameter_dtypes(str(self.path), self._expected, found, self._stored)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -109,21 +133,45 @@ class HuggingFaceCheckpoint:
         """A parameter, or one block of it, in canonical axes and the stored dtype."""
         return self._source(parameter)
 
-    def _keys(self, architecture: Architecture) -> dict[str, str]:
-        """Full key of every tensor -> the key it is stored under; a tied head that was saved too is left out."""
-        stored = list(self._reader.tensors)
-        body = [key for key in stored if key != _HEAD]
-        bare = not any(key.startswith(architecture.prefix) for key in body)
-        keys = {key if key == _HEAD or not bare else architecture.prefix + key: key for key in stored}
-        embedding = keys.get(architecture.embedding)
-        if self.config.tied_embeddings and _HEAD in keys and embedding is not None:
-            if not np.array_equal(_bytes(self._reader.read(_HEAD)), _bytes(self._reader.read(embedding))):
+    def _is_tied(self, stored: str) -> bool:
+        """Whether a tensor of the file is one of the two that a tied head and its embedding may stand under."""
+        embedding = self.architecture.embedding.removeprefix(self.architecture.prefix)
+        return self.config.tied_embeddings and stored.endswith((_HEAD, embedding))
+
+    def _full_keys(self) -> tuple[dict[str, str], str, bool]:
+        """Full key of every tensor -> the key it is stored under; what wrappers put before all; whether the body's
+        prefix is left out.
+
+        Of a tied head and its embedding one is kept, under the name of the embedding.
+        """
+        prefix, embedding = self.architecture.prefix, self.architecture.embedding
+        wrapper = wrapper_of(self._reader.tensors)
+        self._refuse_adapters()
+        inner = {stored.removeprefix(wrapper): stored for stored in self._reader.tensors}
+        bare = not any(key.startswith(prefix) for key in inner if key != _HEAD)
+        keys = {key if key == _HEAD or not bare else prefix + key: stored for key, stored in inner.items()}
+        if self.config.tied_embeddings and _HEAD in keys:
+            head = keys.pop(_HEAD)
+            other = keys.setdefault(embedding, head)
+            if other != head and not np.array_equal(_bytes(self._reader.read(head)), _bytes(self._reader.read(other))):
                 raise InputError(
-                    f"{self.path}: {_HEAD} differs from {embedding}, and config.json ties them; set "
-                    f"tie_word_embeddings to false if the head is one of its own"
+                    f"{self.path}: {head} differs from {other}, and config.json ties them; set tie_word_embeddings to "
+                    f"false if the head is one of its own"
                 )
-            del keys[_HEAD]
-        return keys
+        return keys, wrapper, bare
+
+    def _refuse_adapters(self) -> None:
+        found = next((key for key in self._reader.tensors if _ADAPTER.search(key)), None)
+        if found:
+            raise InputError(
+                f"{self.path}: {found} belongs to an adapter of PEFT, which changes the weights beside it; merge it "
+                f"(merge_and_unload) and save the model"
+            )
+
+    def _stored(self, key: str) -> str:
+        """What the file calls a tensor, or would call one that is missing."""
+        bare = self._bare and key != _HEAD
+        return self._keys.get(key, self._wrapper + (key.removeprefix(self.architecture.prefix) if bare else key))
 
 
 class HuggingFaceFormat:

@@ -5,6 +5,7 @@ when the model was unrolled; which of the two is seen from the keys. Needs no JA
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 from gpt_core.adaptation import unchanged
@@ -44,10 +45,19 @@ class JaxCheckpoint:
         self._reader = OrbaxReader(path / PARAMS_FOLDER)
         self.tensors: Mapping[str, TensorInfo] = self._reader.tensors
         self.scan_layers = not any(key.startswith("blocks.0.") for key in self.tensors)
-        expected = slots(self.config, spoke(self.config, scan_layers=self.scan_layers))
-        require_keys(str(path), expected, {key: info.shape for key, info in self.tensors.items()})
-        self.dtypes = parameter_dtypes(str(path), expected, {key: info.dtype for key, info in self.tensors.items()})
-        self._source = source_of(expected, self._reader.read, self._reader.read)
+        self._expected = slots(self.config, spoke(self.config, scan_layers=self.scan_layers))
+        require_keys(str(path), self._expected, {key: info.shape for key, info in self.tensors.items()})
+        self._source = source_of(self._expected, self._reader.read, self._reader.read)
+
+    @cached_property
+    def dtypes(self) -> Mapping[str, DType]:
+        """The stored dtype of every canonical parameter.
+
+        Raises:
+            InputError: blocks of one differ.
+        """
+        found = {key: info.dtype for key, info in self.tensors.items()}
+        return parameter_dtypes(str(self.path), self._expected, found)
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -5,6 +5,7 @@ axis, head by head. Needs no PyTorch.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 from gpt_core.adaptation import unchanged
@@ -57,10 +58,19 @@ class TorchCheckpoint:
         self.config = read_checkpoint_config(path)
         self._reader = SafetensorsReader(path / WEIGHTS_FILE)
         self.tensors = self._reader.tensors
-        expected = slots(self.config, SPOKE)
-        require_keys(str(path), expected, {key: info.shape for key, info in self.tensors.items()})
-        self.dtypes = parameter_dtypes(str(path), expected, {key: info.dtype for key, info in self.tensors.items()})
-        self._source = source_of(expected, self._reader.read)
+        self._expected = slots(self.config, SPOKE)
+        require_keys(str(path), self._expected, {key: info.shape for key, info in self.tensors.items()})
+        self._source = source_of(self._expected, self._reader.read)
+
+    @cached_property
+    def dtypes(self) -> Mapping[str, DType]:
+        """The stored dtype of every canonical parameter.
+
+        Raises:
+            InputError: blocks of one differ.
+        """
+        found = {key: info.dtype for key, info in self.tensors.items()}
+        return parameter_dtypes(str(self.path), self._expected, found)
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -1,4 +1,6 @@
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -123,10 +125,94 @@ def test_a_missing_file_is_refused_with_its_path(tmp_path: Path) -> None:
         SafetensorsReader(tmp_path / "absent.safetensors")
 
 
-def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "w.safetensors").mkdir()
-    with pytest.raises(InputError, match=r"w\.safetensors: not a whole safetensors file"):
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (Path.mkdir, "is a folder, not a file"),
+        (os.mkfifo, "is a pipe or device, not a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a pipe or device, not a file"),
+    ],
+    ids=["folder", "pipe", "device"],
+)
+def test_what_is_no_regular_file_is_refused(make: Callable[[Path], None], told: str, tmp_path: Path) -> None:
+    make(tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=rf"w\.safetensors: {told}"):
         SafetensorsReader(tmp_path / "w.safetensors")
+
+
+def test_a_file_that_may_not_be_read_is_no_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    write(tmp_path / "w.safetensors", arrays(np.float32))
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(InputError, match=r"w\.safetensors: no permission to read it"):
+        SafetensorsReader(tmp_path / "w.safetensors")
+
+
+ENTRY = b'{"dtype":"F32","shape":[4],"data_offsets":[0,16]}'
+HEADERS = {
+    "nested lists": b"[" * 100_000 + b"]" * 100_000,
+    "nested mappings": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "a key twice": b'{"w":' + ENTRY + b',"w":' + ENTRY + b"}",
+    "a field twice": b'{"w":{"dtype":"F64","dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+    "digits": b'{"w":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,16]}}',
+    "2^40 numbers": b'{"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}',
+    "2^40 twice": b'{"w":{"dtype":"F32","shape":[1099511627776,1099511627776],"data_offsets":[0,16]}}',
+    "a negative size": b'{"w":{"dtype":"F32","shape":[-4],"data_offsets":[0,16]}}',
+    "a list": b"[1, 2]",
+    "a number for a tensor": b'{"w":3}',
+    "no offsets": b'{"w":{"dtype":"F32","shape":[4]}}',
+    "another dtype": b'{"w":{"dtype":"Q9","shape":[4],"data_offsets":[0,16]}}',
+    "no UTF-8": b'{"\xff":' + ENTRY + b"}",
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_that_is_none_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    path, header = tmp_path / "w.safetensors", HEADERS[name]
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 16)
+    with pytest.raises(InputError, match=r"w\.safetensors: not a whole safetensors file \(") as caught:
+        SafetensorsReader(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("length", [10**3, 10**9, 2**62, 2**64 - 1])
+def test_a_header_longer_than_its_file_is_not_looked_for(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + b'{"w":' + ENTRY + b"}" + b"\0" * 16)
+    with pytest.raises(InputError, match=f"its header should have {length:,} bytes and the file has"):
+        SafetensorsReader(path)
+
+
+def test_a_header_too_long_to_be_one_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    with path.open("wb") as file:
+        file.write((1 << 30).to_bytes(8, "little"))
+        file.truncate(1 << 31)  # no block of it is on the disk
+    with pytest.raises(InputError, match=r"its header has 1,073,741,824 bytes; at most 33,554,432 are read"):
+        SafetensorsReader(path)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_flipped_bit_of_the_header_is_refused_or_is_another_header(seed: int, tmp_path: Path) -> None:
+    """Never an exception but ours, and never data from beyond the file."""
+    path = tmp_path / "w.safetensors"
+    write(path, arrays(np.float32))
+    content = bytearray(path.read_bytes())
+    header = int.from_bytes(content[:8], "little")
+    used = content[: 8 + header].rstrip(b" ")
+    random = np.random.default_rng(seed)
+    content[random.integers(len(used))] ^= 1 << random.integers(8)
+    path.write_bytes(content)
+    try:
+        reader = SafetensorsReader(path)
+    except InputError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        return
+    for key in reader.tensors:
+        assert reader.read(key).shape == reader.tensors[key].shape
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(np.int64, "I64"), (np.uint8, "U8"), (np.bool_, "BOOL")])

@@ -93,6 +93,73 @@ def test_a_cast_is_numpys_own(tiny, to, dtype, write_checkpoint, draw_weights, t
     assert stored_bits(tmp_path / "cast") == bits_of({name: array.astype(wanted) for name, array in weights.items()})
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [("float32", 1e300), ("bfloat16", 3.4e38)])
+@pytest.mark.parametrize("to", ["jax", "hf"])
+def test_a_number_beyond_the_dtype_becomes_infinite_and_is_said(
+    tiny, to, dtype, largest, write_checkpoint, draw_weights, tmp_path
+):
+    """The cast's, not the source's: 3.4e38 is a float32, and more than any bfloat16 (3.39e38)."""
+    config = replace(tiny, position="rope")  # so that hf can hold it
+    weights = draw_weights(config, "float64" if dtype == "float32" else "float32")
+    weights["blocks.mlp.up.kernel"][1, 2, 3] = -largest
+    source = write_checkpoint("torch", config, weights)
+    done = convert(source, tmp_path / "cast", to, dtype=dtype)
+    found = open_checkpoint(tmp_path / "cast").read(parameter_table(config)["blocks.mlp.up.kernel"])
+    assert found[1, 2, 3] == -np.inf
+    assert np.isfinite(found).sum() == found.size - 1
+    said = [notice for notice in done.notices if "inf" in notice]
+    assert said == [f"1 tensors hold values that become infinite in {dtype}, such as blocks.mlp.up.kernel, layer 1"]
+
+
+def test_an_infinity_of_the_source_is_the_sources_after_a_cast_too(tiny, write_checkpoint, draw_weights, tmp_path):
+    weights = draw_weights(tiny, "float64")
+    weights["blocks.mlp.up.kernel"][0, 0, 0] = np.inf
+    weights["token_embedding"][0, 0] = 1e300
+    source = write_checkpoint("torch", tiny, weights)
+    done = convert(source, tmp_path / "cast", "torch", dtype="float32")
+    assert done.notices == (
+        "1 tensors hold NaN or infinity, such as blocks.mlp.up.kernel, layer 0",
+        "1 tensors hold values that become infinite in float32, such as token_embedding",
+    )
+    assert convert(source, tmp_path / "copy", "jax").notices == done.notices[:1]
+
+
+class TestLayersOfTwoDtypes:
+    @pytest.fixture
+    def config(self, tiny):
+        return replace(tiny, position="rope", pad_vocab_size_multiple=1)  # so that every format holds it as it is
+
+    @pytest.fixture
+    def source(self, config, write_checkpoint, draw_weights):
+        """A checkpoint whose last block was saved in fp64 and whose first in bf16."""
+        from safetensors.torch import load_file, save_file
+
+        folder = write_checkpoint("torch", config, draw_weights(config, "bfloat16"))
+        tensors = load_file(folder / "model.safetensors")
+        mixed = {key: tensor.double() if "blocks.1." in key else tensor for key, tensor in tensors.items()}
+        save_file(mixed, folder / "model.safetensors")
+        return folder
+
+    def test_without_a_choice_they_are_refused_by_name(self, source, tmp_path):
+        told = r"blocks\.1\.\S+ is float64 where other blocks are bfloat16; choose one with --dtype"
+        with pytest.raises(InputError, match=told):
+            convert(source, tmp_path / "out", "jax")
+        assert left_behind(tmp_path) == ["checkpoint"]
+
+    @pytest.mark.parametrize("to", ["jax", "torch", "hf"])
+    @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+    def test_the_dtype_that_is_asked_for_decides(self, config, to, dtype, source, draw_weights, tmp_path):
+        convert(source, tmp_path / "out", to, dtype=dtype)
+        weights = draw_weights(config, "bfloat16")
+        wanted = open_checkpoint(tmp_path / "out").dtypes["token_embedding"]
+        assert wanted.name == dtype
+        assert stored_bits(tmp_path / "out") == bits_of({name: a.astype(wanted) for name, a in weights.items()})
+
+    def test_a_whole_parameter_is_as_wide_as_its_widest_block(self, config, source):
+        checkpoint = open_checkpoint(source)
+        assert checkpoint.read(parameter_table(config)["blocks.mlp.up.kernel"]).dtype == np.float64
+
+
 def test_an_unknown_dtype_is_refused(tiny, write_checkpoint, tmp_path):
     source = write_checkpoint("torch", tiny)
     with pytest.raises(InputError, match="'float8' must be one of: float64, float32, bfloat16"):

@@ -236,6 +236,63 @@ def test_a_head_that_is_tied_in_the_config_and_another_in_the_file(folder_of):
     refused(folder, "lm_head.weight differs from transformer.wte.weight, and config.json ties them")
 
 
+def rename(folder, change):
+    def all_of_them(tensors):
+        renamed = {change(key): tensor for key, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+
+    rewrite(folder, all_of_them)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda key: f"model.{key}",
+            r"no place in it, such as model\.transformer\.\S+ \(it would, without 'model\.' before it\)",
+        ),
+        (
+            lambda key: f"module.model.{key}",
+            r"no place in it, such as module\.model\.transformer\.\S+ \(it would, without 'module\.model\.' before",
+        ),
+        (lambda key: key if "ln_f" in key else f"module.{key}", r"no place in it, such as module\.transformer"),
+        (lambda key: key.replace("h.0.attn", "h.0._orig_mod.attn"), r"transformer\.h\.0\._orig_mod\.attn\.c_attn"),
+        (
+            lambda key: "base_model.model." + key.replace("c_attn.", "c_attn.base_layer."),
+            r"base_model\.model\.transformer\.h\.0\.attn\.c_attn\.base_layer\.bias belongs to an adapter of PEFT",
+        ),
+    ],
+    ids=["unknown", "unknown within a known one", "not before all", "in the middle", "adapters"],
+)
+def test_a_prefix_that_cannot_be_left_out_is_named_as_the_file_has_it(change, message, folder_of):
+    folder = folder_of("gpt2")
+    rename(folder, change)
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module."])
+@pytest.mark.parametrize("body", [False, True])
+def test_what_does_not_fit_is_named_as_the_file_has_it(wrapper, body, folder_of):
+    """Whether the body's prefix is left out, and what a wrapper put before it, is the file's own."""
+    folder = folder_of("gpt2")
+    rename(folder, lambda key: wrapper + (key.removeprefix("transformer.") if body else key))
+    prefix = wrapper + ("" if body else "transformer.")
+    rewrite(folder, lambda tensors: tensors.pop(f"{prefix}h.1.ln_1.bias"))
+    refused(folder, f"1 tensors are missing, such as {prefix}h.1.ln_1.bias$")
+
+
+def test_blocks_of_two_dtypes_are_named_as_the_file_has_them(folder_of):
+    folder = folder_of("gpt2")
+    rename(folder, lambda key: f"module.{key}")
+    rewrite(
+        folder, lambda t: t.update({"module.transformer.h.1.ln_1.bias": t["module.transformer.ln_f.bias"].double()})
+    )
+    told = r"module\.transformer\.h\.1\.ln_1\.bias is float64 where other blocks are float32"
+    with pytest.raises(InputError, match=told):
+        _ = open_checkpoint(folder).dtypes
+
+
 def test_quantised_weights(folder_of):
     import torch
 

@@ -7,6 +7,7 @@ import pytest
 from hugging_face import SAMPLES, save, tokens
 
 from gpt_core.formats import open_checkpoint
+from gpt_core.parameters import parameter_table
 from gpt_core.precision import Precision
 from parity.convert import convert
 
@@ -131,6 +132,92 @@ def test_a_tied_head_that_was_saved_too_is_left_out(saved, tmp_path):
     save_file(tensors, tmp_path / "twice" / "model.safetensors", {"format": "pt"})
     (tmp_path / "twice" / "config.json").write_bytes((folder / "config.json").read_bytes())
     assert "lm_head.weight" not in open_checkpoint(tmp_path / "twice").tensors
+
+
+class TestATiedHead:
+    """Either name of the pair serves: which one is kept is up to the writer."""
+
+    @pytest.fixture(params=["gpt2", "starcoder2, grouped, window"])
+    def model(self, request, saved):
+        return saved(request.param)
+
+    def test_the_head_alone_is_the_embedding_too(self, model, tmp_path):
+        """As safetensors' `save_model` leaves it."""
+        from safetensors.torch import load_file, save_model
+
+        folder, original = model
+        (tmp_path / "head").mkdir()
+        save_model(original, str(tmp_path / "head" / "model.safetensors"))
+        (tmp_path / "head" / "config.json").write_bytes((folder / "config.json").read_bytes())
+        kept = load_file(tmp_path / "head" / "model.safetensors").keys() & {"lm_head.weight", embedding_of(original)}
+        assert len(kept) == 1
+        assert same_weights(tmp_path / "head", folder)
+
+    @pytest.mark.parametrize("wrapper", ["", "module."])
+    def test_the_head_alone_by_its_name(self, wrapper, model, tmp_path):
+        folder, original = model
+
+        def rename(key):
+            return wrapper + ("lm_head.weight" if key == embedding_of(original) else key)
+
+        renamed(folder, tmp_path / "head", rename)
+        assert same_weights(tmp_path / "head", folder)
+
+    @pytest.mark.parametrize("listed", ["lm_head.weight", "transformer.wte.weight"])
+    def test_an_index_may_list_both_where_one_is_stored(self, listed, saved, tmp_path):
+        folder, _ = saved("gpt2")
+        stored = ({"lm_head.weight", "transformer.wte.weight"} - {listed}).pop()
+        keys = renamed(folder, tmp_path / "both", lambda key: stored if key == "transformer.wte.weight" else key)
+        (tmp_path / "both" / "model.safetensors").rename(tmp_path / "both" / "model-1.safetensors")
+        index = {"weight_map": dict.fromkeys([*keys, listed], "model-1.safetensors")}
+        (tmp_path / "both" / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert same_weights(tmp_path / "both", folder)
+
+
+@pytest.mark.parametrize("body", [False, True], ids=["whole", "body"])
+@pytest.mark.parametrize(
+    "wrapper", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod.", "_orig_mod.module."]
+)
+@pytest.mark.parametrize("name", ["gpt2", "starcoder2, grouped, window"])
+def test_what_wrappers_put_before_every_key_is_no_part_of_it(name, wrapper, body, saved, tmp_path):
+    folder, original = saved(name)
+    prefix = f"{original.base_model_prefix}." if body else ""
+    renamed(folder, tmp_path / "wrapped", lambda key: wrapper + key.removeprefix(prefix))
+    assert same_weights(tmp_path / "wrapped", folder)
+
+
+def test_masks_within_a_wrapper_are_no_weights_either(saved, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = saved("gpt2")
+    renamed(folder, tmp_path / "wrapped", lambda key: f"module.{key}")
+    file = tmp_path / "wrapped" / "model.safetensors"
+    save_file(load_file(file) | {"module.transformer.h.0.attn.bias": torch.ones(1, 1, 40, 40, dtype=torch.uint8)}, file)
+    assert same_weights(tmp_path / "wrapped", folder)
+
+
+def embedding_of(model):
+    return "model.embed_tokens.weight" if model.config.model_type == "starcoder2" else "transformer.wte.weight"
+
+
+def renamed(source, folder, rename):
+    """A copy of a folder whose tensors have other names, in one file; the names."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for file in source.glob("*.safetensors"):
+        tensors |= {rename(key): tensor for key, tensor in load_file(file).items()}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    return list(tensors)
+
+
+def same_weights(folder, other):
+    one, two = open_checkpoint(folder), open_checkpoint(other)
+    assert one.config == two.config
+    return all(np.array_equal(one.read(row), two.read(row)) for row in parameter_table(one.config).values())
 
 
 def test_masks_that_older_versions_saved_are_no_weights(saved, tmp_path):

@@ -97,8 +97,9 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name(
     path = tmp_path / "model"
     save(fresh(), path)
     write_checkpoint_config(path, replace(CONFIG, **change))
-    with pytest.raises(InputError, match=rf"(?s){path}: weights and config do not fit.*{told}"):
+    with pytest.raises(InputError, match=rf"{path}: weights and config do not fit.*{told}") as caught:
         load(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_surplus_weight_is_refused_by_name(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_surplus_weight_is_refused_by_name(tmp_path: Path) -> None:
     save(fresh(), path)
     state = load_file(path / "model.safetensors")
     save_file(state | {"surplus": torch.ones(2)}, path / "model.safetensors")
-    with pytest.raises(InputError, match=rf"(?s){path}: .*surplus"):
+    with pytest.raises(InputError, match=rf"{path}: .*surplus"):
         load(path)
 
 
