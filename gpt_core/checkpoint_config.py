@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from gpt_core.config import ModelConfig
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, shown
+from gpt_core.reading import exists, is_version, read_json
 
 CONFIG_FILE = "config.json"
 PARAMS_FOLDER = "params"  # the weights beside it, in JAX
@@ -34,26 +35,23 @@ def read_checkpoint_config(folder: Path) -> ModelConfig:
         InputError: it is missing, broken, of another program or version, or has an unknown or bad field.
     """
     path = config_home(folder) / CONFIG_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; a checkpoint's folder holds its config beside the weights") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+    if not exists(path):
+        raise InputError(f"{path}: missing; a checkpoint's folder holds its config beside the weights")
+    content = read_json(path)
     if not isinstance(content, dict) or content.get("model_type") != MODEL_TYPE:
         found = content.get("model_type") if isinstance(content, dict) else None
         raise InputError(
-            f"{path}: model_type is {found!r}; only {MODEL_TYPE!r} checkpoints can be read, and `parity convert` makes "
-            f"one of GPT-2, GPT-BigCode, GPT-Neo and Starcoder2"
+            f"{path}: model_type is {shown(found)}; only {MODEL_TYPE!r} checkpoints can be read, and `parity convert` "
+            f"makes one of GPT-2, GPT-BigCode, GPT-Neo and Starcoder2"
         )
-    if content.get("format_version") != _VERSION:
+    if not is_version(content.get("format_version"), _VERSION):
         raise InputError(
-            f"{path}: format_version is {content.get('format_version')!r}, this program reads {_VERSION}; "
+            f"{path}: format_version is {shown(content.get('format_version'))}, this program reads {_VERSION}; "
             f"use the version of twingpt that wrote it"
         )
     unknown = sorted(set(content) - {"model_type", "format_version", "model"})
     if unknown:
-        raise InputError(f"{path}: unknown field {', '.join(map(repr, unknown))}")
+        raise InputError(f"{path}: unknown field {', '.join(map(shown, unknown))}")
     return ModelConfig.from_dict(content.get("model"), source=str(path))
 
 

@@ -6,21 +6,37 @@ sliding-window causal mask (Beltagy et al., 2020; Jiang et al., 2023).
 """
 
 import math
-import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import yaml
-
 from gpt_core.errors import InputError
-from gpt_core.sections import from_mapping
+from gpt_core.reading import exists, read_yaml
+from gpt_core.sections import from_mapping, require_count, require_flag, require_number, require_one_of
 
 # Default of a field that follows another field unless given. It is filled in on creation, so readers of a
 # config always see a number.
 _FOLLOWS: Any = None
 
 Position = Literal["learned", "rope"]
+
+_MOST = {
+    "vocab_size": 2**24,  # sixty times the largest vocabulary in use
+    "context_length": 2**30,
+    "sliding_window": 2**30,
+    "n_layers": 10_000,  # ten times the deepest that was trained; every layer is some objects in memory
+    "n_heads": 2**16,
+    "n_kv_heads": 2**16,
+    "embed_dim": 2**20,
+    "head_dim": 2**16,
+    "mlp_dim": 2**24,
+    "pad_vocab_size_multiple": 2**20,
+}
+"""Largest value of each count, far beyond any model there is: what is larger is a mistake, or an attack."""
+
+_MOST_PARAMETERS = 10**15
+"""A hundred times the largest model that anybody planned; no product of axes leaves 64 bits."""
 
 SWEEPS = "sweeps"
 """Folder within `config_directory()` whose files are no presets; see `gpt_core.sweep`."""
@@ -98,33 +114,38 @@ class ModelConfig:
         self._require_count("mlp_dim")
         if self.sliding_window is not None:
             self._require_count("sliding_window")
-        if self.position not in get_args(Position):
-            raise InputError(f"position = {self.position!r} must be one of: {', '.join(get_args(Position))}")
+        require_one_of(self, "position", get_args(Position))
         if self.position == "rope" and self.head_dim % 2:
             raise InputError(f"head_dim = {self.head_dim} must be even with position = 'rope': pairs are rotated")
         self._follow("attention_scale", 1.0 / math.sqrt(self.head_dim))
         for name in ("rope_theta", "attention_scale", "norm_eps", "init_std"):
-            self._require_number(name, "a positive number", lambda value: 0 < value < math.inf)
+            self._require_number(name, "a positive number", lambda value: value > 0)
         self._require_number("dropout", "a number in [0, 1)", lambda value: 0 <= value < 1)
         self._follow("qkv_bias", self.bias)
         for name in ("tied_embeddings", "bias", "qkv_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} = {getattr(self, name)!r} must be true or false")
+            require_flag(self, name)
+        self._require_possible_size()
+
+    def _require_possible_size(self) -> None:
+        from gpt_core.parameters import parameter_count  # which reads this module
+
+        count = parameter_count(self)
+        if count > _MOST_PARAMETERS:
+            raise InputError(
+                f"the model would have {count:.1e} parameters, more than {_MOST_PARAMETERS:.0e}; lower n_layers, "
+                f"embed_dim, mlp_dim, n_heads, head_dim, vocab_size or context_length"
+            )
 
     def _follow(self, name: str, value: Any) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
 
     def _require_count(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{name} = {value!r} must be a whole number of at least 1")
+        require_count(self, name, most=_MOST[name])
 
-    def _require_number(self, name: str, what: str, allowed: Any) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not allowed(value):
-            raise InputError(f"{name} = {value!r} must be {what}")
-        object.__setattr__(self, name, float(value))
+    def _require_number(self, name: str, what: str, allowed: Callable[[float], bool]) -> None:
+        require_number(self, name, what, allowed)
+        object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
     def padded_vocab_size(self) -> int:
@@ -162,7 +183,9 @@ class ModelConfig:
         sections = read_yaml(path)
         if "model" not in sections:
             raise InputError(f"{path}: has no 'model' section")
-        return cls.from_dict(sections["model"] or {}, source=str(path))
+        if sections["model"] is None:
+            raise InputError(f"{path}: model: is empty; give it a field, or write {{}} for the defaults")
+        return cls.from_dict(sections["model"], source=str(path))
 
 
 def differing_fields(ours: ModelConfig, theirs: ModelConfig) -> str:
@@ -196,35 +219,10 @@ def find_config(path_or_preset: str | Path) -> Path:
     """
     path = Path(path_or_preset)
     if path.suffix in {".yaml", ".yml"}:
-        if path.is_file():
+        if exists(path):
             return path
         raise InputError(f"{path}: no such file")
     for candidate in _preset_files():
         if candidate.stem == str(path_or_preset):
             return candidate
     raise InputError(f"unknown preset {str(path_or_preset)!r}; known are: {', '.join(preset_names())}")
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads 6e-4 as a number, as YAML 1.2 does; PyYAML's own rule (1.1) wants 6.0e-4 and makes a text of it."""
-
-
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file whose top level is a mapping.
-
-    Raises:
-        InputError: the file cannot be read, is no YAML, or is no mapping.
-    """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  # a SafeLoader
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected sections such as 'model:' at the top level")
-    return content

@@ -27,6 +27,14 @@ class RunFailedError(RuntimeError):
     """Training cannot go on although the input was right; the message says why. Commands exit with code 1."""
 
 
+def shown(value: object) -> str:
+    """A value in a message: its `repr`, cut where it is long. Of a number that Python does not write out, its size."""
+    if isinstance(value, int) and value.bit_length() > 12_000:
+        return f"a number of {value.bit_length():,} bits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+
 def missing_framework(error: ModuleNotFoundError) -> InputError | None:
     """What to install when a framework is not there; None when it was something else that is missing."""
     package = (error.name or "").partition(".")[0]

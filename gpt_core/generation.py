@@ -1,6 +1,5 @@
 """What both frameworks must agree on to write the same text: options, random numbers, limits and places in a cache."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -9,11 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt_core.config import ModelConfig
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, shown
+from gpt_core.sections import is_whole, require_count, require_number
 
 # What a random number is for; each has its own, so that speculation changes no other.
 DRAW_TOKEN, DRAW_ACCEPT, DRAW_DRAFT = 0, 1, 2
 DRAWS = 3
+
+_MOST_NEW_TOKENS = 2**24  # a cache has a place for each
+_MOST_DRAFT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -43,33 +46,21 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
-        if not _is_count(self.max_new_tokens, 1):
-            raise InputError(f"max_new_tokens = {self.max_new_tokens!r} must be a whole number of at least 1")
-        if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
-            raise InputError(f"temperature = {self.temperature!r} must be a number of at least 0; 0 is greedy")
-        if self.top_k is not None and not _is_count(self.top_k, 1):
-            raise InputError(f"top_k = {self.top_k!r} must be a whole number of at least 1")
-        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise InputError(f"top_p = {self.top_p!r} must be a number in (0, 1]; 1 keeps every token")
-        if not all(_is_count(token, 0) for token in self.stop_tokens):
-            raise InputError(f"stop_tokens = {list(self.stop_tokens)!r} must be token ids")
-        if not _is_count(self.seed, 0):
-            raise InputError(f"seed = {self.seed!r} must be a whole number of at least 0")
-        if self.known_tokens is not None and not _is_count(self.known_tokens, 1):
-            raise InputError(f"known_tokens = {self.known_tokens!r} must be a whole number of at least 1")
+        require_count(self, "max_new_tokens", most=_MOST_NEW_TOKENS)
+        require_number(self, "temperature", "a number of at least 0; 0 is greedy", lambda x: x >= 0)
+        if self.top_k is not None:
+            require_count(self, "top_k")
+        require_number(self, "top_p", "a number in (0, 1]; 1 keeps every token", lambda x: 0 < x <= 1)
+        if not all(is_whole(token, 0) for token in self.stop_tokens):
+            raise InputError(f"stop_tokens = {shown(list(self.stop_tokens))} must be token ids")
+        require_count(self, "seed", least=0, most=2**64 - 1)
+        if self.known_tokens is not None:
+            require_count(self, "known_tokens")
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def uniforms(seed: int, rows: int, first: int, count: int) -> npt.NDArray[np.float32]:
@@ -211,8 +202,11 @@ def pack_draft_prompts(
     Raises:
         InputError: no tokens a round, another vocabulary, or a context too short for the text.
     """
-    if not _is_count(draft_tokens, 1):
-        raise InputError(f"draft_tokens = {draft_tokens!r} must be a whole number of at least 1")
+    if not is_whole(draft_tokens, 1, _MOST_DRAFT_TOKENS):
+        raise InputError(
+            f"draft_tokens = {shown(draft_tokens)} must be a whole number of at least 1 and at most "
+            f"{_MOST_DRAFT_TOKENS:,}"
+        )
     if draft.vocab_size != target.vocab_size:
         raise InputError(
             f"the draft has a vocabulary of {draft.vocab_size} tokens and the target one of {target.vocab_size}; "

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from gpt_core.errors import InputError
+from gpt_core.reading import exists
 from gpt_core.runs import find_checkpoint
 
 _HUB_NAME = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*")
@@ -24,7 +25,7 @@ def local_folder(path_or_name: str | Path) -> Path:
     folder = find_checkpoint(path_or_name)
     name = str(path_or_name)
     # A mistyped path of this machine is nobody else's business: where the first part is a folder here, it is one.
-    if folder.exists() or not _HUB_NAME.fullmatch(name) or Path(name).parent.exists():
+    if exists(folder) or not _HUB_NAME.fullmatch(name) or exists(Path(name).parent):
         return folder
     try:
         from huggingface_hub import snapshot_download

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter
+from gpt_core.sections import require_number
 
 Scalar = TypeVar("Scalar")
 
@@ -37,14 +37,13 @@ class AdamWConfig:
         ranges: dict[str, tuple[str, Callable[[float], bool]]] = {
             "beta1": ("a number in [0, 1)", lambda x: 0 <= x < 1),
             "beta2": ("a number in [0, 1)", lambda x: 0 <= x < 1),
-            "eps": ("a positive number", lambda x: 0 < x < math.inf),
-            "weight_decay": ("a number of at least 0", lambda x: 0 <= x < math.inf),
-            "clip_norm": ("a positive number", lambda x: x > 0),
+            "eps": ("a positive number", lambda x: x > 0),
+            "weight_decay": ("a number of at least 0", lambda x: x >= 0),
         }
+        if self.clip_norm != math.inf:  # which clips nothing
+            ranges["clip_norm"] = ("a positive number", lambda x: x > 0)
         for name, (what, allowed) in ranges.items():
-            value: Any = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not allowed(value):
-                raise InputError(f"{name} = {value!r} must be {what}")
+            require_number(self, name, what, allowed)
 
 
 def clip_scale(norm: Any, limit: float, minimum: Callable[[Any, float], Scalar]) -> Scalar:

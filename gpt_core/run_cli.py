@@ -11,6 +11,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ig
 from gpt_core.cli import parser, print_json
 from gpt_core.config import find_config
 from gpt_core.errors import InputError
+from gpt_core.reading import is_file, read_yaml
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import RUN_FILE, read_run
 
@@ -21,7 +22,9 @@ class _FileOrPreset(ActionConfigFile):
     instead: Mapping[str, Any] = {}
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, str(find_config(values)), option_string)
+        path = find_config(values)
+        read_yaml(path)  # jsonargparse, which reads it again, has no bounds
+        super().__call__(parser, cfg, str(path), option_string)
         for field, value in self.instead.items():
             cfg[field] = value
 
@@ -99,7 +102,7 @@ def eval_config(options: Namespace, given: Namespace, checkpoint: Path) -> RunCo
     if "model" in given:
         raise InputError(f"--model does not go with a checkpoint: {checkpoint} has a model of its own")
     run = checkpoint.parent.parent
-    if not (run / RUN_FILE).is_file():
+    if not is_file(run / RUN_FILE):
         return run_config(options)
     saved, _ = read_run(run)
     flags = {section.name: given[section.name].as_dict() for section in fields(RunConfig) if section.name in given}
@@ -115,7 +118,8 @@ def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def run_config(options: Namespace) -> RunConfig:
     """The config that the flags of `add_run_arguments` mean."""
-    sections = {section.name: options[section.name].as_dict() for section in fields(RunConfig)}
+    given = {section.name: options[section.name] for section in fields(RunConfig)}
+    sections = {name: None if section is None else section.as_dict() for name, section in given.items()}
     return RunConfig.from_dict(sections, source="command line" if not options.config else str(options.config[-1]))
 
 

@@ -5,25 +5,39 @@ optimizer:  AdamW and its schedule              train:     steps, batches, inter
 tracking:   where numbers go                    jax:, torch:   read by that framework alone
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from gpt_core.config import ModelConfig, find_config, read_yaml
+from gpt_core.config import ModelConfig, find_config
 from gpt_core.data.config import DataConfig
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, shown
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
+from gpt_core.reading import read_yaml
 from gpt_core.schedule import warmup_cosine
-from gpt_core.sections import from_mapping
+from gpt_core.sections import (
+    LARGEST_COUNT,
+    LARGEST_SEED,
+    from_mapping,
+    is_whole,
+    require_count,
+    require_flag,
+    require_number,
+    require_one_of,
+)
 from gpt_core.tracking import TrackingConfig
 
 Remat = Literal["none", "dots", "full"]
 JaxAttention = Literal["auto", "reference", "banded", "xla", "splash", "cudnn"]
 TorchAttention = Literal["auto", "reference", "banded", "sdpa", "flex"]
 Strategy = Literal["ddp", "fsdp2"]
+
+_MOST = {"batch_size": 2**24, "context_length": 2**30}
+MOST_DEVICES = 2**20
+_MOST_TOKENS = 2**30
+"""Of a step: twenty times the largest batches. One host may have to hold them all."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +66,11 @@ class OptimizerConfig(AdamWConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_number(self, "learning_rate", "a positive number", lambda x: 0 < x < math.inf)
-        _require_number(self, "final_learning_rate", "a number of at least 0", lambda x: 0 <= x < math.inf)
-        _require_count(self, "warmup_steps", least=0)
+        require_number(self, "learning_rate", "a positive number", lambda x: x > 0)
+        require_number(self, "final_learning_rate", "a number of at least 0", lambda x: x >= 0)
+        require_count(self, "warmup_steps", least=0)
         if self.decay_steps is not None:
-            _require_count(self, "decay_steps")
+            require_count(self, "decay_steps")
 
     def rate(self, step: int, total_steps: int) -> float:
         """Learning rate of update `step`, counted from 0, of a run of `total_steps`, in float64."""
@@ -114,13 +128,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulation", "log_every", "evaluate_every", "checkpoint_every")
         for name in (*counts, "keep_last", "max_skipped"):
-            _require_count(self, name)
+            require_count(self, name, most=_MOST.get(name, LARGEST_COUNT))
         for name in ("context_length", "evaluation_batches", "keep_every"):
             if getattr(self, name) is not None:
-                _require_count(self, name)
-        _require_count(self, "keep_best", least=0)
-        _require_count(self, "seed", least=0)
-        _require_one_of(self, "dtype", get_args(DType))
+                require_count(self, name, most=_MOST.get(name, LARGEST_COUNT))
+        require_count(self, "keep_best", least=0)
+        require_count(self, "seed", least=0, most=LARGEST_SEED)
+        require_one_of(self, "dtype", get_args(DType))
         if self.batch_size % self.accumulation:
             raise InputError(
                 f"batch_size = {self.batch_size} is not a multiple of accumulation = {self.accumulation}: every "
@@ -150,11 +164,14 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         if self.fsdp_inner is not None:
-            _require_count(self, "fsdp_inner")
+            require_count(self, "fsdp_inner", most=MOST_DEVICES)
         for name in ("data", "fsdp", "tensor"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
-                raise InputError(f"mesh: {name} = {value!r} must be a whole number of at least 1, or -1 for the rest")
+            if not is_whole(value, 1, MOST_DEVICES) and not is_whole(value, -1, -1):
+                raise InputError(
+                    f"mesh: {name} = {shown(value)} must be a whole number of at least 1 and at most "
+                    f"{MOST_DEVICES:,}, or -1 for the rest"
+                )
         if list(asdict(self).values()).count(-1) > 1:
             raise InputError("mesh: only one of data, fsdp and tensor can be -1")
 
@@ -184,11 +201,11 @@ class JaxConfig:
         mesh: Any = self.mesh
         if not isinstance(mesh, MeshConfig):
             object.__setattr__(self, "mesh", from_mapping(MeshConfig, {} if mesh is None else mesh, "mesh", "mesh"))
-        _require_one_of(self, "remat", get_args(Remat))
-        _require_one_of(self, "attention", get_args(JaxAttention))
-        _require_flag(self, "scan_layers")
+        require_one_of(self, "remat", get_args(Remat))
+        require_one_of(self, "attention", get_args(JaxAttention))
+        require_flag(self, "scan_layers")
         if self.loss_chunk is not None:
-            _require_count(self, "loss_chunk")
+            require_count(self, "loss_chunk")
 
 
 @dataclass(frozen=True)
@@ -213,12 +230,12 @@ class TorchConfig:
     loss_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        _require_one_of(self, "strategy", get_args(Strategy))
-        _require_one_of(self, "remat", ("none", "full"))
-        _require_one_of(self, "attention", get_args(TorchAttention))
-        _require_flag(self, "compile")
+        require_one_of(self, "strategy", get_args(Strategy))
+        require_one_of(self, "remat", ("none", "full"))
+        require_one_of(self, "attention", get_args(TorchAttention))
+        require_flag(self, "compile")
         if self.loss_chunk is not None:
-            _require_count(self, "loss_chunk")
+            require_count(self, "loss_chunk")
 
 
 def chunk_of_loss(chosen: int | None, *, on_gpu: bool = False) -> int:
@@ -264,6 +281,11 @@ class RunConfig:
                 f"train.context_length = {self.context_length} is longer than model.context_length = "
                 f"{self.model.context_length}, the table of learned positions"
             )
+        if self.tokens_per_step > _MOST_TOKENS:
+            raise InputError(
+                f"train.batch_size = {self.train.batch_size} rows of {self.context_length} tokens are more than "
+                f"{_MOST_TOKENS:,} tokens a step; lower train.batch_size or train.context_length"
+            )
         if self.data.prepared is None and self.data.streams > self.train.batch_size:
             raise InputError(
                 f"data.streams = {self.data.streams} is more than train.batch_size = {self.train.batch_size}: row r of "
@@ -294,7 +316,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "run config") -> Self:
-        """Make a config from a mapping of sections; a section that is left out has its defaults.
+        """Make a config from a mapping of sections; a section that is left out, or {}, has its defaults.
 
         Raises:
             InputError: an unknown section or field, or a bad value; names `source` and the section.
@@ -307,9 +329,11 @@ class RunConfig:
             raise InputError(
                 f"{source}: unknown section {', '.join(map(repr, unknown))}; known are: {', '.join(sections)}"
             )
+        empty = [name for name in values if values[name] is None]
+        if empty:
+            raise InputError(f"{source}: {empty[0]}: is empty; give it a field, or take it out for the defaults")
         made: dict[str, Any] = {
-            name: from_mapping(make, {} if values.get(name) is None else values[name], name, f"{source}: {name}")
-            for name, make in sections.items()
+            name: from_mapping(make, values.get(name, {}), name, f"{source}: {name}") for name, make in sections.items()
         }
         try:
             return cls(**made)
@@ -325,27 +349,3 @@ class RunConfig:
         """
         path = find_config(path_or_preset)
         return cls.from_dict(read_yaml(path), source=str(path))
-
-
-def _require_count(config: Any, name: str, least: int = 1) -> None:
-    value = getattr(config, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} = {value!r} must be a whole number of at least {least}")
-
-
-def _require_number(config: Any, name: str, what: str, allowed: Callable[[float], bool]) -> None:
-    value = getattr(config, name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not allowed(value):
-        raise InputError(f"{name} = {value!r} must be {what}")
-
-
-def _require_one_of(config: Any, name: str, allowed: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in allowed:
-        raise InputError(f"{name} = {value!r} must be one of: {', '.join(allowed)}")
-
-
-def _require_flag(config: Any, name: str) -> None:
-    value = getattr(config, name)
-    if not isinstance(value, bool):
-        raise InputError(f"{name} = {value!r} must be true or false")

@@ -5,26 +5,25 @@ RUN/config.json     the model, as in any checkpoint, with the tokenizer beside i
 RUN/checkpoints/STEP/                               weights, optimizer and the record of one step
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
 
 from gpt_core.checkpoint_config import CHECKPOINTS, write_checkpoint_config
-from gpt_core.config import read_yaml
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, shown
 from gpt_core.file_hashes import check_hashes
 from gpt_core.files import atomic_file, held_folder, remove
 from gpt_core.interrupts import uninterrupted
 from gpt_core.lease import SUFFIX, Lease
+from gpt_core.reading import exists, is_file, read_json, read_yaml
 from gpt_core.run_config import RunConfig
-from gpt_core.sections import from_mapping
+from gpt_core.sections import from_record
 from gpt_core.tokenizer import Tokenizer
 
 Framework = Literal["jax", "torch"]
@@ -77,12 +76,9 @@ class StepRecord:
         """Read a record.
 
         Raises:
-            InputError: it is of another program or version.
+            InputError: it is of another program or version, or damaged.
         """
-        try:
-            return from_mapping(cls, values, "record", source)
-        except TypeError as error:
-            raise InputError(f"{source}: the record of the step is incomplete: {error}") from None
+        return from_record(cls, values, "record", source)
 
 
 @contextmanager
@@ -195,10 +191,13 @@ def read_run(run: Path) -> tuple[RunConfig, str]:
         InputError: it is no run, or its config is damaged.
     """
     file = run / RUN_FILE
-    if not file.is_file():
+    if not is_file(file):
         raise InputError(f"{run}: holds no training run (no {RUN_FILE})")
     content = read_yaml(file)
-    return RunConfig.from_dict(content.get("run"), source=str(file)), str(content.get("framework"))
+    framework = content.get("framework")
+    if framework not in get_args(Framework):
+        raise InputError(f"{file}: framework = {shown(framework)} must be one of: {', '.join(get_args(Framework))}")
+    return RunConfig.from_dict(content.get("run"), source=str(file)), str(framework)
 
 
 def _check_same_run(file: Path, config: RunConfig, framework: Framework) -> RunConfig:
@@ -295,11 +294,7 @@ def read_record(checkpoint: Path) -> StepRecord:
         InputError: it is missing or damaged.
     """
     file = checkpoint / RECORD_FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read: {error}") from None
-    return StepRecord.from_dict(content, str(file))
+    return StepRecord.from_dict(read_json(file), str(file))
 
 
 def validation_loss(run: Path, step: int) -> float | None:
@@ -418,8 +413,8 @@ def find_checkpoint(name: str | Path) -> Path:
     """
     text, _, which = str(name).rpartition("@") if "@" in Path(name).name else (str(name), "", "last")
     run = Path(text)
-    if not (run / RUN_FILE).is_file():
-        if "@" in Path(name).name and not Path(name).exists():
+    if not is_file(run / RUN_FILE):
+        if "@" in Path(name).name and not exists(Path(name)):
             raise InputError(f"{run}: holds no training run (no {RUN_FILE}), so there is no {name}")
         return Path(name)
     steps = saved_steps(run)
@@ -438,6 +433,6 @@ def _choose(run: Path, which: str, steps: Sequence[int]) -> int:
         if not measured:
             raise InputError(f"{run}: no checkpoint has a validation loss, so none is the best; use @last")
         return min(measured, key=lambda step: (measured[step], -step))
-    if which.isdecimal() and int(which) in steps:
+    if which in map(str, steps):
         return int(which)
     raise InputError(f"{run}: has no checkpoint @{which}; there are: {', '.join(map(str, steps))}, best, last")

@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from gpt_core.errors import InputError
 from gpt_core.files import atomic_file
+from gpt_core.reading import read_json
+from gpt_core.sections import is_number
 from gpt_core.tracking import finite_or_null, read_metrics
 
 SUMMARY_FILE = "summary.json"
@@ -130,7 +133,8 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 def _unigram_entropy(run: Path) -> float | None:
     try:
-        entropy = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8")).get("unigram_entropy")
-    except (OSError, ValueError):
+        summary = read_json(run / SUMMARY_FILE)
+    except InputError:
         return None  # a run that has not ended yet
-    return float(entropy) if entropy is not None else None
+    entropy = summary.get("unigram_entropy") if isinstance(summary, dict) else None
+    return float(entropy) if is_number(entropy) else None

@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from gpt_core.cli import SUCCESS, parser, print_json, progress
-from gpt_core.errors import InputError, RunFailedError
+from gpt_core.errors import InputError, RunFailedError, shown
 from gpt_core.files import atomic_file, held_folder
 from gpt_core.interrupts import interruptible
-from gpt_core.sections import from_mapping
+from gpt_core.reading import read_json
+from gpt_core.sections import LARGEST_SEED, from_record, is_number, require_flag_count
 from gpt_core.summary import SUMMARY_FILE
 from gpt_core.sweep_config import ARGS, Goal, Scalar, Sweep, check_setting, sweep_names
 
@@ -140,8 +141,9 @@ def run_sweep(
     """
     sweep = Sweep.from_yaml(path_or_preset)
     total = sweep.trials(trials)
-    if seed < 0:
-        raise InputError(f"--seed {seed} must be at least 0")
+    for name in sweep.parameters:
+        check_setting(name, f"{path_or_preset}: parameters")
+    require_flag_count("--seed", seed, 0, LARGEST_SEED)
     definition = _definition(sweep, launch, extra, seed)
     with interruptible(), held_folder(out), progress() as bar:
         known = _open_folder(out, definition)
@@ -180,18 +182,18 @@ def _open_folder(out: Path, definition: Mapping[str, Any]) -> dict[int, Trial]:
         if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise InputError(f"{out}: is not empty and holds no sweep (no {STATE_FILE}); choose another with --out")
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        saved, entries = content["sweep"], content["trials"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: cannot be read: {error!r}; choose another folder with --out") from None
+    content = read_json(file)
+    saved, entries = (content.get(key) if isinstance(content, dict) else None for key in ("sweep", "trials"))
+    if not isinstance(saved, dict) or not isinstance(entries, list):
+        raise InputError(f"{file}: cannot be read: is no record of a sweep; choose another folder with --out")
     differing = [name for name in definition if saved.get(name) != definition[name]]
     if differing:
         raise InputError(
             f"{out}: holds another sweep, it differs in {', '.join(differing)}; go on with the same, or choose another "
             f"folder with --out"
         )
-    return {entry["number"]: from_mapping(Trial, entry, "trial", str(file)) for entry in entries}
+    trials = [from_record(Trial, entry, "trial", str(file)) for entry in entries]
+    return {trial.number: trial for trial in trials}
 
 
 def _write_state(out: Path, definition: Mapping[str, Any], trials: Mapping[int, Trial], goal: Goal) -> None:
@@ -217,11 +219,12 @@ def _run_trial(trial: Trial, sweep: Sweep, out: Path, launch: Sequence[str], ext
     if code != 0:
         return replace(trial, state="failed", error=_last_line(log) or f"exit code {code}")
     try:
-        value = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8")).get(sweep.metric)
-    except (OSError, ValueError, AttributeError):
+        value = read_json(folder / SUMMARY_FILE).get(sweep.metric)
+    except (InputError, AttributeError):
         return replace(trial, state="failed", error=f"ended early: {folder / SUMMARY_FILE} is missing or broken")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return replace(trial, state="failed", error=f"{folder / SUMMARY_FILE}: {sweep.metric} is {value!r}, no number")
+    if not is_number(value):
+        reason = f"{folder / SUMMARY_FILE}: {sweep.metric} is {shown(value)}, no number"
+        return replace(trial, state="failed", error=reason)
     return replace(trial, state="done", value=float(value))
 
 
@@ -339,7 +342,7 @@ def sweep_command(options: Namespace, launch: Sequence[str]) -> int:
         seed=options.seed,
     )
     if options.json:
-        print_json(json.loads((out / STATE_FILE).read_text(encoding="utf-8")))
+        print_json(read_json(out / STATE_FILE))
         return SUCCESS
     Console().print(result_table(trials, sweep))
     print(f"best: {out / best_first(trials, sweep.goal)[0].name}; all: {out / STATE_FILE}")

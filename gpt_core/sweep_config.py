@@ -7,9 +7,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-from gpt_core.config import SWEEPS, config_directory, read_yaml
-from gpt_core.errors import InputError
+from gpt_core.config import SWEEPS, config_directory
+from gpt_core.errors import InputError, shown
+from gpt_core.reading import exists, read_yaml
 from gpt_core.run_config import RunConfig
+from gpt_core.sections import is_number, is_whole, require_flag_count
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -25,7 +27,8 @@ ARGS = "${args}"
 _KEYS = ("program", "command", "method", "metric", "parameters", "run_cap", "name", "description", "project", "entity")
 _BEFORE_PROGRAM = ("${env}", "${interpreter}")
 _EXAMPLE = 'command: [jax-gpt, train, --config, tiny-cpu, "${args}"]'
-_LARGEST_GRID = 100_000
+_MOST_TRIALS = 100_000
+_MOST_LEVELS = 2**53  # Optuna counts them in floats
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ class Parameter:
             self._check_values()
             return
         for name in ("min", "max", *(["q"] if self.distribution == "q_uniform" else [])):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-                raise InputError(f"{name} = {value!r} must be a number with distribution {self.distribution}")
+            value: Any = getattr(self, name)
+            if not is_number(value):
+                raise InputError(f"{name} = {shown(value)} must be a number with distribution {self.distribution}")
             if self.distribution == "int_uniform" and not isinstance(value, int):
                 raise InputError(f"{name} = {value!r} must be a whole number with distribution int_uniform")
         low, high = self.bounds
@@ -69,6 +72,9 @@ class Parameter:
                 raise InputError(f"q = {self.q!r} must be positive")
             if not self._multiples:
                 raise InputError(f"no multiple of q = {self.q!r} lies between min = {low!r} and max = {high!r}")
+        levels = self.levels
+        if isinstance(levels, range) and not is_whole(levels[-1] - levels[0], 0, _MOST_LEVELS):
+            raise InputError(f"more than {_MOST_LEVELS:,} values lie between min and max; use a uniform distribution")
 
     def _check_values(self) -> None:
         if not self.values:
@@ -76,9 +82,9 @@ class Parameter:
         value: Any
         for value in self.values:
             if not isinstance(value, str | int | float | bool | None):
-                raise InputError(f"the value {value!r} must be a number, a text, true, false or null")
+                raise InputError(f"the value {shown(value)} must be a number, a text, true, false or null")
         if len(set(self.values)) < len(self.values):
-            raise InputError(f"values = {list(self.values)!r} has a value twice")
+            raise InputError(f"values = {shown(list(self.values))} has a value twice")
 
     @property
     def bounds(self) -> tuple[int | float, int | float]:
@@ -134,7 +140,7 @@ class Parameter:
             InputError: a key or the distribution is unknown, or values do not fit.
         """
         if not isinstance(spec, Mapping):
-            raise InputError(f"{source}: expected value, values, or min and max; found {spec!r}")
+            raise InputError(f"{source}: expected value, values, or min and max; found {shown(spec)}")
         spec = dict(spec)
         distribution = spec.pop("distribution", None) or _implied_distribution(spec, source)
         if distribution not in get_args(Distribution):
@@ -223,8 +229,10 @@ class Sweep:
         metric, goal = _read_metric(content["metric"], f"{source}: metric")
         parameters = dict(_flatten(content["parameters"], "", f"{source}: parameters"))
         run_cap = content.get("run_cap")
-        if run_cap is not None and (not isinstance(run_cap, int) or isinstance(run_cap, bool) or run_cap < 1):
-            raise InputError(f"{source}: run_cap = {run_cap!r} must be a whole number of at least 1")
+        if run_cap is not None and not is_whole(run_cap, 1, _MOST_TRIALS):
+            raise InputError(
+                f"{source}: run_cap = {shown(run_cap)} must be a whole number of at least 1, at most {_MOST_TRIALS:,}"
+            )
         sweep = cls(content["method"], metric, goal, parameters, _read_command(content, source), run_cap)
         if sweep.method == "grid":
             sweep._check_grid(source)
@@ -237,8 +245,8 @@ class Sweep:
                     f"{source}: {name}: a grid has no place for distribution {parameter.distribution}; give values, or "
                     f"choose method random or bayes"
                 )
-        if self.grid_size > _LARGEST_GRID:
-            raise InputError(f"{source}: the grid has {self.grid_size:,} points, more than {_LARGEST_GRID:,}")
+        if self.grid_size > _MOST_TRIALS:
+            raise InputError(f"{source}: the grid has {self.grid_size:,} points, more than {_MOST_TRIALS:,}")
 
     @property
     def grid_size(self) -> int:
@@ -249,10 +257,10 @@ class Sweep:
         """How many trials there are to be: as many as `limit` or, without one, `run_cap` says; of a grid at most all.
 
         Raises:
-            InputError: nobody says how many, or `limit` is not positive.
+            InputError: nobody says how many, or `limit` is out of range.
         """
-        if limit is not None and limit < 1:
-            raise InputError(f"--trials {limit} must be at least 1")
+        if limit is not None:
+            require_flag_count("--trials", limit, 1, _MOST_TRIALS)
         most = limit if limit is not None else self.run_cap
         if self.method == "grid":
             return self.grid_size if most is None else min(most, self.grid_size)
@@ -263,7 +271,7 @@ class Sweep:
 
 def _read_metric(metric: Any, source: str) -> tuple[str, Goal]:
     if not isinstance(metric, Mapping) or not isinstance(metric.get("name"), str):
-        raise InputError(f"{source}: needs a name, such as validation_loss; found {metric!r}")
+        raise InputError(f"{source}: needs a name, such as validation_loss; found {shown(metric)}")
     unknown = [str(key) for key in metric if key not in {"name", "goal"}]
     if unknown:
         raise InputError(f"{source}: unknown key {', '.join(map(repr, unknown))}; known are: name, goal")
@@ -290,7 +298,7 @@ def _read_command(content: Mapping[str, Any], source: str) -> tuple[str, ...]:
 
 def _flatten(group: Any, prefix: str, source: str) -> Iterator[tuple[str, Parameter]]:
     if not isinstance(group, Mapping) or not group:
-        raise InputError(f"{source}: expected settings such as optimizer.learning_rate, found {group!r}")
+        raise InputError(f"{source}: expected settings such as optimizer.learning_rate, found {shown(group)}")
     for key, spec in group.items():
         name, place = f"{prefix}{key}", f"{source}: {key}"
         if isinstance(spec, Mapping) and "parameters" in spec:
@@ -300,21 +308,28 @@ def _flatten(group: Any, prefix: str, source: str) -> Iterator[tuple[str, Parame
                 )
             yield from _flatten(spec["parameters"], f"{name}.", place)
         else:
-            check_setting(name, source)
+            if "." in name:  # others are checked when it is known what is run
+                check_setting(name, source)
             yield name, Parameter.from_dict(spec, place)
 
 
 def check_setting(name: str, source: str) -> None:
-    """Refuse a dotted name that no run has, before every trial does. Flags that are no field of a run have no dot.
+    """Refuse a name that no run has, before every trial does.
+
+    Args:
+        name: Dotted, such as "train.steps"; or "config", the file that the others change.
+        source: Where it stands, for messages.
 
     Raises:
         InputError: no run has it; names `source` and what there is.
     """
     section: Any = RunConfig
-    for part in name.split(".") if "." in name else ():
+    for part in name.split(".") if name != "config" else ():
         known = {field.name: field.default_factory for field in fields(section)} if is_dataclass(section) else {}
         if part not in known:
-            raise InputError(f"{source}: unknown setting {name!r}; at {part!r} known are: {', '.join(known) or 'none'}")
+            raise InputError(
+                f"{source}: unknown setting {shown(name)}; at {shown(part)} known are: {', '.join(known) or 'none'}"
+            )
         section = known[part]
 
 
@@ -331,7 +346,7 @@ def find_sweep(path_or_name: str | Path) -> Path:
     """
     path = Path(path_or_name)
     if path.suffix in {".yaml", ".yml"}:
-        if path.is_file():
+        if exists(path):
             return path
         raise InputError(f"{path}: no such file")
     if str(path_or_name) in sweep_names():

@@ -20,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_file
+from gpt_core.reading import exists, open_file, parse_json
+from gpt_core.sections import is_number, is_whole, require_flag, require_one_of, require_text
 
 METRICS_FILE = "metrics.jsonl"
 _WANDB_ID_FILE = "wandb-id.txt"
@@ -48,13 +50,10 @@ class TrackingConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        if self.wandb not in get_args(WandbMode):
-            raise InputError(f"wandb = {self.wandb!r} must be one of: {', '.join(get_args(WandbMode))}")
+        require_one_of(self, "wandb", get_args(WandbMode))
         for name in ("wandb_project", *(["wandb_name"] if self.wandb_name is not None else [])):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise InputError(f"{name} = {getattr(self, name)!r} must be a text that is not empty")
-        if not isinstance(self.tensorboard, bool):
-            raise InputError(f"tensorboard = {self.tensorboard!r} must be true or false")
+            require_text(self, name)
+        require_flag(self, "tensorboard")
 
 
 class Backend(Protocol):
@@ -181,24 +180,35 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The records of a run in order, `{"step": ..., name: number or None}`; a last line that was cut off is left out.
 
     Raises:
-        InputError: the file cannot be read, or a line inside it is broken.
+        InputError: the file cannot be read, or a line inside it is no record.
     """
     path = run / METRICS_FILE
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
+    if not exists(path):
         return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
     records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}, line {number}: no JSON; take the line out") from None
+    with open_file(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), start=1):
+            try:
+                record = parse_json(line.decode("utf-8"), METRICS_FILE)
+            except (InputError, UnicodeDecodeError):
+                if not file.read(1):
+                    break
+                raise InputError(f"{path}, line {number}: no JSON; take the line out") from None
+            if not _is_record(record):
+                raise InputError(f"{path}, line {number}: no step with numbers; take the line out")
+            records.append(record)
     return records
+
+
+_LONGEST_LINE = 1 << 20
+
+
+def _is_record(record: Any) -> bool:
+    return (
+        isinstance(record, dict)
+        and is_whole(record.get("step"), 0)
+        and all(value is None or is_number(value) for value in record.values())
+    )
 
 
 def drop_records_after(run: Path, step: int) -> None:

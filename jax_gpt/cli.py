@@ -11,8 +11,9 @@ from gpt_core.generate_cli import Chunks, Request, generate_command, generate_pa
 from gpt_core.generation import Written
 from gpt_core.parameters import parameter_count
 from gpt_core.run_cli import eval_config, eval_parser, print_evaluation, print_summary, train_config, train_parser
-from gpt_core.run_config import RunConfig
+from gpt_core.run_config import MOST_DEVICES, RunConfig
 from gpt_core.runs import find_checkpoint
+from gpt_core.sections import LARGEST_SEED, require_flag_count
 from gpt_core.sweep import sweep_command, sweep_parser
 from jax_gpt.plan.cli import plan_command, plan_parser
 
@@ -79,6 +80,9 @@ def _set_up(config: RunConfig, options: Namespace | None = None) -> None:
 
     if config.train.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
+    if options is not None and options.processes is not None:
+        require_flag_count("--processes", options.processes, 1, MOST_DEVICES)
+        require_flag_count("--process-id", options.process_id or 0, 0, options.processes - 1)
     if options is not None and (options.coordinator or options.processes):
         from jax_gpt.distributed import connect
 
@@ -128,6 +132,7 @@ def _init(options: Namespace) -> int:
     from jax_gpt.checkpoint import save
     from jax_gpt.model import GPT, initialiser
 
+    require_flag_count("--seed", options.seed, 0, LARGEST_SEED)
     refuse_existing(options.destination, replace=kept_checkpoint if options.force else None)
     config = ModelConfig.from_yaml(options.config)
     tokenizer, notices = tokenizer_for(config.vocab_size), rows_without_tokens(config.vocab_size)

@@ -12,6 +12,7 @@ from gpt_core.generation import Written
 from gpt_core.parameters import parameter_count
 from gpt_core.run_cli import eval_config, eval_parser, print_evaluation, print_summary, train_config, train_parser
 from gpt_core.runs import find_checkpoint
+from gpt_core.sections import LARGEST_SEED, require_flag_count
 from gpt_core.sweep import sweep_command, sweep_parser
 
 
@@ -110,6 +111,7 @@ def _init(options: Namespace) -> int:
     from torch_gpt.checkpoint import save
     from torch_gpt.model import GPT, initialiser
 
+    require_flag_count("--seed", options.seed, 0, LARGEST_SEED)
     refuse_existing(options.destination, replace=kept_checkpoint if options.force else None)
     config = ModelConfig.from_yaml(options.config)
     tokenizer, notices = tokenizer_for(config.vocab_size), rows_without_tokens(config.vocab_size)

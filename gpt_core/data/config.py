@@ -3,10 +3,22 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
-from gpt_core.errors import InputError
-from gpt_core.sections import from_mapping
+from gpt_core.sections import (
+    from_mapping,
+    require_count,
+    require_flag,
+    require_number,
+    require_one_of,
+    require_text,
+)
 
 OnError = Literal["stop", "skip"]
+
+_MOST = {
+    "streams": 2**24,  # rows of a batch
+    "shuffle_window": 2**20,  # documents, which every stream holds
+    "prefetch": 1024,  # batches, which wait in memory
+}
 
 
 @dataclass(frozen=True)
@@ -43,20 +55,14 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("source", "text_field", *(["prepared"] if self.prepared is not None else [])):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise InputError(f"{name} = {getattr(self, name)!r} must be a text that is not empty")
-        if self.on_error not in get_args(OnError):
-            raise InputError(f"on_error = {self.on_error!r} must be one of: {', '.join(get_args(OnError))}")
-        fraction: Any = self.validation_fraction
-        if not isinstance(fraction, int | float) or isinstance(fraction, bool) or not 0 <= fraction < 1:
-            raise InputError(f"validation_fraction = {fraction!r} must be a number in [0, 1)")
-        object.__setattr__(self, "validation_fraction", float(fraction))
-        for name, least in (("seed", 0), ("streams", 1), ("shuffle_window", 1), ("prefetch", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
-                raise InputError(f"{name} = {value!r} must be a whole number of at least {least}")
-        if not isinstance(self.verify, bool):
-            raise InputError(f"verify = {self.verify!r} must be true or false")
+            require_text(self, name)
+        require_one_of(self, "on_error", get_args(OnError))
+        require_number(self, "validation_fraction", "a number in [0, 1)", lambda x: 0 <= x < 1)
+        object.__setattr__(self, "validation_fraction", float(self.validation_fraction))
+        require_count(self, "seed", least=0, most=2**63 - 1)
+        for name, most in _MOST.items():
+            require_count(self, name, most=most)
+        require_flag(self, "verify")
 
     def to_dict(self) -> dict[str, Any]:
         """Every field with its value; `from_dict` is the inverse."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpt_core.errors import InputError
 from gpt_core.formats.base import Checkpoint, Format
+from gpt_core.reading import exists, is_folder
 
 FORMATS = {
     "jax": "gpt_core.formats.orbax_jax",
@@ -44,9 +45,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         InputError: nothing is there, no format recognises it, or it is damaged.
     """
-    if not path.exists():
+    if not exists(path):
         raise InputError(f"{path}: no such file or folder")
-    if not path.is_dir():
+    if not is_folder(path):
         raise InputError(f"{path}: is a file; give the folder that holds config.json and the weights")
     for name in FORMATS:
         if format_of(name).matches(path):

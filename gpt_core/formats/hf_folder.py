@@ -12,7 +12,7 @@ from gpt_core.errors import InputError
 from gpt_core.files import atomic_file
 from gpt_core.formats.hf_fields import HUGGING_FACE_TYPES, model_type_of
 from gpt_core.parameters import parameter_count
-from gpt_core.source_files import read_json
+from gpt_core.reading import read_json
 from gpt_core.tokenizer import Tokenizer
 from gpt_core.tokenizer_rules import END_OF_TEXT, TOKENIZER_CONFIG, TOKENIZER_FILE, tokenizer_files
 

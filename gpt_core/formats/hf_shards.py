@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt_core.errors import InputError
+from gpt_core.reading import read_json
 from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
-from gpt_core.source_files import is_there, read_json
+from gpt_core.source_files import is_there
 from gpt_core.tensor_info import Array, TensorInfo
 
 WEIGHTS_FILE = "model.safetensors"

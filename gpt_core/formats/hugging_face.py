@@ -21,7 +21,7 @@ from gpt_core.formats.hf_fields import Fields, model_type_of
 from gpt_core.formats.hf_folder import token_ids, write_generation_config, write_tokenizer
 from gpt_core.formats.hf_shards import ShardsReader, write_shards
 from gpt_core.parameters import Parameter
-from gpt_core.source_files import read_json
+from gpt_core.reading import read_json
 from gpt_core.tensor_info import Array, TensorInfo
 from gpt_core.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
 from gpt_core.weights import (

@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ BAD_FIELDS = [
             "sliding_window",
             "pad_vocab_size_multiple",
         )
-        for value in (0, -3, 2.0, "8", True)
+        for value in (0, -3, 2.0, "8", True, 10**12)
     ],
     *[
         (name, value, POSITIVE)
@@ -63,6 +64,31 @@ def test_values_that_do_not_fit_each_other_are_refused_with_both(fields: dict[st
     with pytest.raises(InputError) as caught:
         ModelConfig(**fields)
     assert all(part in str(caught.value) for part in named)
+
+
+def test_a_model_of_more_parameters_than_any_is_refused_without_walking_through_it() -> None:
+    # 10^4 layers of 4 x 2^36 in attention and 6 x 2^36 in the MLP.
+    with pytest.raises(InputError, match=r"the model would have 6\.9e\+15 parameters, more than 1e\+15"):
+        ModelConfig(n_layers=10_000, embed_dim=2**18, n_heads=2**11, mlp_dim=2**19 + 2**18, vocab_size=1)
+    for too_many in (10**9, 10**5000):
+        with pytest.raises(InputError, match="n_layers"):
+            ModelConfig(n_layers=too_many)
+    with pytest.raises(InputError, match=r"rope_theta = 1000.*401 characters.* must be a positive number"):
+        ModelConfig(rope_theta=10**400)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"context_length": 10_000_000, "position": "rope"},
+        {"vocab_size": 1_000_000, "pad_vocab_size_multiple": 8192},
+        {"n_layers": 1000},
+        {"n_layers": 200, "embed_dim": 65_536, "n_heads": 512, "mlp_dim": 4 * 65_536},  # 10^13 parameters
+        {"sliding_window": 2**20},
+    ],
+)
+def test_models_larger_than_any_that_was_trained_are_allowed(fields: dict[str, Any]) -> None:
+    assert ModelConfig.from_dict(ModelConfig(**fields).to_dict()) == ModelConfig(**fields)
 
 
 def test_the_smallest_allowed_values_are_allowed() -> None:
@@ -152,10 +178,13 @@ def test_yaml_is_read_from_a_path(tmp_path: Path) -> None:
     assert ModelConfig.from_yaml(str(path)) == expected
 
 
-def test_an_empty_model_section_is_the_default(tmp_path: Path) -> None:
+def test_an_empty_model_section_is_the_default_only_when_it_says_so(tmp_path: Path) -> None:
     path = tmp_path / "mine.yml"
-    path.write_text("model:\n")
+    path.write_text("model: {}\n")
     assert ModelConfig.from_yaml(path) == ModelConfig()
+    path.write_text("model:\n")
+    with pytest.raises(InputError, match=r"mine\.yml: model: is empty"):
+        ModelConfig.from_yaml(path)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +252,10 @@ GOOD = {"model_type": "twingpt", "format_version": 1, "model": {"n_layers": 2}}
         ({"model": {}}, "model_type is None"),
         ([1], "model_type is None"),
         (GOOD | {"format_version": 2}, "format_version is 2"),
+        (GOOD | {"format_version": True}, "format_version is True"),
+        (GOOD | {"format_version": 1.0}, "format_version is 1.0"),
+        (GOOD | {"model": {"n_layers": 10**12}}, "n_layers = 1000000000000"),
+        (GOOD | {"model": {"norm_eps": math.nan}}, "norm_eps = nan"),
         (GOOD | {"extra": 1}, "unknown field 'extra'"),
         (GOOD | {"model": {"depth": 2}}, "unknown model field 'depth'"),
         (GOOD | {"model": {"n_layers": -1}}, "n_layers = -1"),
@@ -240,7 +273,7 @@ def test_a_foreign_or_bad_checkpoint_config_is_refused_with_its_path(
     assert told in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xff"])
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xff", b'{"model": {}, "model": {}}', b"[" * 10_000])
 def test_a_damaged_checkpoint_config_is_refused_with_its_path(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=r"config\.json: cannot be read"):

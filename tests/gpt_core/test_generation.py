@@ -24,6 +24,10 @@ CONFIG = ModelConfig(vocab_size=10, context_length=8, n_layers=1, n_heads=2, emb
         ("top_p", 0.0, r"top_p = 0.0 must be a number in \(0, 1\]"),
         ("top_p", 1.5, "top_p = 1.5"),
         ("top_k", 0, "top_k = 0 must be a whole number of at least 1"),
+        ("temperature", 10**400, "temperature = 1000"),
+        ("top_k", 10**12, "top_k = 1000000000000 must be"),
+        ("seed", 2**64, "seed = 18446744073709551616 must be"),
+        ("max_new_tokens", 10**12, "max_new_tokens = 1000000000000 must be a whole number of at least 1 and at most"),
         ("max_new_tokens", 0, "max_new_tokens = 0"),
         ("stop_tokens", (-1,), "stop_tokens"),
         ("seed", -1, "seed = -1"),
@@ -56,6 +60,12 @@ def test_the_last_token_of_a_text_needs_no_position(length: int, new: int) -> No
     packed = pack_prompts([[1] * length], CONFIG, new)
     assert packed.lengths.tolist() == [length]
     pack_draft_prompts([[1] * length], CONFIG, CONFIG, new, 4)
+
+
+@pytest.mark.parametrize("draft_tokens", [0, True, 10**12])
+def test_a_draft_proposes_a_bounded_number_of_tokens(draft_tokens: int) -> None:
+    with pytest.raises(InputError, match=f"draft_tokens = {draft_tokens} must be"):
+        pack_draft_prompts([[1]], CONFIG, CONFIG, 1, draft_tokens)
 
 
 def test_another_vocabulary_is_no_draft() -> None:

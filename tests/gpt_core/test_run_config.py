@@ -68,7 +68,7 @@ def test_a_rate_is_a_number_however_it_is_written(text: str, tmp_path: Path) -> 
 
 
 def test_a_section_that_is_left_out_or_empty_has_its_defaults(tmp_path: Path) -> None:
-    assert RunConfig.from_yaml(write(tmp_path, "model:\ntrain: {steps: 5}\njax: {mesh: null}\n")) == RunConfig(
+    assert RunConfig.from_yaml(write(tmp_path, "model: {}\ntrain: {steps: 5}\njax: {mesh: null}\n")) == RunConfig(
         train=TrainConfig(steps=5)
     )
 
@@ -80,6 +80,7 @@ def test_a_section_that_is_left_out_or_empty_has_its_defaults(tmp_path: Path) ->
         ({"train": {"step": 5}}, "train: unknown train field 'step'; known are: steps, batch_size"),
         ({"jax": {"mesh": {"pipeline": 2}}}, "unknown mesh field 'pipeline'; known are: data, fsdp, tensor"),
         ({"jax": {"mesh": 8}}, "mesh: expected a mapping of mesh fields, found int"),
+        ({"data": None}, "data: is empty; give it a field"),
         ({"train": 0}, "train: expected a mapping of train fields, found int"),
         ({"train": [1, 2]}, "train: expected a mapping of train fields, found list"),
         ([1, 2], "expected sections such as 'model:'"),
@@ -98,23 +99,46 @@ def test_what_is_unknown_or_bad_is_refused_with_its_place(content: Any, told: st
 COUNTS = ["steps", "batch_size", "accumulation", "log_every", "evaluate_every", "checkpoint_every", "keep_last"]
 OPTIONAL_COUNTS = ["context_length", "evaluation_batches", "keep_every"]
 BAD: list[tuple[type, str, Any]] = [
-    *[(TrainConfig, name, value) for name in [*COUNTS, "max_skipped"] for value in (0, -1, 1.0, "8", True, None)],
-    *[(TrainConfig, name, value) for name in OPTIONAL_COUNTS for value in (0, 2.0, "8")],
-    *[(TrainConfig, name, value) for name in ("seed", "keep_best") for value in (-1, 0.5, None)],
+    *[
+        (TrainConfig, name, value)
+        for name in [*COUNTS, "max_skipped"]
+        for value in (0, -1, 1.0, "8", True, None, 2**31)
+    ],
+    *[(TrainConfig, name, value) for name in OPTIONAL_COUNTS for value in (0, 2.0, "8", 2**31)],
+    *[(TrainConfig, name, value) for name in ("seed", "keep_best") for value in (-1, 0.5, None, 2**32)],
     *[(TrainConfig, "dtype", value) for value in ("float8", "bf16", None)],
     *[(OptimizerConfig, "learning_rate", value) for value in (0, -1e-3, math.inf, math.nan, "6e-4", True, None)],
     *[(OptimizerConfig, "final_learning_rate", value) for value in (-1e-9, math.inf, math.nan, "0")],
-    *[(OptimizerConfig, "warmup_steps", value) for value in (-1, 1.5, None)],
-    *[(OptimizerConfig, "decay_steps", value) for value in (0, 1.5)],
+    *[(OptimizerConfig, "warmup_steps", value) for value in (-1, 1.5, None, 2**31)],
+    *[(OptimizerConfig, "decay_steps", value) for value in (0, 1.5, 2**31)],
     *[(OptimizerConfig, name, value) for name in ("beta1", "beta2") for value in (1, -0.1, math.nan)],
     *[(OptimizerConfig, "weight_decay", value) for value in (-0.1, math.inf)],
     *[(OptimizerConfig, "clip_norm", value) for value in (0, -1.0, math.nan)],
     *[(JaxConfig, name, "unknown") for name in ("remat", "attention")],
     *[(TorchConfig, name, "unknown") for name in ("strategy", "remat", "attention")],
-    *[(MeshConfig, name, value) for name in ("data", "fsdp", "tensor") for value in (0, -2, 1.5, True, "2")],
+    *[(MeshConfig, name, value) for name in ("data", "fsdp", "tensor") for value in (0, -2, 1.5, True, "2", 2**20 + 1)],
+    *[(MeshConfig, "fsdp_inner", value) for value in (0, 2**20 + 1)],
+    *[(section, "loss_chunk", value) for section in (JaxConfig, TorchConfig) for value in (0, 2**31)],
     *[(JaxConfig, "scan_layers", value) for value in (1, "yes")],
     *[(TorchConfig, "compile", value) for value in (1, "yes")],
 ]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"train": {"batch_size": 10**12}}, "train: batch_size = 1000000000000 must be"),
+        ({"train": {"batch_size": 2**24}}, "16777216 rows of 1024 tokens are more than 1,073,741,824 tokens a step"),
+        ({"train": {"steps": 10**5000}}, "train: steps = a number of 16,610 bits must be"),
+        ({"optimizer": {"learning_rate": 10**400}}, "learning_rate = 1000000000"),
+        ({"model": {"n_layers": 10**12}}, "model: n_layers = 1000000000000 must be"),
+    ],
+)
+def test_what_no_run_can_be_is_refused_by_field(content: Any, told: str) -> None:
+    with pytest.raises(InputError) as caught:
+        RunConfig.from_dict(content, "my-run.yaml")
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(("section", "field", "value"), BAD)

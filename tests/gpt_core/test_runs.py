@@ -167,7 +167,51 @@ def test_a_run_without_checkpoints_or_losses_says_so(run: Path) -> None:
         find_checkpoint(run)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 3}', '{"setp": 3}'])
+GOOD_RECORD = {
+    "step": 3,
+    "tokens": 768,
+    "data": {},
+    "seed": 0,
+    "skipped": 0,
+    "validation_loss": None,
+    "framework": "jax",
+    "environment": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("step", "3", "step = '3' must be a whole number of at least 0"),
+        ("step", True, "step = True must be"),
+        ("tokens", -768, "tokens = -768 must be"),
+        ("tokens", 1.5, "tokens = 1.5 must be"),
+        ("data", [], r"data = \[\] must be a mapping"),
+        ("seed", 2**63, "seed = 9223372036854775808 must be"),
+        ("validation_loss", "low", "validation_loss = 'low' must be a number or null"),
+        ("validation_loss", float("nan"), "validation_loss = nan must be"),
+        ("framework", None, "framework = None must be a text"),
+        ("environment", "here", "environment = 'here' must be a mapping"),
+    ],
+)
+def test_a_record_with_a_field_of_another_type_is_refused_by_name(field: str, value: Any, told: str, run: Path) -> None:
+    folder = checkpoint_folder(run, 9)
+    (folder / RECORD_FILE).write_text(json.dumps(GOOD_RECORD))
+    assert read_record(folder) == StepRecord(**GOOD_RECORD)
+    (folder / RECORD_FILE).write_text(json.dumps(GOOD_RECORD | {field: value}))
+    with pytest.raises(InputError, match=f"record.json: {told}"):
+        read_record(folder)
+
+
+def test_names_that_no_file_can_have_are_refused(run: Path) -> None:
+    for name in ("n" * 300, f"{'n' * 300}@best", f"{run}/{'n' * 300}"):
+        with pytest.raises(InputError, match="the name is too long"):
+            find_checkpoint(name)
+    with pytest.raises(InputError, match="has no checkpoint @1111"):
+        find_checkpoint(f"{run}@{'1' * 5000}")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 3}', '{"setp": 3}', '{"step": 3, "step": 4}'])
 def test_a_damaged_record_is_refused_by_name(content: str, run: Path) -> None:
     folder = checkpoint_folder(run, 9)
     (folder / RECORD_FILE).write_text(content)

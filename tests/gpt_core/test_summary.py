@@ -10,6 +10,7 @@ import pytest
 
 from gpt_core.errors import InputError
 from gpt_core.summary import CURVE_FILE, SUMMARY_FILE, environment, loss_curve, write_summary
+from gpt_core.tracking import METRICS_FILE, read_metrics
 
 SUMMARY: dict[str, Any] = {
     "steps": 600,
@@ -95,6 +96,36 @@ def test_the_curve_shows_both_losses_and_the_entropy(tmp_path: Path) -> None:
         wanted = np.array([int(colour[i : i + 2], 16) for i in (0, 2, 4)]) / 255
         assert np.sum(np.all(np.abs(picture - wanted) < 0.02, axis=-1)) > 50, colour
     assert sorted(path.name for path in tmp_path.iterdir()) == [CURVE_FILE, "metrics.jsonl", SUMMARY_FILE]
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"unigram_entropy": "high"}', "[" * 10_000])
+def test_a_curve_beside_a_damaged_summary_is_drawn(content: str, tmp_path: Path) -> None:
+    (tmp_path / SUMMARY_FILE).write_text(content)
+    assert loss_curve(tmp_path).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("12", "no step with numbers"),
+        ('{"train_loss": 1.0}', "no step with numbers"),
+        ('{"step": "3"}', "no step with numbers"),
+        ('{"step": true}', "no step with numbers"),
+        ('{"step": 3, "train_loss": "low"}', "no step with numbers"),
+        ('{"step": 3, "train_loss": 1e400}', "no step with numbers"),
+        ('{"step": 3, "step": 4}', "no JSON"),
+        ('{"step": 3', "no JSON"),
+        ("[" * 10_000, "no JSON"),
+        ("\xff", "no JSON"),
+    ],
+)
+def test_a_damaged_line_of_the_metrics_is_refused_by_number(line: str, told: str, tmp_path: Path) -> None:
+    good = '{"step": 1, "train_loss": null}\n'
+    (tmp_path / METRICS_FILE).write_text(f"{good}{line}\n{good}", encoding="latin-1")
+    with pytest.raises(InputError, match=rf"metrics\.jsonl, line 2: {told}; take the line out"):
+        read_metrics(tmp_path)
+    (tmp_path / METRICS_FILE).write_text(f'{good}{{"step": 2, "tr')  # killed while it wrote
+    assert read_metrics(tmp_path) == [{"step": 1, "train_loss": None}]
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,7 @@ def test_sweeps_are_no_presets_and_presets_no_sweeps() -> None:
         ({"metric": {"name": "x", "target": 1}}, "metric: unknown key 'target'"),
         ({"run_cap": 0}, "run_cap = 0"),
         ({"run_cap": True}, "run_cap = True"),
+        ({"run_cap": 10**9}, "run_cap = 1000000000"),
         ({"command": None, "program": "train.py"}, "needs a command"),
         ({"command": ["jax-gpt", "train"]}, "needs ${args} once"),
         ({"command": ["${args}"]}, "needs ${args} once"),
@@ -197,6 +198,9 @@ def test_a_bad_file_is_refused_with_file_key_and_value(changes: dict[str, Any], 
         ({"distribution": "int_uniform", "min": 0.5, "max": 3}, "min = 0.5 must be a whole number"),
         ({"distribution": "q_uniform", "min": 1, "max": 2, "q": 0}, "q = 0 must be positive"),
         ({"distribution": "q_uniform", "min": 1, "max": 2, "q": 3}, "no multiple of q = 3"),
+        ({"min": 1, "max": 10**30}, "more than 9,007,199,254,740,992 values lie between"),
+        ({"distribution": "q_uniform", "min": 1, "max": 2, "q": 1e-300}, "values lie between"),
+        ({"distribution": "uniform", "min": 0, "max": 10**400}, "max = 1000"),
         ({"values": []}, "empty"),
         ({"values": 3}, "values = 3 must be a list"),
         ({"values": [1, [2]]}, "the value [2] must be a number"),
@@ -247,8 +251,9 @@ def test_how_many_trials_there_are() -> None:
     assert Sweep.from_dict(drawn | {"run_cap": 7}).trials(None) == 7
     with pytest.raises(InputError, match="give --trials, or run_cap"):
         Sweep.from_dict(drawn).trials(None)
-    with pytest.raises(InputError, match="--trials 0"):
-        Sweep.from_dict(drawn).trials(0)
+    for limit in (0, 10**9):
+        with pytest.raises(InputError, match=f"--trials {limit} must be at least 1 and at most 100,000"):
+            Sweep.from_dict(drawn).trials(limit)
 
 
 # ---------------------------------------------------------------------------------------------------- what is proposed
@@ -461,10 +466,37 @@ def test_a_folder_with_something_else_is_left_alone(trainer: Trainer) -> None:
     assert os.listdir(trainer.out) == ["thesis.tex"]
 
 
-def test_a_damaged_state_is_refused_by_name(trainer: Trainer) -> None:
+def test_a_setting_of_the_file_that_no_run_has_is_refused_before_any_trial(trainer: Trainer) -> None:
+    with pytest.raises(InputError, match="unknown setting 'nope'"):
+        trainer.run(parameters={"nope": {"values": [1, 2]}})
+    assert not trainer.out.exists()
+
+
+@pytest.mark.parametrize("content", ['{"sweep": ', "[]", '{"sweep": 1, "trials": []}', '{"sweep": {}, "trials": {}}'])
+def test_a_damaged_state_is_refused_by_name(content: str, trainer: Trainer) -> None:
     trainer.out.mkdir()
-    (trainer.out / "sweep.json").write_text('{"sweep": ')
+    (trainer.out / "sweep.json").write_text(content)
     with pytest.raises(InputError, match=r"sweep\.json: cannot be read"):
+        trainer.run()
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        (3, "expected a mapping of trial fields, found int"),
+        ({}, "has no number, a whole number of at least 0"),
+        ({"number": "0"}, "number = '0' must be a whole number"),
+        ({"number": -1}, "number = -1 must be a whole number"),
+        ({"number": 0, "parameters": []}, r"parameters = \[\] must be a mapping"),
+        ({"number": 0, "parameters": {"train.steps": [1]}}, "parameters = .* must be a mapping"),
+        ({"number": 0, "parameters": {}, "state": "over"}, "state = 'over' must be one of: started, done, failed"),
+        ({"number": 0, "parameters": {}, "value": "low"}, "value = 'low' must be a number or null"),
+    ],
+)
+def test_a_damaged_trial_is_refused_by_field(entry: object, told: str, trainer: Trainer) -> None:
+    trainer.run(trials=1)
+    (trainer.out / "sweep.json").write_text(json.dumps(trainer.state() | {"trials": [entry]}))
+    with pytest.raises(InputError, match=rf"sweep\.json: {told}"):
         trainer.run()
 
 
@@ -510,7 +542,9 @@ def test_the_command_fails_with_1_when_all_trials_do(trainer: Trainer) -> None:
         (["--set", "train.steps"], "--set train.steps: expected NAME=VALUE"),
         (["--set", "train.step=3"], "--set: unknown setting 'train.step'"),
         (["--set", "optimizer.learning_rate=3"], "the sweep tries values of optimizer.learning_rate itself"),
+        (["--set", "nope=1"], "--set: unknown setting 'nope'; at 'nope' known are: model, data"),
         (["--seed", "-1"], "--seed -1"),
+        (["--seed", str(2**64)], "--seed 18446744073709551616"),
     ],
 )
 def test_wrong_words_are_refused(
