@@ -21,8 +21,11 @@ _FOLLOWS: Any = None
 
 Position = Literal["learned", "rope"]
 
+LARGEST_VOCABULARY = 2**24
+"""Sixty times the largest in use."""
+
 _MOST = {
-    "vocab_size": 2**24,  # sixty times the largest vocabulary in use
+    "vocab_size": LARGEST_VOCABULARY,
     "context_length": 2**30,
     "sliding_window": 2**30,
     "n_layers": 10_000,  # ten times the deepest that was trained; every layer is some objects in memory

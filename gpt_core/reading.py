@@ -10,6 +10,7 @@ import re
 import stat
 import tokenize
 from collections import Counter
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,7 +80,7 @@ def is_folder(path: Path) -> bool:
     return mode is not None and stat.S_ISDIR(mode)
 
 
-def open_file(path: Path) -> IO[bytes]:
+def open_file(path: Path) -> BufferedReader:
     """Open a regular file to read its bytes.
 
     Raises:

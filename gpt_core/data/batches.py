@@ -9,7 +9,8 @@ from jaxtyping import Bool, Int32, Integer
 
 from gpt_core.data.order import Split, key_of, permute
 from gpt_core.data.prepared import PreparedTokens, Tokens
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, shown
+from gpt_core.sections import is_whole
 
 
 class Batch(TypedDict):
@@ -185,9 +186,11 @@ def check_identity(state: dict[str, Any], kind: str, identity: dict[str, Any]) -
         InputError: it was.
     """
     if state.get("kind") != kind:
-        raise InputError(f"the saved state of the data is of {state.get('kind')} batches, these are {kind}")
-    theirs = state.get("identity", {})
+        raise InputError(f"the saved state of the data is of {state.get('kind')!s:.40} batches, these are {kind}")
+    if not is_whole(state.get("step"), 0, 2**63 - 1):
+        raise InputError(f"the saved state of the data is damaged: its step is {shown(state.get('step'))}")
+    theirs = state["identity"] if isinstance(state.get("identity"), dict) else {}
     changed = [name for name in identity if theirs.get(name) != identity[name]]
     if changed:
-        differing = ", ".join(f"{name} {theirs.get(name)!r} against {identity[name]!r}" for name in changed)
+        differing = ", ".join(f"{name} {shown(theirs.get(name))} against {shown(identity[name])}" for name in changed)
         raise InputError(f"the saved state of the data does not fit: {differing}; go on with the saved values")

@@ -28,12 +28,15 @@ from gpt_core.data.sources import File, find_files
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_file, held_name, refuse_existing, remove, replace_directory
 from gpt_core.interrupts import uninterrupted
+from gpt_core.reading import read_json
+from gpt_core.sections import from_record, is_whole
 from gpt_core.tokenizer import Tokenizer, gpt2_tokenizer
 
 SHARD_BYTES = 64 << 20  # of text; about 32 MB of tokens
 _PIECE_BYTES = 1 << 20  # of text: what one worker takes at a time
 _PLAN_FILE, _RECORD = "plan.json", ".json"
 _FREE = {"on_error"}  # settings that another run may go on with: a shard's text tells whether it is the same
+_MOST_WORKERS = 1024
 
 # Is told the megabytes of text read since the last call, and those in all where they are known.
 Progress = Callable[[float, float | None], None]
@@ -117,8 +120,8 @@ def prepare(
             settings.
     """
     refuse_existing(destination, replace=_kept if force else None)
-    if workers < 1:
-        raise InputError(f"workers = {workers} must be a whole number of at least 1")
+    if not is_whole(workers, 1, _MOST_WORKERS):
+        raise InputError(f"workers = {workers} must be a whole number of at least 1 and at most {_MOST_WORKERS:,}")
     files = find_files(config.source)
     partial = partial_folder(destination)
     with held_name(destination):
@@ -211,14 +214,13 @@ def encode(tokenizer: Tokenizer, documents: list[bytes]) -> Tokens:
 def _begin(partial: Path, plan: dict[str, Any], *, force: bool) -> None:
     path = partial / _PLAN_FILE
     before = None
-    if path.is_file():
-        with suppress(ValueError):
-            before = json.loads(path.read_text(encoding="utf-8"))
+    with suppress(InputError):
+        before = read_json(path)
     if before == plan:
         return
-    theirs = before or {}
+    theirs = before if isinstance(before, dict) else {}
     differing = ", ".join(name for name in plan if plan[name] != theirs.get(name) and name not in _FREE)
-    complete = before is None and (partial / INDEX_FILE).is_file()  # it was replaced, and its end cut off
+    complete = not theirs and (partial / INDEX_FILE).is_file()  # it was replaced, and its end cut off
     if partial.exists() and differing:
         if not (force or complete) and _any_finished(partial):
             raise InputError(
@@ -260,9 +262,10 @@ def _record(partial: Path, text: _Text) -> Path:
 def _finished(partial: Path, text: _Text) -> Shard | None:
     """The shard of this text, if an earlier run wrote it whole."""
     try:
-        shard = Shard(**json.loads(_record(partial, text).read_text(encoding="utf-8")))
-        same = shard.text_sha256 == text.sha256 and file_sha256(partial / shard.file) == shard.sha256
-    except (OSError, ValueError, TypeError):
+        shard = from_record(Shard, read_json(_record(partial, text)), "shard", text.file)
+        same = (shard.file, shard.text_sha256) == (text.file, text.sha256)
+        same = same and file_sha256(partial / shard.file) == shard.sha256
+    except InputError:
         return None
     return shard if same else None
 

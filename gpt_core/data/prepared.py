@@ -6,19 +6,26 @@ followed by end-of-text. The index lists each shard with its tokens, documents, 
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Self, get_args
 
 import numpy as np
 from jaxtyping import Integer
 
+from gpt_core.config import LARGEST_VOCABULARY
 from gpt_core.data.order import Split
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, shown
+from gpt_core.reading import exists, is_version, open_file, parse_json, read_text, require_npy
+from gpt_core.sections import from_record
 
 INDEX_FILE, VERSION = "index.json", 1
+
+_LARGEST_INDEX = 256 << 20  # bytes; 300 for a shard of 16 million tokens
 
 Tokens = Integer[np.ndarray, " n"]
 
@@ -75,18 +82,41 @@ class Index:
             InputError: there is none, or it is damaged or of another version.
         """
         path = folder / INDEX_FILE
-        if not path.is_file():
+        if not exists(path):
             raise InputError(f"{folder}: no prepared tokens here; make them: gpt-data prepare SOURCE {folder}")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            kind, version = content.pop("format"), content.pop("version")
-            splits = {split: [Shard(**shard) for shard in content["splits"][split]] for split in get_args(Split)}
-            index = cls(**content | {"splits": splits})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); prepare the tokens again") from None
-        if (kind, version) != ("twingpt-tokens", VERSION):
-            raise InputError(f"{path}: is {kind} version {version}, not twingpt-tokens version {VERSION}")
+        damaged = f"{path}: damaged, prepare the tokens again"
+        content = parse_json(read_text(path, _LARGEST_INDEX), damaged)
+        if not isinstance(content, dict):
+            raise InputError(f"{damaged}: holds no fields")
+        kind, version = content.pop("format", None), content.pop("version", None)
+        if kind != "twingpt-tokens" or not is_version(version, VERSION):
+            raise InputError(f"{path}: is {shown(kind)} version {shown(version)}, not twingpt-tokens version {VERSION}")
+        splits = content.get("splits")
+        if isinstance(splits, dict):
+            content["splits"] = {
+                split: [from_record(Shard, shard, "shard", f"{damaged}: {split}") for shard in shards]
+                if isinstance(shards, list)
+                else shards
+                for split, shards in splits.items()
+            }
+        index = from_record(cls, content, "index", damaged)
+        index._require_sound(damaged)
         return index
+
+    def _require_sound(self, damaged: str) -> None:
+        if set(self.splits) != set(get_args(Split)):
+            raise InputError(f"{damaged}: splits must be {' and '.join(get_args(Split))}")
+        if not 0 <= self.end_of_text < self.vocab_size <= LARGEST_VOCABULARY:
+            raise InputError(f"{damaged}: vocab_size {self.vocab_size} with end_of_text {self.end_of_text}")
+        seen = set()
+        for shard in (shard for shards in self.splits.values() for shard in shards):
+            if Path(shard.file).name != shard.file or not shard.file.endswith(".npy"):
+                raise InputError(f"{damaged}: names {shown(shard.file)}, which is no .npy file of this folder")
+            if shard.file in seen:
+                raise InputError(f"{damaged}: names {shard.file} twice")
+            if not shard.tokens:
+                raise InputError(f"{damaged}: {shard.file} has no tokens")
+            seen.add(shard.file)
 
     @property
     def identity(self) -> str:
@@ -108,6 +138,7 @@ class PreparedTokens:
     """
 
     def __init__(self, folder: Path, split: Split, *, verify: bool = True) -> None:
+        self._folder = folder
         self.index = Index.read(folder)
         shards = self.index.splits[split]
         if not shards:
@@ -117,14 +148,18 @@ class PreparedTokens:
             )
         if verify:
             verify_shards(folder, shards)
-        self._shards = [_open(folder, shard) for shard in shards]
+        self._shards = [_map(folder, shard) for shard in shards]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def read(self, start: int, count: int) -> Tokens:
-        """Tokens `start` to `start + count`, or to the end where that comes first."""
+        """Tokens `start` to `start + count`, or to the end where that comes first.
+
+        Raises:
+            InputError: one is outside the vocabulary.
+        """
         stop = min(start + count, len(self))
         parts = []
         shard = int(np.searchsorted(self._ends, start, side="right"))
@@ -134,7 +169,13 @@ class PreparedTokens:
             parts.append(part)
             start += len(part)
             shard += 1
-        return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+        tokens = np.concatenate(parts) if parts else np.empty(0, np.uint16)
+        if len(tokens) and tokens.max() >= self.index.vocab_size:
+            raise InputError(
+                f"{self._folder}: damaged: token {tokens.max()} is outside the vocabulary of {self.index.vocab_size}; "
+                f"prepare the tokens again"
+            )
+        return tokens
 
     def chunks(self, size: int = 1 << 20) -> Iterator[Tokens]:
         """All tokens in order, a piece at a time."""
@@ -153,8 +194,13 @@ def verify_shards(folder: Path, shards: list[Shard], advance: Callable[[int], No
     Raises:
         InputError: one is missing or differs; names it.
     """
+
+    def sha256(shard: Shard) -> str:
+        with _open(folder, shard) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     with ThreadPoolExecutor() as pool:
-        for shard, found in zip(shards, pool.map(lambda shard: file_sha256(folder / shard.file), shards), strict=True):
+        for shard, found in zip(shards, pool.map(sha256, shards), strict=True):
             if found != shard.sha256:
                 raise InputError(f"{folder / shard.file}: damaged: {_AGAIN} (SHA-256 {found}, index {shard.sha256})")
             advance(1)
@@ -169,11 +215,8 @@ def file_sha256(path: Path) -> str:
     Raises:
         InputError: it cannot be read.
     """
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; prepare the tokens again") from None
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unigram_entropy(counts: Integer[np.ndarray, " vocab"]) -> float:
@@ -182,13 +225,28 @@ def unigram_entropy(counts: Integer[np.ndarray, " vocab"]) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _open(folder: Path, shard: Shard) -> Tokens:
+def _open(folder: Path, shard: Shard) -> BufferedReader:
+    """The file of a shard, of the size that the index says: what is larger or has no end is not read."""
     path = folder / shard.file
-    try:
-        size = path.stat().st_size
-        tokens: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}; prepare the tokens again") from None
-    if size != shard.bytes or tokens.shape != (shard.tokens,) or tokens.dtype.kind != "u":
-        raise InputError(f"{path}: damaged: does not hold the {shard.tokens} tokens of the index; prepare again")
+    if not exists(path):
+        raise InputError(f"{path}: cannot be read: no such file; prepare the tokens again")
+    file = open_file(path)
+    size = os.fstat(file.fileno()).st_size
+    if size != shard.bytes:
+        file.close()
+        raise InputError(f"{path}: damaged: has {size:,} bytes where the index says {shard.bytes:,}; prepare again")
+    return file
+
+
+def _map(folder: Path, shard: Shard) -> Tokens:
+    with _open(folder, shard) as file:
+        try:
+            shape, dtype = require_npy(file, shard.bytes)
+            tokens: Tokens = np.memmap(file, dtype, "r", offset=file.tell(), shape=shape)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder / shard.file}: cannot be read: {error}; prepare the tokens again") from None
+    if shape != (shard.tokens,) or dtype.kind != "u":
+        raise InputError(
+            f"{folder / shard.file}: damaged: does not hold the {shard.tokens} tokens of the index; prepare again"
+        )
     return tokens

@@ -1,20 +1,28 @@
 """Reading documents out of files, each error with its file and line."""
 
 import csv
-import json
+import io
+import lzma
+import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
 from gpt_core.data.config import OnError
 from gpt_core.data.sources import File
 from gpt_core.data.stdlib import topics
 from gpt_core.errors import InputError
+from gpt_core.reading import parse_json
 
 # A plain text file up to this many bytes is one document. A longer one is cut after the first blank line beyond it (or
 # after any line, beyond twice as many), so that no document is huge and a single long file still has two splits.
 TEXT_PART = 32 * 1024
+
+LONGEST = 16 << 20
+"""Bytes of a document, and of a line or a row that holds one: several times the longest book. In memory a line takes up
+to thirty times as much, and a compressed file may hold endless ones."""
 
 Document = tuple[int, bytes]  # number of the record in its file, text in UTF-8
 Wanted = Callable[[int], bool]
@@ -55,7 +63,7 @@ class Reader:
             for number, text in readers[file.format](file, wanted):
                 if text:
                     yield number, text
-        except (OSError, EOFError, ImportError, zlib.error) as error:
+        except (OSError, EOFError, ImportError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
             raise InputError(f"{file.name}: cannot be read: {error}") from None
 
     def _broken(self, where: str, why: str) -> None:
@@ -68,6 +76,9 @@ class Reader:
         for number, (first_line, part) in enumerate(_text_parts(_lines(file))):
             if not wanted(number):
                 continue
+            if part is None:
+                self._broken(f"{file.name}:{first_line}", f"the line {_TOO_LONG}")
+                continue
             try:
                 part.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -79,30 +90,35 @@ class Reader:
 
     def _json_lines(self, file: File, wanted: Wanted) -> Iterator[Document]:
         for number, line in enumerate(_lines(file)):
-            if not wanted(number) or not line.strip():
+            if not wanted(number) or (line is not None and not line.strip()):
                 continue
             where = f"{file.name}:{number + 1}"
+            if line is None:
+                self._broken(where, f"the line {_TOO_LONG}")
+                continue
             try:
-                record = json.loads(line.decode("utf-8"))
+                record = parse_json(line.decode("utf-8"), "not a JSON record")
             except UnicodeDecodeError as error:
                 self._broken(where, f"not valid UTF-8 ({error.reason})")
-            except (json.JSONDecodeError, RecursionError) as error:
-                self._broken(where, f"not a JSON record: {error}")
+            except InputError as error:
+                self._broken(where, str(error))
             else:
                 if not isinstance(record, dict):
                     self._broken(where, f"a record must be an object with fields, not {type(record).__name__}")
                 elif self.text_field not in record:
-                    self._broken(where, f"{self._no_field()}; it has: {', '.join(record) or 'none'}")
+                    self._broken(where, f"{self._no_field()}; it has: {_listed(record)}")
                 else:
                     yield from self._checked(number, record[self.text_field], where)
 
     def _csv(self, file: File, wanted: Wanted) -> Iterator[Document]:
-        csv.field_size_limit(2**31 - 1)
-        rows = csv.reader(_decoded(file), delimiter="\t" if file.format == "tsv" else ",", strict=True)
+        csv.field_size_limit(LONGEST)
+        decoded = _Decoded(file)
+        rows = csv.reader(decoded, delimiter="\t" if file.format == "tsv" else ",", strict=True)
         header: list[str] | None = None
         number = 0
         while True:
             where = f"{file.name}:{rows.line_num + 1}"
+            decoded.of_row = 0
             try:
                 row = next(rows, None)
             except csv.Error as error:
@@ -112,7 +128,7 @@ class Reader:
             if header is None:
                 header = row
                 if self.text_field not in header:
-                    raise InputError(f"{where}: {self._no_field()}; its columns are: {', '.join(header)}")
+                    raise InputError(f"{where}: {self._no_field()}; its columns are: {_listed(header)}")
                 column = header.index(self.text_field)
                 continue
             number += 1
@@ -132,15 +148,21 @@ class Reader:
         assert file.open is not None
         try:
             with file.open() as stream:
-                table = parquet.ParquetFile(stream)
+                # Page by page: a row group may be as large as the file. Few rows at a time: a text that repeats is
+                # stored once, and stands in memory as often as it is repeated.
+                table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
                 if self.text_field not in table.schema_arrow.names:
-                    columns = ", ".join(table.schema_arrow.names)
+                    columns = _listed(table.schema_arrow.names)
                     raise InputError(f"{file.name}: {self._no_field()}; its columns are: {columns}")
                 number = 0
-                for batch in table.iter_batches(batch_size=1024, columns=[self.text_field]):
+                for batch in table.iter_batches(batch_size=16, columns=[self.text_field]):
                     for value in batch.column(0):
                         if wanted(number):
-                            yield from self._checked(number, value.as_py(), f"{file.name}: row {number + 1}")
+                            where = f"{file.name}: row {number + 1}"
+                            if isinstance(value, pyarrow.BinaryScalar) and len(value.as_buffer() or b"") > LONGEST:
+                                self._broken(where, f"field {self.text_field!r} {_TOO_LONG}")
+                            else:
+                                yield from self._checked(number, value.as_py(), where)
                         number += 1
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise InputError(f"{file.name}: not a valid Parquet file: {error}") from None
@@ -158,7 +180,7 @@ class Reader:
                     continue
                 where = f"{file.name}: row {number + 1}"
                 if self.text_field not in record:
-                    raise InputError(f"{where}: {self._no_field()}; it has: {', '.join(record)}")
+                    raise InputError(f"{where}: {self._no_field()}; it has: {_listed(record)}")
                 yield from self._checked(number, record[self.text_field], where)
         except InputError:
             raise
@@ -179,33 +201,74 @@ class Reader:
             self._broken(where, f"field {self.text_field!r} must be text, not {type(text).__name__}")
             return
         try:
-            yield number, text.encode("utf-8")
+            document = text.encode("utf-8")
         except UnicodeEncodeError as error:
             self._broken(where, f"field {self.text_field!r} is no valid Unicode ({error.reason})")
+            return
+        if len(document) > LONGEST:
+            self._broken(where, f"field {self.text_field!r} {_TOO_LONG}")
+        else:
+            yield number, document
 
 
-def _lines(file: File) -> Iterator[bytes]:
-    """The lines of a file as bytes, ends kept, without a byte order mark."""
+_TOO_LONG = f"has more than {LONGEST >> 20} MiB; cut it into shorter ones"
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names for a message, the first of many."""
+    some = [name[:40] for name in islice(names, 21)]
+    return ", ".join([*some[:20], *(["..."] if len(some) > 20 else [])]) or "none"
+
+
+def _lines(file: File) -> Iterator[bytes | None]:
+    """The lines of a file as bytes, ends kept, without a byte order mark; None for one that is too long."""
     assert file.open is not None
-    with file.open() as stream:
-        first = next(iter(stream), b"")
-        yield first.removeprefix(b"\xef\xbb\xbf")
-        yield from stream
+    mark = b"\xef\xbb\xbf"
+    with io.BufferedReader(cast(io.RawIOBase, file.open()), 1 << 16) as stream:
+        while line := stream.readline(LONGEST + 1):
+            line, mark = line.removeprefix(mark), b""
+            if len(line) > LONGEST:
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(LONGEST)
+                yield None
+            else:
+                yield line
 
 
-def _decoded(file: File) -> Iterator[str]:
-    for number, line in enumerate(_lines(file), start=1):
+class _Decoded(Iterator[str]):
+    """The lines of a file as text, of which no row of CSV may have endlessly many.
+
+    Args:
+        file: In UTF-8.
+    """
+
+    def __init__(self, file: File) -> None:
+        self.of_row = 0
+        """Bytes given since the reader set it to 0."""
+        self._file, self._lines = file, enumerate(_lines(file), start=1)
+
+    def __next__(self) -> str:
+        number, line = next(self._lines)
+        self.of_row += LONGEST + 1 if line is None else len(line)
+        if line is None or self.of_row > LONGEST:
+            raise InputError(f"{self._file.name}:{number}: the row {_TOO_LONG}")
         try:
-            yield line.decode("utf-8")
+            return line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"{file.name}:{number}: not valid UTF-8 ({error.reason})") from None
+            raise InputError(f"{self._file.name}:{number}: not valid UTF-8 ({error.reason})") from None
 
 
-def _text_parts(lines: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Plain text cut into documents, each with the number of its first line."""
+def _text_parts(lines: Iterator[bytes | None]) -> Iterator[tuple[int, bytes | None]]:
+    """Plain text cut into documents, each with the number of its first line; None for a line that is too long."""
     part: list[bytes] = []
     size, first = 0, 1
     for number, line in enumerate(lines, start=1):
+        if line is None:
+            if part:
+                yield first, b"".join(part)
+            yield number, None
+            part, size, first = [], 0, number + 1
+            continue
         part.append(line)
         size += len(line)
         if size >= 2 * TEXT_PART or (size >= TEXT_PART and not line.strip()):

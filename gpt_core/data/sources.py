@@ -5,15 +5,19 @@ installed.
 """
 
 import io
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
 import fsspec
+from fsspec.core import OpenFile, get_compression
+from fsspec.implementations.local import LocalFileSystem
 
 from gpt_core.data.stdlib import prose, python_files
 from gpt_core.errors import InputError
+from gpt_core.reading import exists
 
 Format = Literal["text", "jsonl", "csv", "tsv", "parquet", "dataset", "topics"]
 
@@ -65,7 +69,7 @@ def find_files(source: str) -> list[File]:
     """
     if source == "stdlib":
         library = [
-            File(str(path), "text", *2 * (path.stat().st_size,), open=_opener(str(path)), skip_if_not_utf8=True)
+            replace(_file(str(path), LocalFileSystem(), str(path), path.stat().st_size), skip_if_not_utf8=True)
             for path in python_files()
         ]
         return [File("pydoc_data.topics", "topics", size=len(prose())), *library]
@@ -73,12 +77,14 @@ def find_files(source: str) -> list[File]:
         return [File(source, "dataset")]
     try:
         found = _find(source)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         raise InputError(f"{source}: cannot be read: {error}") from None
-    empty = [name for name, size in found if size == 0]
+    empty = [file.name for file in found if file.stored == 0]
     if empty:
         raise InputError(f"{empty[0]}: is empty; remove it or choose another source")
-    return [_file(name, size) for name, size in found]
+    return found
 
 
 def format_of(name: str) -> Format | None:
@@ -87,43 +93,60 @@ def format_of(name: str) -> Format | None:
     return FORMATS.get((path.with_suffix("") if path.suffix in COMPRESSED else path).suffix)
 
 
-def _find(source: str) -> list[tuple[str, int | None]]:
-    file_system, path = fsspec.core.url_to_fs(source)
-    local = "://" not in source
+def _find(source: str) -> list[File]:
+    remote = "://" in source
+    if remote and "::" in source:
+        raise InputError(f"{source}: chained addresses (::) are not read; give one that says itself where the text is")
+    file_system, path = fsspec.core.url_to_fs(source) if remote else _local(source)
 
-    def named(entry: dict[str, Any]) -> tuple[str, int | None]:
-        return (entry["name"] if local else file_system.unstrip_protocol(entry["name"])), entry.get("size")
+    def file(entry: dict[str, Any], name: str = "") -> File:
+        found = entry["name"]
+        name = name or (file_system.unstrip_protocol(found) if remote else found)
+        return _file(name, file_system, found, entry.get("size"))
 
-    if any(sign in source for sign in "*?["):
-        entries = [entry for entry in file_system.glob(path, detail=True).values() if entry["type"] == "file"]
-        if not entries:
-            raise InputError(f"{source}: no file matches")
-    elif file_system.isdir(path):
+    if file_system.isfile(path):  # whatever signs its name has
+        return [file(file_system.info(path), source)]
+    if file_system.isdir(path):
         below = file_system.find(path, detail=True)
         entries = [entry for name, entry in below.items() if format_of(name) and not _hidden(name[len(path) :])]
-        if not entries:
+        if not any(map(_is_file, entries)):
             known = " ".join([*FORMATS, *sorted(COMPRESSED)])
             raise InputError(f"{source}: no file here has one of the known endings: {known}")
+    elif any(sign in source for sign in "*?["):
+        entries = list(file_system.glob(path, detail=True).values())
+        if not any(map(_is_file, entries)):
+            raise InputError(f"{source}: no file matches")
     elif file_system.exists(path):
-        return [(source, file_system.info(path).get("size"))]
+        raise InputError(f"{source}: is a device or a pipe, not a file")
     else:
         raise InputError(f"{source}: no such file or folder; for a Hugging Face dataset write hf:NAME")
-    return sorted(named(entry) for entry in entries)
+    return sorted((file(entry) for entry in entries if _is_file(entry)), key=lambda file: file.name)
+
+
+def _local(source: str) -> tuple[LocalFileSystem, str]:
+    exists(Path(source))  # raises for a name that no file can have, of which fsspec says nothing
+    return LocalFileSystem(), LocalFileSystem._strip_protocol(source)
+
+
+def _is_file(entry: dict[str, Any]) -> bool:
+    """Whether an entry of a listing is a file or a link to one; devices and pipes have no end."""
+    return entry["type"] == "file" or (entry.get("islink", False) and os.path.isfile(entry["name"]))
 
 
 def _hidden(name: str) -> bool:
     return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
-def _file(name: str, size: int | None) -> File:
+def _file(name: str, file_system: Any, path: str, size: int | None) -> File:
     file_format = format_of(name) or "text"
     plain = PurePosixPath(name).suffix not in COMPRESSED and file_format != "parquet"
-    return File(name, file_format, size=size if plain else None, stored=size, open=_opener(name))
+    return File(name, file_format, size=size if plain else None, stored=size, open=_opener(name, file_system, path))
 
 
-def _opener(name: str) -> Callable[[], IO[bytes]]:
+def _opener(name: str, file_system: Any, path: str) -> Callable[[], IO[bytes]]:
+    """Opens exactly this path: `fsspec.open` would take signs in its name for a pattern again."""
     if not name.endswith(".zst"):
-        return lambda: fsspec.open(name, "rb", compression="infer").open()
+        return lambda: OpenFile(file_system, path, "rb", get_compression(path, "infer")).open()
 
     def open_zstandard() -> IO[bytes]:
         # fsspec's own way stops without a word after the first of several frames, and where a file was cut off.
@@ -131,7 +154,7 @@ def _opener(name: str) -> Callable[[], IO[bytes]]:
             import pyarrow
         except ImportError:
             raise InputError(f"{name}: .zst needs pyarrow: pip install 'twingpt[data]'") from None
-        compressed = pyarrow.PythonFile(fsspec.open(name, "rb").open(), mode="r")
+        compressed = pyarrow.PythonFile(OpenFile(file_system, path, "rb").open(), mode="r")
         return io.BufferedReader(pyarrow.CompressedInputStream(compressed, "zstd"))
 
     return open_zstandard

@@ -25,6 +25,7 @@ from gpt_core.data.prepared import Tokens
 from gpt_core.data.records import Reader
 from gpt_core.data.sources import File, find_files
 from gpt_core.errors import InputError
+from gpt_core.sections import from_record
 from gpt_core.tokenizer import gpt2_tokenizer
 
 # With this many files for each stream whole files are dealt, so that no file is read by two; with fewer, records.
@@ -225,12 +226,14 @@ class StreamedBatches:
         """
         check_identity(state, "streamed", self._identity)
         mine = self.initial_state()["places"]
-        missing = [name for name in mine if name not in state["places"]]
+        saved = state["places"] if isinstance(state.get("places"), dict) else {}
+        missing = [name for name in mine if name not in saved]
         if missing:
             raise InputError(f"the state of the data lacks stream {missing[0]}; merge the states of all hosts first")
-        if all(place == asdict(Place()) for place in state["places"].values()):
+        if all(place == asdict(Place()) for place in saved.values()):
             self._require_one_context()
-        streams = {int(name): _Stream(self._text, int(name), Place(**state["places"][name])) for name in mine}
+        begin = {name: from_record(Place, saved[name], "place", "the saved state of the data") for name in mine}
+        streams = {int(name): _Stream(self._text, int(name), place) for name, place in begin.items()}
         for step in range(state["step"], 2**63):
             windows = {}
             for row in range(self._batch_size):  # every row of a stream moves it on, whichever host wants the row

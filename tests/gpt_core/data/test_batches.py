@@ -119,6 +119,17 @@ def test_a_state_of_other_settings_is_refused(make: Make) -> None:
                 next(batches)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"step": "3"}, {"step": -1}, {"step": True}, {"identity": []}, {"places": []}, {"places": {"0": {"epoch": "x"}}}],
+)
+def test_a_damaged_state_is_refused(damage: dict[str, Any], make: Make) -> None:
+    state = take(make(), 3)[1]
+    if damage.keys() <= state.keys():
+        with pytest.raises(InputError, match="state of the data"):
+            take(make(), 1, state | damage)
+
+
 def test_an_epoch_of_prepared_tokens_reads_each_window_once(prepared: Path) -> None:
     tokens = PreparedTokens(prepared, "train")
     windows = (len(tokens) - 1) // CONTEXT

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,116 @@ def test_a_missing_or_damaged_index_is_named(copy: Path, tmp_path: Path) -> None
         (copy / "index.json").write_text(damaged)
         with pytest.raises(InputError, match=r"index.json: damaged"):
             Index.read(copy)
+
+
+def change_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads((folder / "index.json").read_text())
+    change(content)
+    (folder / "index.json").write_text(json.dumps(content))
+
+
+SHARDS = "splits", "train", 0
+
+
+def put(value: object, *place: str | int) -> Callable[[dict[str, Any]], object]:
+    def change(content: Any) -> None:
+        for part in place[:-1]:
+            content = content[part]
+        content[place[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (put("../outside.npy", *SHARDS, "file"), "names '../outside.npy', which is no .npy file of this folder"),
+        (put("/etc/passwd", *SHARDS, "file"), "names '/etc/passwd', which is no .npy file"),
+        (put("index.json", *SHARDS, "file"), "names 'index.json', which is no .npy file"),
+        (put("..", *SHARDS, "file"), "names '..'"),
+        (put("train-00001.npy", *SHARDS, "file"), "names train-00001.npy twice"),
+        (put("train-00000.npy", "splits", "validation", 0, "file"), "names train-00000.npy twice"),
+        (put(0, *SHARDS, "tokens"), "train-00000.npy has no tokens"),
+        (put(-1, *SHARDS, "tokens"), "train: tokens = -1 must be a whole number of at least 0"),
+        (put(True, *SHARDS, "documents"), "train: documents = True must be"),
+        (put("7", *SHARDS, "bytes"), "train: bytes = '7' must be"),
+        (put(1, *SHARDS, "sha256"), "train: sha256 = 1 must be a text"),
+        (put(1, *SHARDS, "more"), "train: unknown shard field 'more'"),
+        (put({}, *SHARDS), "train: has no file, a text"),
+        (put("all", "splits", "train"), "splits = {'train': 'all'"),
+        (put([], "splits", "test"), "splits = "),
+        (put([], "splits"), r"splits = [] must be a mapping"),
+        (lambda content: content["splits"].pop("validation"), "splits must be train and validation"),
+        (put(10**12, "vocab_size"), "vocab_size 1000000000000"),
+        (put(50257, "end_of_text"), "end_of_text 50257"),
+        (put(1.5, "skipped"), "skipped = 1.5 must be"),
+        (lambda content: content.pop("settings"), "has no settings"),
+    ],
+)
+def test_an_index_that_says_what_cannot_be_is_refused_by_field(
+    change: Callable[[dict[str, Any]], object], told: str, copy: Path
+) -> None:
+    change_index(copy, change)
+    with pytest.raises(InputError) as caught:
+        PreparedTokens(copy, "train")
+    assert str(caught.value).startswith(f"{copy / 'index.json'}: damaged, prepare the tokens again: ")
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("version", [True, 1.0, 2, "1", None])
+def test_an_index_of_another_version_is_refused(version: object, copy: Path) -> None:
+    change_index(copy, put(version, "version"))
+    with pytest.raises(InputError, match=f"version {version!r}, not twingpt-tokens version 1"):
+        Index.read(copy)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_shard_that_is_no_file_or_of_another_size_is_not_read(verify: bool, copy: Path) -> None:
+    path = copy / "train-00001.npy"
+    for place, told in ((Path("/dev/zero"), "a device or a pipe"), (path, "a link to itself"), (copy, "is a folder")):
+        path.unlink()
+        path.symlink_to(place)
+        with pytest.raises(InputError, match=told):
+            PreparedTokens(copy, "train", verify=verify)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # would take minutes to hash
+    with pytest.raises(InputError, match="has 1,099,511,627,776 bytes where the index says"):
+        PreparedTokens(copy, "train", verify=verify)
+
+
+def test_a_shard_whose_header_promises_more_than_there_is_is_refused(copy: Path) -> None:
+    path = copy / "train-00000.npy"
+    content = path.read_bytes()
+    shape = re.search(rb"\((\d+),\)", content)
+    assert shape is not None
+    path.write_bytes(content.replace(shape[1], b"9" * len(shape[1]), 1))
+    with pytest.raises(InputError, match=r"train-00000\.npy: cannot be read: uint16 .* bytes of data"):
+        PreparedTokens(copy, "train", verify=False)
+
+
+def test_a_token_outside_the_vocabulary_is_refused(copy: Path) -> None:
+    change_index(copy, lambda content: content.update(vocab_size=100, end_of_text=99))
+    with pytest.raises(InputError, match="is outside the vocabulary of 100; prepare the tokens again"):
+        PreparedTokens(copy, "train").read(0, 100)
+
+
+def test_damaged_records_of_an_interrupted_run_are_made_again(
+    prepared: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(source=str(corpus), validation_fraction=0.1)
+    partial = interrupted(config, tmp_path / "tokens", monkeypatch)
+    for number, content in enumerate(("[]", '{"file": "/etc/passwd"}', "[" * 10_000)):
+        (partial / f"train-0000{number}.npy.json").write_text(content)
+    assert prepare(config, tmp_path / "tokens", shard_bytes=SHARD).reused > 0
+    assert files(tmp_path / "tokens") == files(prepared)
+
+
+@pytest.mark.parametrize("workers", [0, -1, 10**9])
+def test_a_number_of_workers_that_cannot_be_is_refused(workers: int, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"workers = {workers} must be a whole number of at least 1 and at most 1,024"):
+        prepare(DataConfig(source=str(corpus)), tmp_path / "tokens", workers=workers)
+    assert not list(tmp_path.iterdir())
 
 
 def test_reading_crosses_shards(prepared: Path) -> None:

@@ -1,6 +1,8 @@
 import csv
 import gzip
 import json
+import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from gpt_core.data import records
 from gpt_core.data.records import TEXT_PART, Reader
 from gpt_core.data.sources import find_files
 from gpt_core.errors import InputError
@@ -108,6 +111,28 @@ def test_globs_folders_and_urls(tmp_path: Path) -> None:
     assert read("memory://bucket") == read("memory://bucket/*.txt") == ["remote"]
 
 
+def test_a_name_with_signs_is_that_file(tmp_path: Path) -> None:
+    names = ("a[1].txt", "a1.txt", "what?.txt", "b*.txt", "x::y.txt")
+    for name in names:
+        (tmp_path / name).write_text(name)
+    for name in names:
+        assert read(tmp_path / name) == [name]
+    for name in names[:-1]:
+        assert read(f"file://{tmp_path}/{name}") == [name]
+    assert read(tmp_path) == sorted(names)
+    assert read(tmp_path / "a*.txt") == ["a1.txt", "a[1].txt"]
+    assert read(tmp_path / "a[1].*") == ["a1.txt"]  # no file of this name: a pattern
+
+
+def test_a_folder_gives_files_and_links_to_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert read(tmp_path) == read(tmp_path / "*.txt") == ["a", "a"]
+
+
 def test_a_long_text_is_cut_at_blank_lines_and_loses_nothing(tmp_path: Path) -> None:
     text = "".join(f"{i} some words of text\n" + "\n" * (i % 5 == 0) for i in range(20_000))
     (tmp_path / "a.txt").write_text(text)
@@ -130,6 +155,9 @@ BROKEN = {
     "type": (b'{"text": 7}', "field 'text' must be text, not int"),
     "record": (b"[1]", "a record must be an object with fields, not list"),
     "bytes": (b'{"text": "\xff"}', "not valid UTF-8"),
+    "twice": (b'{"text": "a", "text": "b"}', "not a JSON record: 'text' stands there twice"),
+    "deep": (b"[" * 100_000, "not a JSON record: more than 100 levels"),
+    "digits": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "not a JSON record: a number of 5,000 digits"),
     "unicode": (rb'{"text": "\ud800"}', "field 'text' is no valid Unicode"),
 }
 
@@ -188,6 +216,12 @@ def test_broken_parquet_is_refused(tmp_path: Path) -> None:
         (".", "no file here has one of the known endings: .txt"),
         ("empty.txt", "is empty"),
         ("nonsense://x", "cannot be read: .*nonsense"),
+        ("zip://x::/etc/passwd", "chained addresses"),
+        ("zip://x", "cannot be read"),
+        ("/dev/zero", "is a device or a pipe"),
+        ("file:///dev/zero", "is a device or a pipe"),
+        ("loop", "is a link to itself"),
+        ("n" * 300, "the name is too long"),
     ],
 )
 def test_missing_and_empty_sources_are_named(
@@ -196,6 +230,8 @@ def test_missing_and_empty_sources_are_named(
     monkeypatch.chdir(tmp_path)
     if source == "empty.txt":
         (tmp_path / source).touch()
+    if source == "loop":
+        (tmp_path / source).symlink_to(source)
     with pytest.raises(InputError, match=f"{source.replace('*', r'[*]')}: {message}"):
         find_files(source)
 
@@ -211,3 +247,66 @@ def test_hugging_face_datasets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> 
     assert read("hf:owner/name:small") == DOCUMENTS
     with pytest.raises(InputError, match="hf:other: cannot be read from the Hugging Face hub: ConnectionError"):
         read("hf:other")
+
+
+# ------------------------------------------------------------------------------------------------------------- bounds
+
+LIMIT = 1 << 18
+
+
+@pytest.fixture
+def short_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 KiB in place of the bound, so that what is beyond it takes no time."""
+    monkeypatch.setattr(records, "LONGEST", LIMIT)
+
+
+LONG = {
+    "endless.txt": b"\0" * 64 * LIMIT,
+    "endless.jsonl": b'{"text": "' + b"x" * 64 * LIMIT,
+    "row.csv": b'text\n"' + b"a line of a field\n" * LIMIT,
+    "fields.csv": b"text\n" + b"a" * 64 * LIMIT,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_an_endless_line_or_row_is_refused_in_little_memory(
+    name: str, compressed: bool, short_records: None, tmp_path: Path
+) -> None:
+    path = tmp_path / (f"{name}.gz" if compressed else name)
+    path.write_bytes(gzip.compress(LONG[name], 1) if compressed else LONG[name])
+    tracemalloc.start()
+    with pytest.raises(InputError, match=rf"{path.name}:\d+: .*(more than|larger than)"):
+        read(path)
+    assert tracemalloc.get_traced_memory()[1] < 8 * LIMIT
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_line_that_is_too_long_can_be_skipped(ending: str, short_records: None, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) if ending == "jsonl" else text for text in ("first", "x" * 3 * LIMIT, "last")]
+    (tmp_path / f"a.{ending}").write_text("\n".join(lines))
+    (file,) = find_files(str(tmp_path / f"a.{ending}"))
+    reader = Reader(on_error="skip")
+    assert [text.strip() for _, text in reader.documents(file)] == [b"first", b"last"]
+    assert (reader.skipped, reader.first_skipped) == (
+        1,
+        f"{file.name}:2: the line has more than 16 MiB; cut it into shorter ones",
+    )
+
+
+def test_a_text_that_a_column_repeats_is_stored_and_read_once_at_a_time(short_records: None, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["x" * LIMIT] * 300}), path)
+    assert path.stat().st_size < 3 * LIMIT
+    (file,) = find_files(str(path))
+    before = pyarrow.default_memory_pool().max_memory()
+    assert sum(len(text) for _, text in Reader().documents(file)) == 300 * LIMIT
+    assert pyarrow.default_memory_pool().max_memory() - before < 100 * LIMIT
+    parquet.write_table(pyarrow.table({"text": ["x" * (LIMIT + 1)]}), path)
+    with pytest.raises(InputError, match=r"a.parquet: row 1: field 'text' has more than"):
+        read(path)
+
+
+def test_the_bound_is_beyond_any_book() -> None:
+    assert records.LONGEST == 16 << 20
