@@ -115,7 +115,7 @@ def read_text(path: Path, limit: int) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot be read: not UTF-8 at byte {error.start:,} ({error.reason})") from None
+        raise InputError(f"{path}: cannot be read as UTF-8 text: {error.reason} at byte {error.start:,}") from None
 
 
 def read_json(path: Path, limit: int = LARGEST_JSON) -> Any:
@@ -264,6 +264,8 @@ def require_npy(file: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype[A
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
+    except ValueError as error:  # which NumPy may say in several lines, with all of the header
+        raise ValueError(f"{error}".splitlines()[0][:120]) from None
     except (SyntaxError, TypeError, tokenize.TokenError, RecursionError, MemoryError):  # of Python's own parser
         raise ValueError("no header of a .npy file") from None
     if dtype.hasobject:

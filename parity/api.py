@@ -87,9 +87,12 @@ def load_record(path: Path) -> Record:
         raise InputError(
             f"{path}: was not written by Record.save; compare records of checkpoints with `parity compare`"
         )
-    members = {site: f"site:{site}" for site in stored.metadata["sites"]}
+    members = {site: f"site:{site}" for site in stored.listed("sites")}
     stored.require(members.values())
-    return Record(_Restored(stored.arrays(members), stored.metadata["dtypes"]), stored.metadata["framework"])
+    dtypes = stored.metadata.get("dtypes")
+    if not isinstance(dtypes, dict) or members.keys() - dtypes:
+        raise InputError(f"{path}: its metadata does not say the dtypes of its sites; save it again")
+    return Record(_Restored(stored.arrays(members), dtypes), str(stored.metadata.get("framework")))
 
 
 def record_torch(module: "torch.nn.Module", inputs: Any, sites: Sequence[str] | None = None) -> Record:

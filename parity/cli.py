@@ -245,6 +245,7 @@ def _add_inputs(command: ArgumentParser) -> None:
 def _check(options: Namespace) -> int:
     if len(options.checkpoints) not in (0, 2):
         raise InputError(f"check takes no checkpoint (the grid) or two, not {len(options.checkpoints)}")
+    _require_report_folder(options)
     started = time.perf_counter()
     if options.checkpoints:
         results, found = _check_two(options)
@@ -252,6 +253,13 @@ def _check(options: Namespace) -> int:
         results, found = (_check_hugging_face if options.hugging_face else _check_the_grid)(options)
     title = _PEER_TITLE if options.hugging_face else _attention_title(options)
     return _report(options, results, found, time.perf_counter() - started, title)
+
+
+def _require_report_folder(options: Namespace) -> None:
+    from parity.report import require_report_folder
+
+    if options.out is not None:
+        require_report_folder(options.out)
 
 
 def _report(
@@ -437,6 +445,7 @@ def _verify(options: Namespace) -> int:
 
     if options.new_tokens < 0:
         raise InputError(f"--new-tokens {options.new_tokens} must be at least 0")
+    _require_report_folder(options)
     started = time.perf_counter()
     dtypes = [dtype for dtype in _PEER_DTYPES if dtype in options.dtype]
     with ExitStack() as stack, progress() as bar:
@@ -514,6 +523,7 @@ def _compare(options: Namespace) -> int:
     from parity.offline import compare_records, open_checkpoint_record, print_comparison, record_pairs, write_json
     from parity.report import print_verdict, report
 
+    _require_report_folder(options)
     started = time.perf_counter()
     results, sources = [], []
     pairs = record_pairs(options.a, options.b)

@@ -1,7 +1,7 @@
 """`parity compare`: two records against each other, with no checkpoint, no framework and nothing but NumPy."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt_core.config import ModelConfig, differing_fields
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, shown
 from gpt_core.files import atomic_file
+from gpt_core.parameters import parameter_table
+from gpt_core.reading import exists, is_folder
+from gpt_core.sites import model_sites
 from parity.checks import CheckResult
 from parity.checks.activations import check_activations
 from parity.checks.gradients import check_gradients
@@ -81,15 +84,20 @@ def open_checkpoint_record(path: Path) -> CheckpointRecord:
     for name, kind in _FIELDS.items():
         if not isinstance(metadata.get(name), kind):
             raise InputError(f"{path}: its metadata has no {name}; record it again with `parity record`")
+    sites, of_gradients = stored.listed("sites"), stored.listed("gradients")
     if ("logits", metadata["dtype"]) not in TOLERANCE:
-        raise InputError(f"{path}: was computed in {metadata['dtype']!r}, for which there are no bounds")
+        raise InputError(f"{path}: was computed in {shown(metadata['dtype'])}, for which there are no bounds")
     config = ModelConfig.from_dict(metadata["config"], source=f"{path}: config")
-    members = {site: f"site:{site}" for site in metadata["sites"]}
+    _require_known(path, "site", sites, model_sites(config))
+    _require_known(path, "gradient", of_gradients, parameter_table(config))
+    members = {site: f"site:{site}" for site in sites}
     if members:
         members["logits"] = "logits"
-    gradients = {name: f"gradient:{name}" for name in metadata["gradients"]}
+    gradients = {name: f"gradient:{name}" for name in of_gradients}
     expected = ["tokens", *(["loss"] if gradients else []), *gradients.values(), *members.values(), "logits"]
     stored.require(expected)
+    headers = {name: stored.header(name) for name in expected}
+    _require_arrays(path, headers, config)
     if hash_tokens(stored.read("tokens")) != metadata["tokens_sha256"]:
         raise InputError(f"{path}: its tokens are not those that were hashed; record it again")
     return CheckpointRecord(
@@ -98,9 +106,31 @@ def open_checkpoint_record(path: Path) -> CheckpointRecord:
         config,
         stored.arrays(members),
         stored.arrays(gradients),
-        {name: stored.shape(name) for name in expected},
+        {name: shape for name, (shape, _) in headers.items()},
         stored,
     )
+
+
+def _require_known(path: Path, kind: str, names: Sequence[str], known: Container[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"{path}: announces the {kind} {shown(unknown[0])}, which its config does not have")
+
+
+def _require_arrays(path: Path, headers: Mapping[str, tuple[tuple[int, ...], Any]], config: ModelConfig) -> None:
+    """Refuse arrays that `parity record` does not write: whole numbers in place of floats, other axes."""
+    for name, (_, dtype) in headers.items():
+        if dtype.kind not in ("iu" if name == "tokens" else "f") or dtype.itemsize > 8:
+            wanted = "whole numbers" if name == "tokens" else "floats of at most 64 bits"
+            raise InputError(f"{path}: {name} are {dtype}, not {wanted}; record it again with `parity record`")
+    tokens = headers["tokens"][0]
+    shapes = {"logits": [*tokens, config.vocab_size], "loss": []} if len(tokens) == 2 and min(tokens) else {}
+    wrong = [name for name in shapes.keys() & headers if list(headers[name][0]) != shapes[name]]
+    if not shapes or wrong:
+        name = wrong[0] if shapes else "tokens"
+        raise InputError(
+            f"{path}: {name} of shape {list(headers[name][0])}, expected {shapes.get(name, '[batch, time]')}"
+        )
 
 
 def compare_records(
@@ -185,12 +215,12 @@ def record_pairs(a: Path, b: Path) -> list[tuple[str, Path, Path]]:
     Raises:
         InputError: one is a folder of records and the other is not, or they do not hold the same names.
     """
-    folders = [path.is_dir() and not _is_record(path) for path in (a, b)]
+    folders = [is_folder(path) and not _is_record(path) for path in (a, b)]
     if not any(folders):
         return [("", a, b)]
     if not all(folders):
         single, folder = (b, a) if folders[0] else (a, b)
-        if not single.exists():
+        if not exists(single):
             raise InputError(f"{single}: no such file or folder")
         raise InputError(f"{folder} is a folder of records and {single} is one record; give two of a kind")
     ours, theirs = ({path.name for path in folder.iterdir() if _is_record(path)} for folder in (a, b))

@@ -7,8 +7,8 @@ NumPy does not know (bf16) are stored as fp32, which holds every one of them exa
 
 import hashlib
 import json
+import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +16,19 @@ from typing import IO, Any
 
 import numpy as np
 
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, shown
 from gpt_core.files import atomic_directory, atomic_file, refuse_existing
 from gpt_core.hashing import hash_array
+from gpt_core.reading import (
+    LARGEST_JSON,
+    exists,
+    is_folder,
+    is_version,
+    open_file,
+    parse_json,
+    require_npy,
+    unreadable,
+)
 from parity.compare import Array
 
 VERSION = 1
@@ -94,8 +104,9 @@ class StoredRecord:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._is_folder = path.is_dir()
-        self.names = self._members() - {_METADATA}
+        self._is_folder = is_folder(path)
+        self._stored = self._members()
+        self.names = self._stored - {_METADATA}
         self.metadata = self._read_metadata()
 
     def read(self, name: str) -> Array:
@@ -104,19 +115,32 @@ class StoredRecord:
         Raises:
             InputError: it is missing or damaged.
         """
-        with self._open(name) as file:
+        with self._open(name) as (file, size):
+            require_npy(file, size)
+            file.seek(0)
             return np.lib.format.read_array(file, allow_pickle=False)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of an array, which is not read.
+    def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and dtype of an array, which is not read.
 
         Raises:
             InputError: it is missing or damaged.
         """
-        with self._open(name) as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            return read(file)[0]
+        with self._open(name) as (file, size):
+            return require_npy(file, size)
+
+    def listed(self, name: str) -> list[str]:
+        """A field of the metadata that lists names.
+
+        Raises:
+            InputError: it does not, or one stands there twice.
+        """
+        names = self.metadata.get(name)
+        if not isinstance(names, list) or not all(isinstance(part, str) for part in names):
+            raise self._damaged(f"metadata: {name} = {shown(names)} must be a list of texts")
+        if len(set(names)) < len(names):
+            raise self._damaged(f"metadata: {name} has a name twice")
+        return names
 
     def arrays(self, members: Mapping[str, str]) -> Mapping[str, Array]:
         """A view of some arrays: looking one up reads it, and nothing is kept.
@@ -137,43 +161,64 @@ class StoredRecord:
             raise self._damaged(f"{len(missing)} arrays that it announces are missing, such as {missing[0]}")
 
     def _members(self) -> set[str]:
-        if not self.path.exists():
+        if not exists(self.path):
             raise InputError(f"{self.path}: no such file or folder")
-        try:
-            if self._is_folder:
+        if self._is_folder:
+            try:
                 return {file.stem for file in self.path.iterdir() if file.suffix == ".npy"}
-            with zipfile.ZipFile(self.path) as archive:
-                return {name.removesuffix(".npy") for name in archive.namelist()}
-        except (zipfile.BadZipFile, OSError) as error:
-            raise self._damaged(error) from None
+            except OSError as error:
+                raise unreadable(self.path, error) from None
+        with self._archive() as archive:
+            members = archive.infolist()
+        names = [member.filename.removesuffix(".npy") for member in members]
+        for name, member in zip(names, members, strict=True):
+            if name == member.filename or "/" in name or "\\" in name:
+                raise self._damaged(f"holds {shown(member.filename)}, which is the name of no array")
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise self._damaged(f"{shown(name)} is compressed, and records are not")
+        if len(set(names)) < len(names):
+            raise self._damaged("holds a name twice")
+        return set(names)
 
     def _read_metadata(self) -> dict[str, Any]:
-        if _METADATA not in self._members():
+        if _METADATA not in self._stored:
             raise InputError(f"{self.path}: holds no metadata, so it is no record; make one with `parity record`")
-        try:
-            metadata = json.loads(str(self.read(_METADATA)))
-        except ValueError as error:
-            raise self._damaged(f"metadata: {error}") from None
+        shape, dtype = self.header(_METADATA)
+        if shape or dtype.kind != "U" or dtype.itemsize > 4 * LARGEST_JSON:
+            raise self._damaged(f"metadata: is {dtype} {shown(shape)}, no text")
+        metadata = parse_json(str(self.read(_METADATA)), f"{self.path}: not a whole record: metadata")
         version = metadata.get("version") if isinstance(metadata, dict) else None
-        if version != VERSION:
+        if not is_version(version, VERSION):
             raise InputError(
-                f"{self.path}: is a record of version {version}, and this program reads version {VERSION}; "
+                f"{self.path}: is a record of version {shown(version)}, and this program reads version {VERSION}; "
                 f"record it again with the same version of twingpt on both machines"
             )
         return dict(metadata)
 
     @contextmanager
-    def _open(self, name: str) -> Iterator[IO[bytes]]:
+    def _archive(self, what: str = "") -> Iterator[zipfile.ZipFile]:
+        with open_file(self.path) as file:
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    yield archive
+            except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
+                raise self._damaged(f"{what}{error}") from None
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[tuple[IO[bytes], int]]:
+        """The file of an array at its beginning, and its size."""
+        if name not in self._stored:
+            raise self._damaged(f"{name} is missing")
         try:
             if self._is_folder:
-                with (self.path / f"{name}.npy").open("rb") as file:
-                    yield file
+                with open_file(self.path / f"{name}.npy") as file:
+                    yield file, os.fstat(file.fileno()).st_size
             else:
-                with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as member:
-                    yield member
-        except (FileNotFoundError, KeyError):
-            raise self._damaged(f"{name} is missing") from None
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError) as error:
+                with self._archive(f"{name}: ") as archive, archive.open(f"{name}.npy") as member:
+                    yield member, archive.getinfo(f"{name}.npy").file_size
+        except InputError:
+            raise
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
             raise self._damaged(f"{name}: {error}") from None
 
     def _damaged(self, reason: object) -> InputError:

@@ -14,7 +14,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from gpt_core.checkpoint_config import CONFIG_FILE, PARAMS_FOLDER, WEIGHTS_FILE
+from gpt_core.errors import InputError
 from gpt_core.files import atomic_file
+from gpt_core.reading import exists, is_folder
+from gpt_core.runs import RUN_FILE
 from parity.checks import CheckResult
 from parity.summary import CHECKS, DTYPES, fault_line, missed, ordered
 
@@ -78,6 +82,22 @@ def write_report(folder: Path, content: dict[str, Any]) -> Path:
     write_markdown(content, folder / "report.md")
     write_html(content, folder / "report.html")
     return destination
+
+
+_OTHERS = (CONFIG_FILE, RUN_FILE, WEIGHTS_FILE, PARAMS_FOLDER, "metadata.npy", "index.json", "sweep.json")
+
+
+def require_report_folder(folder: Path) -> None:
+    """Refuse a folder that is something else, before anything is computed.
+
+    Raises:
+        InputError: it is a file, or holds a checkpoint, a run, records or data.
+    """
+    if exists(folder) and not is_folder(folder):
+        raise InputError(f"{folder}: is a file; give the name of a folder")
+    found = [name for name in _OTHERS if (folder / name).exists()] or [path.name for path in folder.glob("*.npz")]
+    if found:
+        raise InputError(f"{folder}: holds {found[0]}, where no report belongs; give --out a folder of its own")
 
 
 def print_table(

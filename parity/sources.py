@@ -9,6 +9,7 @@ from typing import Any
 import fsspec
 
 from gpt_core.checkpoint_config import CHECKPOINTS
+from gpt_core.data.sources import is_regular
 from gpt_core.errors import InputError
 from gpt_core.hub import local_folder
 from gpt_core.runs import RECORD_FILE, find_checkpoint
@@ -29,13 +30,19 @@ def local_checkpoint(name: str) -> Iterator[Path]:
     if "://" not in name:
         yield local_folder(name)
         return
+    if "::" in name:
+        raise InputError(f"{name}: chained addresses (::) are not read; give one that says itself where it is")
     address, at, which = name.rpartition("@") if "@" in PurePosixPath(name).name else (name, "", "")
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         # Named as the run is, for messages.
         copy = Path(folder) / PurePosixPath(address).name
         try:
             system, root = fsspec.core.url_to_fs(address)
-            files = [PurePosixPath(path) for path in system.find(root)]
+            found_files = system.find(root, detail=True)
+            strange = [path for path, entry in found_files.items() if not is_regular(entry) or ".." in path.split("/")]
+            if strange:
+                raise InputError(f"{address}: {strange[0]} is no plain file below this address")
+            files = [PurePosixPath(path) for path in found_files]
             weights = [path for path in files if _of_step(path, root) and not str(path).endswith(RECORD_FILE)]
             _fetch(system, root, [path for path in files if path not in set(weights)], copy)
             # A folder for each step, so that those without weights here are found too.
@@ -45,7 +52,7 @@ def local_checkpoint(name: str) -> Iterator[Path]:
             _fetch(system, root, [path for path in weights if _of_step(path, root) == found.name], copy)
         except InputError as error:
             raise InputError(str(error).replace(str(copy), address)) from None
-        except (OSError, ImportError, ValueError) as error:
+        except (OSError, ImportError, ValueError, TypeError) as error:
             raise InputError(f"{address}: cannot be read: {error}") from None
         if not any(copy.rglob("*")):
             raise InputError(f"{address}: there is nothing at this address")

@@ -1,14 +1,16 @@
 """The tokens on which checkpoints are compared: from a file, or real text through the checkpoint's own tokenizer."""
 
+import os
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
 from gpt_core.config import ModelConfig
+from gpt_core.data.records import LONGEST
 from gpt_core.data.stdlib import prose
 from gpt_core.errors import InputError
+from gpt_core.reading import open_file, read_text, require_npy
 from gpt_core.tokenizer import text_tokenizer
 
 Tokens = npt.NDArray[np.int64]
@@ -56,15 +58,16 @@ def require_fitting(ids: Tokens, config: ModelConfig, source: str) -> None:
 
 
 def _from_file(path: Path) -> Tokens:
-    try:
-        with path.open("rb") as file:
-            ids = np.load(file, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise InputError(f"{path}: not a .npy file of token ids: {error}") from None
-    if not isinstance(ids, np.ndarray) or not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
-        raise InputError(f"{path}: expected one array of whole numbers [batch, time] or [time]")
+    expected = "expected one array of whole numbers [batch, time] or [time]"
+    with open_file(path) as file:
+        try:
+            require_npy(file, os.fstat(file.fileno()).st_size)
+            file.seek(0)
+            ids = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: not a .npy file of token ids ({error}); {expected}") from None
+    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
+        raise InputError(f"{path}: {expected}")
     if not ids.size:
         raise InputError(f"{path}: holds no tokens")
     return np.atleast_2d(ids).astype(np.int64)
@@ -72,12 +75,7 @@ def _from_file(path: Path) -> Tokens:
 
 def _from_text(folder: Path, config: ModelConfig, text: Path | None) -> Tokens:
     tokenizer = text_tokenizer(folder, "give --tokens FILE.npy")
-    try:
-        content = prose() if text is None else text.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{text}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{text}: cannot be read as UTF-8 text: {error}") from None
+    content = prose() if text is None else read_text(text, LONGEST)
     ids = np.asarray(tokenizer.encode(content), np.int64)
     if ids.size < 2:
         raise InputError(f"{text}: holds fewer than two tokens")

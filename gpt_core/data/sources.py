@@ -109,18 +109,18 @@ def _find(source: str) -> list[File]:
     if file_system.isdir(path):
         below = file_system.find(path, detail=True)
         entries = [entry for name, entry in below.items() if format_of(name) and not _hidden(name[len(path) :])]
-        if not any(map(_is_file, entries)):
+        if not any(map(is_regular, entries)):
             known = " ".join([*FORMATS, *sorted(COMPRESSED)])
             raise InputError(f"{source}: no file here has one of the known endings: {known}")
     elif any(sign in source for sign in "*?["):
         entries = list(file_system.glob(path, detail=True).values())
-        if not any(map(_is_file, entries)):
+        if not any(map(is_regular, entries)):
             raise InputError(f"{source}: no file matches")
     elif file_system.exists(path):
         raise InputError(f"{source}: is a device or a pipe, not a file")
     else:
         raise InputError(f"{source}: no such file or folder; for a Hugging Face dataset write hf:NAME")
-    return sorted((file(entry) for entry in entries if _is_file(entry)), key=lambda file: file.name)
+    return sorted((file(entry) for entry in entries if is_regular(entry)), key=lambda file: file.name)
 
 
 def _local(source: str) -> tuple[LocalFileSystem, str]:
@@ -128,7 +128,7 @@ def _local(source: str) -> tuple[LocalFileSystem, str]:
     return LocalFileSystem(), LocalFileSystem._strip_protocol(source)
 
 
-def _is_file(entry: dict[str, Any]) -> bool:
+def is_regular(entry: dict[str, Any]) -> bool:
     """Whether an entry of a listing is a file or a link to one; devices and pipes have no end."""
     return entry["type"] == "file" or (entry.get("islink", False) and os.path.isfile(entry["name"]))
 

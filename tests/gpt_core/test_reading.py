@@ -63,7 +63,7 @@ BAD_FILES: list[tuple[Callable[[Path], Path], str]] = [
     (pipe, "is a device or a pipe, not a file"),
     (loop, "is a link to itself"),
     (large, "cannot be read: has more than"),
-    (latin, "cannot be read: not UTF-8 at byte 0 (invalid start byte)"),
+    (latin, "cannot be read as UTF-8 text: invalid start byte at byte 0"),
     pytest.param(locked, "no permission", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")),
 ]
 

@@ -489,6 +489,125 @@ def test_damaged_records_are_refused(
     assert_refused(parity("compare", a, b), words, a)
 
 
+def header_of_terabytes(path: Path) -> None:
+    content = path.read_bytes()
+    said, promised = b"(2, 9, 29), }          ", b"(2, 9, 299999999999), }"
+    assert content.count(said) == 1
+    path.write_bytes(content.replace(said, promised))
+
+
+def deflated(path: Path) -> None:
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def stored_twice(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("logits.npy", b"")
+
+
+def with_member(name: str) -> Callable[[Path], None]:
+    def add(path: Path) -> None:
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(name, b"")
+
+    return add
+
+
+def with_metadata(array: Array) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with np.load(path) as archive:
+            arrays = dict(archive)
+        with path.open("wb") as file:
+            np.savez(file, **(arrays | {"metadata": array}))
+
+    return write
+
+
+def is_link_to(place: str) -> Callable[[Path], None]:
+    def link(path: Path) -> None:
+        path.unlink()
+        path.symlink_to(place)
+
+    return link
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (header_of_terabytes, "is 43199999999856 bytes of data, and 4,176 are there"),
+        (deflated, "is compressed, and records are not"),
+        (stored_twice, "holds a name twice"),
+        (with_member("../outside.npy"), "holds '../outside.npy', which is the name of no array"),
+        (with_member("script.py"), "holds 'script.py', which is the name of no array"),
+        (with_metadata(np.zeros(3)), "metadata: is float64 (3,), no text"),
+        (with_metadata(np.array("[" * 10_000)), "metadata: more than 100 levels of brackets"),
+        (with_metadata(np.array('{"version": 1, "version": 2}')), "'version' stands there twice"),
+        (with_metadata(np.array('{"version": true}')), "is a record of version True, and"),
+        (is_link_to("/dev/zero"), "is a device or a pipe"),
+        (is_link_to("a.npz"), "is a link to itself"),
+    ],
+)
+def test_records_that_nobody_wrote_by_mistake_are_refused(
+    damage: Callable[[Path], object],
+    words: str,
+    two_records: Callable[..., tuple[Path, Path]],
+    parity: Callable[..., Any],
+) -> None:
+    a, b = two_records()
+    damage(a)
+    assert_refused(parity("compare", a, b), words, a)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m, a: a.update(logits=a["logits"].astype(np.int8)), "logits are int8, not floats"),
+        (lambda m, a: a.update(logits=a["logits"] * 1j), "logits are complex128, not floats"),
+        (lambda m, a: a.update(logits=a["logits"].astype("S8")), "logits are |S8, not floats"),
+        (lambda m, a: a.update({"site:embedding": np.ones((2, 9, 20), bool)}), "site:embedding are bool, not floats"),
+        (lambda m, a: a.update(tokens=a["tokens"].astype(float)), "tokens are float64, not whole numbers"),
+        (lambda m, a: a.update(tokens=a["tokens"][0]), "tokens of shape [9], expected [batch, time]"),
+        (lambda m, a: a.update(tokens=a["tokens"][:0]), "tokens of shape [0, 9], expected [batch, time]"),
+        (lambda m, a: a.update(loss=np.ones(3)), "loss of shape [3], expected []"),
+        (lambda m, a: m.update(sites=[3]), "sites = [3] must be a list of texts"),
+        (lambda m, a: m["sites"].append(m["sites"][0]), "sites has a name twice"),
+        (lambda m, a: m["sites"].append("../../outside"), "announces the site '../../outside', which"),
+        (lambda m, a: m["gradients"].append("nothing"), "announces the gradient 'nothing', which"),
+    ],
+)
+def test_arrays_that_no_model_computes_are_refused_by_name(
+    change: Callable[..., Any],
+    words: str,
+    two_records: Callable[..., tuple[Path, Path]],
+    parity: Callable[..., Any],
+) -> None:
+    a, b = two_records(change)
+    assert_refused(parity("compare", a, b), words, a)
+
+
+def test_a_report_is_written_into_no_folder_of_something_else(
+    two_records: Callable[..., tuple[Path, Path]],
+    write_checkpoint: Callable[..., Path],
+    tiny: ModelConfig,
+    parity: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    a, b = two_records()
+    checkpoint = write_checkpoint("torch", tiny)
+    for folder in (checkpoint, tmp_path):
+        before = sorted(folder.iterdir())
+        for command in (("compare", a, b), ("check", checkpoint, checkpoint), ("verify", checkpoint)):
+            assert_refused(parity(*command, "--out", folder), "where no report belongs", folder)
+        assert sorted(folder.iterdir()) == before
+    assert_refused(parity("compare", a, b, "--out", a), "is a file; give the name of a folder", a)
+    (tmp_path / "mine").mkdir()
+    assert parity("compare", a, b, "--out", tmp_path / "mine").code == 0
+    assert parity("compare", a, b, "--out", tmp_path / "mine").code == 0
+
+
 def test_a_folder_record_that_lost_a_file_or_half_of_one_is_refused(
     contents: tuple[dict[str, Any], dict[str, Array]], parity: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -80,12 +80,21 @@ def test_a_folder_is_itself(run: Path) -> None:
         ("{run}/nothing@best", "holds no training run"),
         ("memory://bucket/nothing", "nothing at this address"),
         ("unheard-of://bucket/run", "cannot be read"),
+        ("zip://x::/etc/passwd", "chained addresses"),
+        ("zip://x", "cannot be read"),
+        ("n" * 300, "the name is too long"),
     ],
 )
 def test_a_wrong_name_is_told(run: Path, remote: str, name: str, said: str) -> None:
     with pytest.raises(InputError) as error, local_checkpoint(name.format(run=run, remote=remote)):
         pass
     assert said in str(error.value)
+
+
+def test_what_is_no_file_is_not_fetched(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"config\.json is no plain file"), local_checkpoint(f"file://{tmp_path}"):
+        pass
 
 
 def test_a_remote_run_converts_to_torch(remote: str, tmp_path: Path) -> None:

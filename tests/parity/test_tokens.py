@@ -1,6 +1,7 @@
 """Which tokens a checkpoint runs on: its own tokenizer's or a file's, and never ids that it does not know."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,28 @@ def test_a_pickled_array_is_refused_and_not_opened(tiny, tmp_path):
     np.save(tmp_path / "ids.npy", np.array([Trap()], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match=r"not a \.npy file"):
         tokens_for(tmp_path, tiny, tokens=tmp_path / "ids.npy")
+
+
+def test_a_header_that_promises_more_than_there_is_is_refused(tiny, tmp_path):
+    path = save(tmp_path / "ids.npy", np.zeros((2, 9), np.int64))
+    path.write_bytes(path.read_bytes().replace(b"(2, 9), }           ", b"(2, 999999999999), }"))
+    with pytest.raises(InputError, match=r"ids\.npy: not a \.npy file of token ids \(.*, and 144 are there\)"):
+        tokens_for(tmp_path, tiny, tokens=path)
+
+
+@pytest.mark.parametrize("option", ["tokens", "text"])
+def test_a_device_is_no_file(with_tokenizer, option, tmp_path):
+    folder, config = with_tokenizer
+    with pytest.raises(InputError, match="/dev/zero: is a device or a pipe"):
+        tokens_for(folder, config, **{option: Path("/dev/zero")})
+
+
+def test_a_text_of_more_than_16_mib_is_refused(with_tokenizer, tmp_path):
+    folder, config = with_tokenizer
+    with (tmp_path / "text").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InputError, match="has more than 16,777,216 bytes"):
+        tokens_for(folder, config, text=tmp_path / "text")
 
 
 def test_an_archive_of_arrays_is_refused(tiny, tmp_path):
