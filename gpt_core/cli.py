@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gpt_core.entry import say_last, silence
-from gpt_core.errors import InputError, RunFailedError, missing_framework
+from gpt_core.errors import InputError, RunFailedError, missing_framework, one_line
 from gpt_core.interrupts import interruptible
 
 SUCCESS, CHECK_FAILED, WRONG_INPUT = 0, 1, 2
@@ -100,13 +100,9 @@ def _end(code: int, kind: str, reason: object) -> int:
     return code
 
 
-def one_line(text: object) -> str:
-    """A text as one line that a terminal shows as it is: whatever is no printable character is written as an escape.
-
-    Indented lines, as libraries write them, go on in the line before.
-    """
-    joined = re.sub(r"\n[ \t]+", " ", str(text).strip())
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in joined)
+def say(text: str) -> None:
+    """Print a result as one line that a terminal shows as it is, whatever names stand in it."""
+    print(one_line(text))
 
 
 def print_json(content: Any) -> None:

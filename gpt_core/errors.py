@@ -1,5 +1,7 @@
 """Exceptions that commands turn into one line and an exit code: 2 for wrong input, 1 for a run that failed."""
 
+import re
+
 _EXTRA_OF = {
     "jax": "jax",
     "jaxlib": "jax",
@@ -33,6 +35,15 @@ def shown(value: object) -> str:
         return f"a number of {value.bit_length():,} bits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+def one_line(text: object) -> str:
+    """A text as one line that a terminal shows as it is: whatever is no printable character is written as an escape.
+
+    Indented lines, as libraries write them, go on in the line before.
+    """
+    joined = re.sub(r"\n[ \t]+", " ", str(text).strip())
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in joined)
 
 
 def missing_framework(error: ModuleNotFoundError) -> InputError | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 
-from gpt_core.cli import parser, print_json
+from gpt_core.cli import parser, print_json, say
 from gpt_core.config import find_config
 from gpt_core.errors import InputError
 from gpt_core.reading import is_file, read_yaml
@@ -129,13 +129,14 @@ def print_summary(summary: dict[str, Any], run: Path, *, as_json: bool) -> None:
         print_json(summary)
         return
     loss, entropy = summary["validation_loss"], summary["unigram_entropy"]
-    print(
-        f"{run}: {summary['steps']:,} steps, {summary['tokens']:,} tokens, "
-        f"{summary['tokens_per_second']:,.0f} tokens/s\n"
-        f"validation loss {loss:.4f} nats a token (perplexity {summary['validation_perplexity']:.2f}); knowing only "
-        f"how often each token occurs gives {entropy:.4f}\n"
-        f"curve: {run / 'loss.png'}"
+    say(
+        f"{run}: {summary['steps']:,} steps, {summary['tokens']:,} tokens, {summary['tokens_per_second']:,.0f} tokens/s"
     )
+    say(
+        f"validation loss {loss:.4f} nats a token (perplexity {summary['validation_perplexity']:.2f}); knowing only "
+        f"how often each token occurs gives {entropy:.4f}"
+    )
+    say(f"curve: {run / 'loss.png'}")
 
 
 def print_evaluation(result: dict[str, Any], checkpoint: Path, *, as_json: bool) -> None:
@@ -143,7 +144,7 @@ def print_evaluation(result: dict[str, Any], checkpoint: Path, *, as_json: bool)
     if as_json:
         print_json(result)
         return
-    print(
+    say(
         f"{checkpoint}: validation loss {result['validation_loss']:.4f} nats a token, perplexity "
         f"{result['validation_perplexity']:.2f}, {result['tokens']:,} tokens"
     )

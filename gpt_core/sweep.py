@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from gpt_core.cli import SUCCESS, parser, print_json, progress
-from gpt_core.errors import InputError, RunFailedError, shown
+from gpt_core.errors import InputError, RunFailedError, one_line, shown
 from gpt_core.files import atomic_file, held_folder
 from gpt_core.interrupts import interruptible
 from gpt_core.reading import read_json
@@ -156,7 +156,9 @@ def run_sweep(
                 _write_state(out, definition, known, sweep.goal)
                 known[number] = _run_trial(known[number], sweep, out, launch, extra)
                 _write_state(out, definition, known, sweep.goal)
-                bar.console.print(_line(known[number], sweep.metric), markup=False, highlight=False, soft_wrap=True)
+                bar.console.print(
+                    one_line(_line(known[number], sweep.metric)), markup=False, highlight=False, soft_wrap=True
+                )
             bar.update(task, completed=number + 1, description=_description(known, sweep.goal))
     found = _in_order(known)
     if all(trial.state == "failed" for trial in found):

@@ -5,10 +5,13 @@ through the package's metadata (nothing of it is imported) and checked against t
 holds for OpenAI's originals, so the source is verified whoever packed it.
 """
 
+import hashlib
 import importlib.metadata
 import json
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,6 +24,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from gpt_core.checkpoint_config import config_home
 from gpt_core.errors import InputError
+from gpt_core.reading import open_file
 from gpt_core.tokenizer_rules import (
     END_OF_TEXT,
     MERGES_FILE,
@@ -52,15 +56,12 @@ class Tokenizer:
     """
 
     def __init__(self, merges: Path, vocabulary: Path) -> None:
-        try:
-            ranks = data_gym_to_mergeable_bpe_ranks(
-                vocab_bpe_file=str(merges),
-                encoder_json_file=str(vocabulary),
-                vocab_bpe_hash=_MERGES_SHA256,
-                encoder_json_hash=_VOCABULARY_SHA256,
-            )
-        except (OSError, ValueError) as error:
-            raise InputError(f"{merges.parent}: not the files of the GPT-2 tokenizer: {error}") from None
+        for file, wanted in ((merges, _MERGES_SHA256), (vocabulary, _VOCABULARY_SHA256)):
+            with open_file(file) as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != wanted:
+                    raise InputError(f"{merges.parent}: not the files of the GPT-2 tokenizer: {file.name} is another")
+        with _no_cache():
+            ranks = data_gym_to_mergeable_bpe_ranks(vocab_bpe_file=str(merges), encoder_json_file=str(vocabulary))
         self._files = {MERGES_FILE: merges, VOCABULARY_FILE: vocabulary}
         self.vocab_size = len(ranks) + 1
         self.end_of_text = len(ranks)
@@ -120,6 +121,20 @@ class Tokenizer:
         """Write both files into a checkpoint's folder, byte for byte."""
         for name, source in self._files.items():
             (folder / name).write_bytes(source.read_bytes())
+
+
+@contextmanager
+def _no_cache() -> Iterator[None]:
+    """tiktoken keeps copies of files by their paths, in the folder for temporary files, and prefers them."""
+    name = "TIKTOKEN_CACHE_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = ""
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _parts(text: str) -> Iterator[str]:

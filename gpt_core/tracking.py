@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, Self, get_args
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, one_line
 from gpt_core.files import atomic_file
 from gpt_core.reading import exists, open_file, parse_json
 from gpt_core.sections import is_number, is_whole, require_flag, require_one_of, require_text
@@ -137,7 +137,7 @@ class Tracker:
     def message(self, text: str) -> None:
         """Say something to the person, above the progress bar."""
         if self._primary:
-            self._console.print(text, markup=False, soft_wrap=True)
+            self._console.print(one_line(text), markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Write what waits and close everything."""

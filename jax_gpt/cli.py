@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from gpt_core.cli import SUCCESS, parser, print_json, run
+from gpt_core.cli import SUCCESS, parser, print_json, run, say
 from gpt_core.config import ModelConfig
 from gpt_core.generate_cli import Chunks, Request, generate_command, generate_parser
 from gpt_core.generation import Written
@@ -141,7 +141,7 @@ def _init(options: Namespace) -> int:
     if options.json:
         print_json(summary | {"config": config.to_dict(), "notices": notices})
     else:
-        print(f"{options.destination}: {config.variant}, {summary['parameters']:,} parameters")
+        say(f"{options.destination}: {config.variant}, {summary['parameters']:,} parameters")
         for notice in notices:
-            print(f"note: {notice}")
+            say(f"note: {notice}")
     return SUCCESS

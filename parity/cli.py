@@ -11,7 +11,7 @@ from typing import Any, get_args
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from gpt_core.cli import CHECK_FAILED, SUCCESS, parser, print_json, progress, run, status
+from gpt_core.cli import CHECK_FAILED, SUCCESS, parser, print_json, progress, run, say, status
 from gpt_core.errors import InputError
 from gpt_core.files import atomic_directory, refuse_existing
 from gpt_core.formats import FORMATS, is_hugging_face
@@ -382,7 +382,7 @@ def _convert_state(options: Namespace) -> int:
     if options.json:
         print_json(done.to_dict())
     else:
-        print(
+        say(
             f"{done.source} -> {done.destination}: step {done.step:,}, read back and equal. Go on with the same "
             f"config: {done.framework}-gpt train --config ... --out {done.destination}"
         )
@@ -426,15 +426,15 @@ def _convert(options: Namespace) -> int:
     if options.json:
         print_json(done.to_dict())
         return SUCCESS
-    print(
+    say(
         f"{done.source} ({done.source_format}) -> {done.destination} ({done.destination_format}): "
         f"{done.parameters:,} parameters, written in {done.write_seconds:.1f} s, "
         f"read back and equal in {done.verify_seconds:.1f} s"
     )
     if done.reason:
-        print(f"{done.destination_format}: {done.reason}")
+        say(f"{done.destination_format}: {done.reason}")
     for notice in done.notices:
-        print(f"note: {notice}")
+        say(f"note: {notice}")
     return SUCCESS
 
 
@@ -515,7 +515,7 @@ def _record(options: Namespace) -> int:
     else:
         more = f", {len(metadata['sites'])} intermediates" if options.trace else ""
         more += f", loss and {len(metadata['gradients'])} gradients" if options.gradients else ""
-        print(f"{options.out}: logits {logits}{more}, {options.framework} {options.dtype}")
+        say(f"{options.out}: logits {logits}{more}, {options.framework} {options.dtype}")
     return SUCCESS
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, one_line
 from gpt_core.file_hashes import HASHES_FILE, damaged_files, read_hashes
 from gpt_core.parameters import parameter_table
 from gpt_core.tokenizer import find_tokenizer
@@ -79,7 +80,8 @@ def print_verification(found: dict[str, Any]) -> None:
 
 def print_inspection(content: dict[str, Any], console: Console) -> None:
     """The same for people."""
-    console.print(f"[bold]{content['path']}[/bold]: {content['format']} checkpoint, {content['variant']}")
+    path = escape(one_line(content["path"]))
+    console.print(f"[bold]{path}[/bold]: {content['format']} checkpoint, {content['variant']}")
     console.print(
         f"{content['parameter_count']:,} parameters in {content['tensors']} tensors, {', '.join(content['dtypes'])}, "
         f"{content['bytes'] / 1e6:,.1f} MB; tokenizer: {content['tokenizer'] or 'none'}"

@@ -9,8 +9,9 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
-from gpt_core.cli import SUCCESS, parser, print_json, progress, run
+from gpt_core.cli import SUCCESS, parser, print_json, progress, run, say
 from gpt_core.data.config import DataConfig
+from gpt_core.errors import one_line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,7 +103,7 @@ def _prepare(options: Namespace) -> int:
     }
     if done.index.skipped:
         console.print(
-            f"{done.index.skipped} broken records skipped; the first: {done.first_skipped}",
+            one_line(f"{done.index.skipped} broken records skipped; the first: {done.first_skipped}"),
             style="yellow",
             markup=False,
             soft_wrap=True,
@@ -127,7 +128,7 @@ def _prepare(options: Namespace) -> int:
         )
         speed = f"{done.text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s"
         reused = f", {done.reused} shards were done already" if done.reused else ""
-        print(f"{options.destination}: {counts}; {speed}{reused}")
+        say(f"{options.destination}: {counts}; {speed}{reused}")
     return SUCCESS
 
 
@@ -165,7 +166,7 @@ def _inspect(options: Namespace) -> int:
         table.add_row(split, f"{row['documents']:,}", f"{row['tokens']:,}", f"{row['shards']:,}", entropy)
     console.print(table)
     for setting, value in index.settings.items():
-        console.print(f"{setting}: {value}", markup=False, soft_wrap=True)
+        console.print(one_line(f"{setting}: {value}"), markup=False, soft_wrap=True)
     console.print(f"skipped records: {index.skipped}")
     console.print("checksums: all equal" if options.verify else "checksums: not checked (--verify)")
     return SUCCESS

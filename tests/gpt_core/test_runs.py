@@ -473,7 +473,7 @@ def test_what_is_left_of_a_run_that_failed_can_be_looked_at(tmp_path: Path) -> N
 def test_a_run_that_is_refused_when_it_goes_on_keeps_its_settings(ends: BaseException, run: Path) -> None:
     before = (run / RUN_FILE).read_bytes()
     with pytest.raises(type(ends)):
-        train(run, changed("train", steps=7), until=None, ends=ends)
+        train(run, changed("train", steps=107), until=None, ends=ends)
     assert (run / RUN_FILE).read_bytes() == before
     assert saved_steps(run) == [9, 10, 20, 100]
 
@@ -481,7 +481,7 @@ def test_a_run_that_is_refused_when_it_goes_on_keeps_its_settings(ends: BaseExce
 def test_a_second_trainer_is_refused_and_changes_nothing(run: Path) -> None:
     before = (run / RUN_FILE).read_bytes()
     with held_run(run), pytest.raises(InputError, match=f"run: is being written by process {os.getpid()} on "):
-        train(run, changed("train", steps=7), until=200, ends=None)
+        train(run, changed("train", steps=107), until=200, ends=None)
     assert (run / RUN_FILE).read_bytes() == before
     assert saved_steps(run) == [9, 10, 20, 100]
 

@@ -1,3 +1,4 @@
+import os
 import random
 import re
 import shutil
@@ -187,3 +188,16 @@ def test_merges_and_vocabulary_cannot_change_places(tmp_path: Path) -> None:
     shutil.move(tmp_path / "vocab.json", tmp_path / "x")
     with pytest.raises(InputError, match="not the files of the GPT-2 tokenizer"):
         Tokenizer(merges=tmp_path / "x", vocabulary=tmp_path / "merges.txt")
+
+
+def test_nothing_is_read_out_of_tiktokens_cache_nor_left_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows files by their path: a good copy would hide that the file was exchanged."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    gpt2_tokenizer().save(tmp_path)
+    made = Tokenizer(merges=tmp_path / "merges.txt", vocabulary=tmp_path / "vocab.json")
+    assert made.encode("Hello world") == [15496, 995]
+    assert not (tmp_path / "cache").exists()
+    assert os.environ["TIKTOKEN_CACHE_DIR"] == str(tmp_path / "cache")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(InputError, match=r"not the files of the GPT-2 tokenizer: merges\.txt is another"):
+        Tokenizer(merges=tmp_path / "merges.txt", vocabulary=tmp_path / "vocab.json")
