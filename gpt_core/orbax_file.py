@@ -7,15 +7,19 @@ and what Orbax writes, OCDBT included, is read here.
 """
 
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, shown
+from gpt_core.reading import LARGEST_JSON, exists, open_file, parse_json, read_json, unreadable
 from gpt_core.tensor_info import Array, TensorInfo, contiguous, mapped
 from gpt_core.threads import for_each
 
@@ -116,43 +120,45 @@ def _write_json(path: Path, content: Any) -> None:
 class OrbaxReader:
     """The arrays of an Orbax checkpoint; data is read when asked for.
 
+    The names are those of parameters: one `params` around the whole tree, and the `value` below every leaf of an
+    `nnx.State`, are left out.
+
     Args:
         folder: The checkpoint.
 
     Raises:
-        InputError: it is missing, damaged, or no Orbax checkpoint.
+        InputError: it is missing, not ours to read, damaged, or no Orbax checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        try:
-            metadata = json.loads((folder / _METADATA_FILE).read_text(encoding="utf-8"))
-            paths = [tuple(str(part["key"]) for part in entry["key_metadata"]) for entry in _leaves(metadata)]
-        except FileNotFoundError:
-            raise InputError(f"{folder}: not an Orbax checkpoint: it has no {_METADATA_FILE}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder}: its {_METADATA_FILE} is damaged: {error}") from None
+        metadata, paths = _read_tree(folder)
+        names = [".".join(path) for path in paths]
+        self.stored = dict(zip((".".join(path) for path in _unwrapped(paths)), names, strict=True))
+        """Name of every array -> what the checkpoint calls it."""
         # An uncompressed chunk is memory-mapped: only the pages that are asked for are read.
         context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_mode": {"mode": "memmap"}})
-        use_ocdbt = metadata.get("use_ocdbt", (folder / "manifest.ocdbt").exists())
-        opening = {}
-        for path in paths:
-            key = ".".join(path)
-            base = f"{folder.resolve()}/"
-            spec = {
-                "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
-                "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": base}, "path": f"{key}/"}
-                if use_ocdbt
-                else {"driver": "file", "path": f"{base}{key}/"},
-                "fill_missing_data_reads": False,  # or a chunk that is missing reads as zeros
-            }
-            opening[key] = ts.open(spec, open=True, read=True, context=context)
-        self._stores = {key: self._result(key, store) for key, store in opening.items()}
-        self.tensors = {
-            key: TensorInfo(tuple(store.shape), np.dtype(store.dtype.numpy_dtype))
-            for key, store in self._stores.items()
+        base = {"driver": "file", "path": f"{folder.resolve()}/"}
+        use_ocdbt = bool(metadata.get("use_ocdbt", exists(folder / "manifest.ocdbt")))
+        place = {"driver": "ocdbt", "base": base} if use_ocdbt else base
+        driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+        headers = self._headers(place, context, driver)
+        self.tensors = {key: header.info for key, header in headers.items()}
+        self._chunks = {} if use_ocdbt else {key: header.chunks for key, header in headers.items() if header.plain}
+        opening = {
+            key: ts.open(
+                {
+                    "driver": driver,
+                    "kvstore": place | {"path": f"{'' if use_ocdbt else base['path']}{name}/"},
+                    "fill_missing_data_reads": False,  # or a chunk that is missing reads as zeros
+                },
+                open=True,
+                read=True,
+                context=context,
+            )
+            for key, name in self.stored.items()
         }
-        self._chunks = {} if use_ocdbt or metadata.get("use_zarr3") else {key: self._raw_chunks(key) for key in opening}
+        self._stores = {key: self._result(key, store) for key, store in opening.items()}
 
     def read(self, key: str, row: int | None = None) -> Array:
         """The array of a key, or one row of its first axis.
@@ -160,11 +166,28 @@ class OrbaxReader:
         Raises:
             InputError: its data is missing or truncated.
         """
-        mapped_row = self._mapped(key, row)
+        try:
+            mapped_row = self._mapped(key, row)
+        except OSError as error:
+            raise unreadable(self.path / self.stored[key], error) from None
         if mapped_row is not None:
             return mapped_row
         store = self._stores[key] if row is None else self._stores[key][row]
         return np.asarray(self._result(key, store.read()))
+
+    def _headers(self, place: Mapping[str, Any], context: ts.Context, driver: str) -> dict[str, "_Header"]:
+        """What is said of every array. TensorStore ends the process over some of it, so we look at it before."""
+        size, file = _bytes_of(self.path), "zarr.json" if driver == "zarr3" else ".zarray"
+        try:
+            files = ts.KvStore.open(place, context=context).result()
+        except _TENSORSTORE_ERRORS as error:
+            raise InputError(f"{self.path}: is damaged: {str(error).split(' [')[0]}") from None
+        texts = {key: files.read(f"{name}/{file}") for key, name in self.stored.items()}
+        found = {}
+        for key, text in texts.items():
+            source = f"{self.path}: the array {self.stored[key]} is damaged or missing: {file}"
+            found[key] = _Header.of(self._result(key, text).value, size, source)
+        return found
 
     def _mapped(self, key: str, row: int | None) -> Array | None:
         """What is asked for, where it is one uncompressed chunk in a file of its own; TensorStore would copy it."""
@@ -173,28 +196,38 @@ class OrbaxReader:
         if chunks is None or chunks != wanted:
             return None
         place = ".".join(map(str, (row or 0, *(0 for _ in info.shape[1:])))) or "0"
-        file = self.path / key / place
+        file = self.path / self.stored[key] / place
         part = TensorInfo(info.shape if row is None else info.shape[1:], info.dtype)
         if not file.is_file() or file.stat().st_size != part.nbytes:
             return None  # and TensorStore says what is wrong with it
         return mapped(file, 0, part)
 
-    def _raw_chunks(self, key: str) -> tuple[int, ...] | None:
-        """Shape of the chunks of an array of uncompressed files; None where it is stored otherwise."""
-        try:
-            header = json.loads((self.path / key / ".zarray").read_text(encoding="utf-8"))
-            plain = header["compressor"] is None and not header["filters"] and header["order"] == "C"
-            plain = plain and header.get("dimension_separator", ".") == "." and not header["dtype"].startswith(">")
-            return tuple(header["chunks"]) if plain else None
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            return None
-
     def _result(self, key: str, future: Any) -> Any:
         try:
             return future.result()
         except _TENSORSTORE_ERRORS as error:
-            reason = str(error).split(" [")[0]
-            raise InputError(f"{self.path}: the array {key} is damaged or missing: {reason}") from None
+            problem = str(error).split(" [")[0]
+            raise InputError(f"{self.path}: the array {self.stored[key]} is damaged or missing: {problem}") from None
+
+
+def _read_tree(folder: Path) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    """The metadata of a checkpoint, and the path of every array in its tree."""
+    file = folder / _METADATA_FILE
+    if not exists(file):
+        step = min(folder.glob(f"*/*/{_METADATA_FILE}"), default=None)
+        hint = f"; {step.parent} is one, a step of a CheckpointManager: put its content here" if step else ""
+        raise InputError(f"{folder}: not an Orbax checkpoint: it has no {_METADATA_FILE}{hint}")
+    metadata = read_json(file)
+    try:
+        paths = [tuple(str(part["key"]) for part in entry["key_metadata"]) for entry in _leaves(metadata)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: its {_METADATA_FILE} is damaged: {error}") from None
+    strange = next((path for path in paths if not path or not all(map(_is_name, path))), None)
+    if strange is not None:
+        raise InputError(f"{folder}: its {_METADATA_FILE} names {shown(strange)}, which is no name of an array")
+    if len({".".join(path) for path in paths}) < len(paths):
+        raise InputError(f"{folder}: its {_METADATA_FILE} names an array twice")
+    return metadata, paths
 
 
 def _leaves(metadata: Any) -> list[Any]:
@@ -204,3 +237,106 @@ def _leaves(metadata: Any) -> list[Any]:
         for entry in metadata["tree_metadata"].values()
         if entry["value_metadata"]["value_type"] not in empty and not entry["value_metadata"].get("skip_deserialize")
     ]
+
+
+def _is_name(part: str) -> bool:
+    """Whether it can be a part of a folder's name, and nothing that leads elsewhere."""
+    return part.isprintable() and "/" not in part and part not in ("", ".", "..")
+
+
+def _unwrapped(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Paths without what a tree of parameters may be wrapped in; as they are, where one path is without it."""
+    if all(len(path) > 1 and path[-1] == "value" for path in paths):
+        paths = [path[:-1] for path in paths]
+    if all(len(path) > 1 and path[0] == "params" for path in paths):
+        paths = [path[1:] for path in paths]
+    return paths
+
+
+def _bytes_of(folder: Path) -> int:
+    """Bytes of all files of a checkpoint.
+
+    Raises:
+        InputError: there is a pipe or a device among them, or a header as long as no header is.
+    """
+    total = 0
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            continue
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+        if path.name in (".zarray", "zarr.json") and size > LARGEST_JSON:
+            raise InputError(f"{path}: has {size:,} bytes; at most {LARGEST_JSON:,} are read")
+        total += size
+    return total
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What zarr says of an array.
+
+    Args:
+        info: Its shape and dtype.
+        chunks: Shape of its chunks.
+        plain: Whether a chunk is stored as it lies in memory.
+    """
+
+    info: TensorInfo
+    chunks: tuple[int, ...]
+    plain: bool
+
+    @classmethod
+    def of(cls, text: bytes, size: int, source: str) -> "_Header":
+        """Parse and check the content of `.zarray` (version 2) or `zarr.json` (3).
+
+        Args:
+            text: The content; empty where there is none.
+            size: Bytes of all files of the checkpoint.
+            source: Begins the message of an error.
+
+        Raises:
+            InputError: it is no header, or one that these files cannot hold.
+        """
+
+        def damaged(problem: str) -> InputError:
+            return InputError(f"{source}: {problem}")
+
+        if not text:
+            raise damaged("missing or empty")
+        try:
+            content = parse_json(text.decode(), source)
+            if content["zarr_format"] == 3:
+                grids = [content["chunk_grid"], *content["codecs"]]
+                found = [grid.get("configuration", {}).get("chunk_shape") for grid in grids]
+                shape, dtype, chunks = content["shape"], content["data_type"], [c for c in found if c is not None]
+                plain = False
+            else:
+                shape, dtype, chunks = content["shape"], content["dtype"], [content["chunks"]]
+                plain = content["compressor"] is None and not content["filters"] and content["order"] == "C"
+                plain = plain and content.get("dimension_separator", ".") == "."
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise damaged(f"no header of an array ({error})") from None
+        if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+            raise damaged(f"dtype {shown(dtype)} is not known")
+        if not chunks or not _are_counts(shape, least=0) or not all(_are_counts(chunk, least=1) for chunk in chunks):
+            raise damaged("shape and chunks must be lists of whole numbers")
+        if not all(
+            len(chunk) == len(shape) and all(c <= max(s, 1) for c, s in zip(chunk, shape, strict=True))
+            for chunk in chunks
+        ):
+            raise damaged("chunks are larger than the array")
+        info = TensorInfo(tuple(shape), np.dtype(dtype).newbyteorder("="))
+        if info.nbytes > size * _COMPRESSION:
+            raise damaged(f"the array should have {shown(info.nbytes)} bytes, and all files have {size:,}")
+        return cls(info, tuple(chunks[0]), plain and not dtype.startswith(">"))
+
+
+_DTYPE = re.compile(r"[<>|]?[fiu][1248]|[<>|]?b1|bool|bfloat16|float(16|32|64)|u?int(8|16|32|64)")
+_COMPRESSION = 1 << 16
+"""More than any compressor makes of zeros: 32,768 is what zstd does."""
+
+
+def _are_counts(values: Any, least: int) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, int) and not isinstance(value, bool) and value >= least for value in values
+    )

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gpt_core.errors import InputError
-from gpt_core.source_files import JSON_BYTES, file_size, parse_json
+from gpt_core.reading import LARGEST_JSON, open_file, parse_json
 from gpt_core.tensor_info import Array, Scratch, TensorInfo, contiguous, mapped, pieces
 from gpt_core.threads import for_each
 
@@ -100,19 +100,20 @@ class SafetensorsReader:
 
     def __init__(self, path: Path, ignored: Callable[[str], bool] = lambda key: False) -> None:
         self.path = path
-        size = file_size(path)
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not length <= size - 8:
+                raise _damaged(path, f"its header should have {length:,} bytes and the file has {size:,}")
+            if length > LARGEST_JSON:
+                raise _damaged(path, f"its header has {length:,} bytes; at most {LARGEST_JSON:,} are read")
+            text = file.read(length)
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if not length <= size - 8:
-                    raise ValueError(f"its header should have {length:,} bytes and the file has {size:,}")
-                if length > JSON_BYTES:
-                    raise ValueError(f"its header has {length:,} bytes; at most {JSON_BYTES:,} are read")
-                header = parse_json(file.read(length))
             with safe_open(str(path), framework="np"):
                 pass  # the library holds the header against the file: kinds, sizes, offsets, gaps, overlaps
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{path}: not a whole safetensors file ({error}); fetch or export it again") from None
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from None
+        header = parse_json(text.decode(), f"{path}: not a whole safetensors file")
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         header = {key: entry for key, entry in header.items() if not ignored(key)}
         foreign = next(((key, entry["dtype"]) for key, entry in header.items() if entry["dtype"] not in _DTYPES), None)
@@ -129,3 +130,7 @@ class SafetensorsReader:
         (The library maps the file and copies, which holds every byte twice.)
         """
         return mapped(self.path, self._offsets[key], self.tensors[key])
+
+
+def _damaged(path: Path, problem: object) -> InputError:
+    return InputError(f"{path}: not a whole safetensors file ({problem}); fetch or export it again")

@@ -6,12 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gpt_core.checkpoint_config import PARAMS_FOLDER, read_checkpoint_config, refuse_twin, write_checkpoint_config
-from gpt_core.errors import InputError
+from gpt_core.checkpoint_config import PARAMS_FOLDER, refuse_twin, write_checkpoint_config
 from gpt_core.files import atomic_directory
+from gpt_core.formats.orbax_jax import open_checkpoint
 from gpt_core.formats.replaceable import kept_checkpoint
-from gpt_core.orbax_file import OrbaxReader, write_orbax
-from gpt_core.parameters import Parameter
+from gpt_core.orbax_file import write_orbax
 from gpt_core.precision import Precision
 from gpt_core.tensor_info import Array, TensorInfo
 from gpt_core.tokenizer import Tokenizer
@@ -57,43 +56,12 @@ def load(
     Raises:
         InputError: the checkpoint is missing, damaged or of the other framework, or weights and config do not fit.
     """
-    config = read_checkpoint_config(path)
     refuse_twin(path, "jax")
-    reader = OrbaxReader(path / PARAMS_FOLDER)
-    unused = set(reader.tensors)
-
-    def read(key: str, shape: tuple[int, ...], row: int | None = None) -> Array:
-        if key not in reader.tensors:
-            raise InputError(f"{path}: weights and config do not fit: {key} is missing")
-        found = reader.tensors[key].shape
-        expected = shape if row is None else (config.n_layers, *shape)
-        if found != expected:
-            raise InputError(f"{path}: {key} has shape {found} where the config asks for {expected}")
-        unused.discard(key)
-        return reader.read(key, row)
-
-    def read_parameter(parameter: Parameter) -> Array:
-        blocks_apart = parameter.name not in reader.tensors
-        if parameter.layer is not None:
-            if blocks_apart:
-                return read(_unrolled(parameter.name, parameter.layer), parameter.shape)
-            return read(parameter.name, parameter.shape, parameter.layer)
-        if parameter.stacked and blocks_apart:
-            layers = range(parameter.shape[0])
-            return np.stack([read(_unrolled(parameter.name, layer), parameter.shape[1:]) for layer in layers])
-        return read(parameter.name, parameter.shape)
-
-    model = GPT(
-        config,
-        lambda parameter: jnp.array(read_parameter(parameter), dtype=precision.param_dtype, copy=True),
+    checkpoint = open_checkpoint(path)
+    return GPT(
+        checkpoint.config,
+        lambda parameter: jnp.array(checkpoint.read(parameter), dtype=precision.param_dtype, copy=True),
         precision=precision,
         implementation=implementation,
         scan_layers=scan_layers,
     )
-    if unused:
-        raise InputError(f"{path}: weights and config do not fit: {min(unused)} has no place in the model")
-    return model
-
-
-def _unrolled(name: str, layer: int) -> str:
-    return name.replace("blocks.", f"blocks.{layer}.", 1)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt_core.errors import InputError
-from gpt_core.reading import read_json
+from gpt_core.reading import exists, read_json
 from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
-from gpt_core.source_files import is_there
 from gpt_core.tensor_info import Array, TensorInfo
 
 WEIGHTS_FILE = "model.safetensors"
@@ -31,11 +30,11 @@ class ShardsReader:
     def __init__(self, folder: Path, ignored: Callable[[str], bool], spare: Callable[[str], bool]) -> None:
         self._readers: dict[str, SafetensorsReader] = {}  # key -> its file
         index = folder / INDEX_FILE
-        if not is_there(index):
+        if not exists(index):
             self._require_no_pickle(folder)
             reader = SafetensorsReader(folder / WEIGHTS_FILE, ignored)
             self._readers = dict.fromkeys(reader.tensors, reader)
-        elif is_there(folder / WEIGHTS_FILE):
+        elif exists(folder / WEIGHTS_FILE):
             raise InputError(f"{folder}: holds both {WEIGHTS_FILE} and {INDEX_FILE}; remove the one that is stale")
         else:
             self._open_shards(folder, index, ignored, spare)
@@ -56,7 +55,7 @@ class ShardsReader:
         outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
         if outside:
             raise InputError(f"{index}: names {outside[0]!r}, which is no safetensors file of this folder")
-        missing = [name for name in names if not is_there(folder / name)]
+        missing = [name for name in names if not exists(folder / name)]
         if missing:
             raise InputError(f"{folder}: {len(missing)} of {len(names)} shards are missing, such as {missing[0]}")
         for name in names:
@@ -78,7 +77,7 @@ class ShardsReader:
 
     @staticmethod
     def _require_no_pickle(folder: Path) -> None:
-        if is_there(folder / WEIGHTS_FILE):
+        if exists(folder / WEIGHTS_FILE):
             return
         pickled = sorted(path.name for ending in PICKLES for path in folder.glob(ending))
         if pickled:

@@ -11,9 +11,10 @@ from pathlib import Path
 from gpt_core.adaptation import unchanged
 from gpt_core.checkpoint_config import PARAMS_FOLDER, read_checkpoint_config, write_checkpoint_config
 from gpt_core.config import ModelConfig
+from gpt_core.errors import InputError
 from gpt_core.orbax_file import OrbaxReader, write_orbax
 from gpt_core.parameters import Parameter, parameter_table
-from gpt_core.tensor_info import Array, TensorInfo
+from gpt_core.tensor_info import FLOATS, Array, TensorInfo
 from gpt_core.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
 from gpt_core.weights import DType, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
 
@@ -46,7 +47,14 @@ class JaxCheckpoint:
         self.tensors: Mapping[str, TensorInfo] = self._reader.tensors
         self.scan_layers = not any(key.startswith("blocks.0.") for key in self.tensors)
         self._expected = slots(self.config, spoke(self.config, scan_layers=self.scan_layers))
-        require_keys(str(path), self._expected, {key: info.shape for key, info in self.tensors.items()})
+        shapes = {key: info.shape for key, info in self.tensors.items()}
+        require_keys(str(path), self._expected, shapes, self._stored)
+        foreign = next((key for key, info in self.tensors.items() if info.dtype not in FLOATS), None)
+        if foreign:
+            raise InputError(
+                f"{path}: {self._stored(foreign)} is of dtype {self.tensors[foreign].dtype}; weights are of "
+                f"{', '.join(dtype.name for dtype in FLOATS)}"
+            )
         self._source = source_of(self._expected, self._reader.read, self._reader.read)
 
     @cached_property
@@ -57,7 +65,7 @@ class JaxCheckpoint:
             InputError: blocks of one differ.
         """
         found = {key: info.dtype for key, info in self.tensors.items()}
-        return parameter_dtypes(str(self.path), self._expected, found)
+        return parameter_dtypes(str(self.path), self._expected, found, self._stored)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -72,6 +80,9 @@ class JaxCheckpoint:
     def read(self, parameter: Parameter) -> Array:
         """A parameter, or one block of it, in canonical axes and the stored dtype."""
         return self._source(parameter)
+
+    def _stored(self, key: str) -> str:
+        return self._reader.stored.get(key, key)
 
 
 adapt_config = unchanged  # it holds every config as it is

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -202,6 +203,176 @@ def test_a_damaged_database_of_orbax_is_refused(part: str, tmp_path: Path) -> No
         truncate(folder / part)
     with pytest.raises(InputError, match=str(folder)):
         OrbaxReader(folder).read("w")
+
+
+WRAPPED: dict[str, Callable[[Any], Any]] = {
+    "params": lambda nested: {"params": nested},
+    "value": lambda nested: leaves_of(nested),
+    "params and value": lambda nested: {"params": leaves_of(nested)},
+}
+
+
+def leaves_of(nested: Any) -> Any:
+    """Every leaf in a mapping of its own, as a whole `nnx.State` is saved."""
+    return {key: leaves_of(part) for key, part in nested.items()} if isinstance(nested, dict) else {"value": nested}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPED)
+@pytest.mark.parametrize("use_ocdbt", [True, False], ids=["ocdbt", "one-folder-each"])
+def test_what_a_tree_of_parameters_is_wrapped_in_is_left_out(wrapping: str, use_ocdbt: bool, tmp_path: Path) -> None:
+    import jax.numpy as jnp
+    import orbax.checkpoint as ocp
+
+    content = arrays(np.float32)
+    nested = WRAPPED[wrapping](tree({key: jnp.asarray(array) for key, array in content.items()}))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=use_ocdbt)) as checkpointer:
+        checkpointer.save(tmp_path / "params", nested)
+    assert_reads(tmp_path / "params", content)
+
+
+def test_the_state_of_a_flax_model_is_read_here(tmp_path: Path) -> None:
+    import orbax.checkpoint as ocp
+    from flax import nnx
+
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "params", nnx.state(model, nnx.Param))
+    reader = OrbaxReader(tmp_path / "params")
+    assert set(reader.tensors) == {"kernel", "bias"}
+    assert_same_bits(reader.read("kernel"), np.asarray(model.kernel[...]))
+
+
+def test_a_wrapping_of_some_leaves_alone_is_part_of_their_names(tmp_path: Path) -> None:
+    content = {"params.a.value": np.ones(2, np.float32), "b.value": np.ones(3, np.float32), "c": np.ones(4, np.float32)}
+    write(tmp_path / "params", content, set())
+    assert_reads(tmp_path / "params", content)
+
+
+def test_an_error_names_the_array_as_the_checkpoint_does(tmp_path: Path) -> None:
+    write(tmp_path / "params", {"params.a.value": np.ones(2, np.float32)}, set())
+    chunk(tmp_path / "params", "params.a.value").unlink()
+    with pytest.raises(InputError, match=r"the array params\.a\.value is damaged or missing"):
+        OrbaxReader(tmp_path / "params").read("a")
+
+
+def test_a_step_of_a_checkpoint_manager_is_pointed_at(tmp_path: Path) -> None:
+    (tmp_path / "params" / "7").mkdir(parents=True)
+    write(tmp_path / "params" / "7" / "default", arrays(np.float32))
+    told = f"it has no _METADATA; {tmp_path}/params/7/default is one, a step of a CheckpointManager: put its content"
+    with pytest.raises(InputError, match=told):
+        OrbaxReader(tmp_path / "params")
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"chunks": [10**18, 4]}, "chunks are larger than the array"),
+        ({"chunks": [10**18, 10**18]}, "chunks are larger than the array"),
+        ({"chunks": [0, 4]}, "must be lists of whole numbers"),
+        ({"chunks": [13]}, "chunks are larger than the array"),
+        ({"chunks": "13"}, "must be lists of whole numbers"),
+        ({"shape": [10**18, 4], "chunks": [10**18, 4]}, "the array should have 16000000000000000000 bytes"),
+        ({"shape": [2**40, 4]}, "the array should have 17592186044416 bytes, and all files have"),
+        ({"shape": [-13, 4]}, "must be lists of whole numbers"),
+        ({"shape": [13.0, 4]}, "must be lists of whole numbers"),
+        ({"shape": None}, "must be lists of whole numbers"),
+        ({"dtype": [["a", "<f4"]]}, "dtype .* is not known"),
+        ({"dtype": "|V1000000000000"}, "dtype .* is not known"),
+        ({"dtype": "("}, "dtype .* is not known"),
+        ({"dtype": 4}, "dtype 4 is not known"),
+    ],
+)
+def test_a_header_that_no_file_can_hold_is_refused_before_tensorstore_sees_it(
+    changes: dict[str, object], told: str, tmp_path: Path
+) -> None:
+    """Over chunks of 10^18 numbers TensorStore ends the process."""
+    write(tmp_path / "params", arrays(np.float32))
+    edit(tmp_path / "params" / "token_embedding" / ".zarray", **changes)
+    with pytest.raises(InputError, match=rf"the array token_embedding is damaged or missing: \.zarray: .*{told}"):
+        OrbaxReader(tmp_path / "params")
+
+
+@pytest.mark.parametrize("chunk_shape", [[10**18], [0], "x", [1, 1]])
+def test_the_same_in_version_3_of_zarr(chunk_shape: object, tmp_path: Path) -> None:
+    import jax.numpy as jnp
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:
+        checkpointer.save(tmp_path / "params", {"w": jnp.ones(4)})
+    assert_reads(tmp_path / "params", {"w": np.ones(4, np.float32)})
+    grid = {"name": "regular", "configuration": {"chunk_shape": chunk_shape}}
+    edit(tmp_path / "params" / "w" / "zarr.json", chunk_grid=grid)
+    with pytest.raises(InputError, match=r"the array w is damaged or missing: zarr\.json: "):
+        OrbaxReader(tmp_path / "params")
+
+
+NAMES = ["..", ".", "", "../outside", "/etc/passwd", "a/b", "a\0b", "line\nbreak", "\x1b[31m", "\ud800"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_leads_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "params"
+    write(folder, {"a.b": np.ones(2, np.float32)}, set())
+    write(tmp_path / "outside", {"b": np.ones(2, np.float32)}, set())
+    leaf = {"key_metadata": [{"key": name}, {"key": "b"}], "value_metadata": {"value_type": "np.ndarray"}}
+    edit(folder / "_METADATA", tree_metadata={"x": leaf})
+    with pytest.raises(InputError, match=f"{folder}: its _METADATA names .* which is no name of an array") as caught:
+        OrbaxReader(folder)
+    assert str(caught.value).isprintable()
+
+
+def test_an_array_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "params"
+    write(folder, {"a.b": np.ones(2, np.float32)}, set())
+    values = {"value_metadata": {"value_type": "np.ndarray"}}
+    leaves = {"1": {"key_metadata": [{"key": "a"}, {"key": "b"}]}, "2": {"key_metadata": [{"key": "a.b"}]}}
+    edit(folder / "_METADATA", tree_metadata={name: leaf | values for name, leaf in leaves.items()})
+    with pytest.raises(InputError, match="its _METADATA names an array twice"):
+        OrbaxReader(folder)
+
+
+@pytest.mark.parametrize("file", ["_METADATA", ".zarray", "0"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_is_no_regular_file_is_refused(file: str, make: Callable[[Path], None], tmp_path: Path) -> None:
+    folder = tmp_path / "params"
+    write(folder, arrays(np.float32))
+    place = folder / file if file == "_METADATA" else folder / "final.bias" / file
+    place.unlink()
+    make(place)
+    with pytest.raises(InputError, match=f"{place}: is a device or a pipe, not a file"):
+        OrbaxReader(folder)
+
+
+@pytest.mark.parametrize("file", ["_METADATA", ".zarray", "0"])
+def test_what_may_not_be_read_is_not_missing(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "params"
+    write(folder, arrays(np.float32))
+    place = folder / file if file == "_METADATA" else folder / "final.bias" / file
+    opened = Path.open
+
+    def denied(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == place:
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(InputError, match=f"{place}: no permission"):
+        OrbaxReader(folder)
+
+
+def test_nesting_without_end_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "params"
+    write(folder, arrays(np.float32))
+    (folder / "final.bias" / ".zarray").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"final\.bias is damaged or missing: \.zarray: more than 100 levels"):
+        OrbaxReader(folder)
+    (folder / "_METADATA").write_text('{"a":' * 100_000)
+    with pytest.raises(InputError, match="_METADATA: cannot be read: more than 100 levels"):
+        OrbaxReader(folder)
 
 
 def test_a_path_may_go_up_and_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,18 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "absent")
 
 
+def test_a_whole_state_that_orbax_saved_is_a_checkpoint(tmp_path: Path) -> None:
+    """With `value` below every leaf, as an `nnx.State` is written."""
+    import orbax.checkpoint as ocp
+
+    model = build()
+    (tmp_path / "model").mkdir()
+    write_checkpoint_config(tmp_path / "model", model.config)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model" / "params", nnx.state(model, nnx.Param))
+    assert_same_bits(load(tmp_path / "model"), model)
+
+
 def test_config_json_is_plain(tmp_path: Path) -> None:
     save(build(), tmp_path / "model")
     content = json.loads((tmp_path / "model" / "config.json").read_text())

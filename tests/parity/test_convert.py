@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -462,6 +463,18 @@ class TestBadSource:
         save_file(tensors, folder / "model.safetensors")
         self.refused(folder, r"final_norm\.bias is of dtype I32; weights are of F64, F32, BF16, F16")
 
+    def test_integers_are_no_weights_in_jax_either(self, tiny, write_checkpoint):
+        from gpt_core.orbax_file import write_orbax
+        from gpt_core.tensor_info import TensorInfo
+
+        folder = write_checkpoint("jax", tiny)
+        zeros = np.zeros(tiny.embed_dim, np.int32)
+        (folder / "integers").mkdir()
+        write_orbax(folder / "integers", {"final_norm.bias": TensorInfo(zeros.shape, zeros.dtype)}, lambda *_: zeros)
+        shutil.rmtree(folder / "params" / "final_norm.bias")
+        (folder / "integers" / "final_norm.bias").rename(folder / "params" / "final_norm.bias")
+        self.refused(folder, r"final_norm\.bias is of dtype int32; weights are of float64, float32, bfloat16, float16")
+
     @pytest.mark.parametrize("chunk", ["token_embedding/0.0", "blocks.mlp.up.kernel/1.0.0"])
     @pytest.mark.parametrize("keep", [0, 8, -1])
     def test_a_truncated_orbax_chunk(self, tiny, chunk, keep, write_checkpoint):
@@ -485,7 +498,7 @@ class TestBadSource:
     def test_a_damaged_orbax_tree(self, tiny, content, write_checkpoint):
         folder = write_checkpoint("jax", tiny)
         (folder / "params" / "_METADATA").write_text(content, encoding="utf-8")
-        self.refused(folder, "_METADATA is damaged")
+        self.refused(folder, "_METADATA( is damaged|: cannot be read)")
 
     def test_a_params_folder_of_something_else(self, tiny, write_checkpoint):
         folder = write_checkpoint("jax", tiny)
