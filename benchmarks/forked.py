@@ -9,6 +9,7 @@ import gc
 import importlib
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -109,7 +110,7 @@ class Running:
     """A command that has been started.
 
     Args:
-        words: The command line: the name of a script, then its arguments.
+        words: The command line, as one types it or word by word: the name of a script, then its arguments.
         folder: Where it runs.
         output: Its output goes to the files OUTPUT.out and OUTPUT.err.
         stdout: Somewhere else for standard output, such as /dev/full.
@@ -120,7 +121,7 @@ class Running:
 
     def __init__(
         self,
-        words: Sequence[str],
+        words: str | Sequence[str],
         folder: Path,
         output: Path,
         *,
@@ -131,6 +132,7 @@ class Running:
     ) -> None:
         self._out, self._err = output.with_name(f"{output.name}.out"), output.with_name(f"{output.name}.err")
         self._started = time.monotonic()
+        self._others = set(_children(os.getpid()))
         self.pid = os.fork()
         if self.pid:
             _running.add(self.pid)
@@ -138,7 +140,7 @@ class Running:
             try:
                 _become(folder, stdout or str(self._out), str(self._err), environment or {})
                 prepare()
-                _call(list(words), whole_exit=whole_exit)
+                _call(shlex.split(words) if isinstance(words, str) else list(words), whole_exit=whole_exit)
             finally:
                 os._exit(70)
 
@@ -146,13 +148,22 @@ class Running:
         """Whether it has ended by now."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-    def kill(self) -> Outcome:
-        """SIGKILL, for it and all that it has started, as when a machine goes down."""
-        kill_tree(self.pid)
-        return self.wait()
+    def kill(self, *, alone: bool = False) -> Outcome:
+        """SIGKILL, for it and all that it has started, as when a machine goes down; or for it alone."""
+        if alone:
+            _signal(self.pid)
+        else:
+            kill_tree(self.pid)
+        return self.wait(reap=not alone)
 
-    def wait(self, *, seconds: float = float("inf"), memory: int = 1 << 62) -> Outcome:
-        """Wait for the end, or bring it about when it takes more time or memory than this."""
+    def wait(self, *, seconds: float = float("inf"), memory: int = 1 << 62, reap: bool = True) -> Outcome:
+        """Wait for the end, or bring it about when it takes more time or memory than this.
+
+        Args:
+            seconds: Of the clock, since its start.
+            memory: Bytes beyond what a child holds that does nothing.
+            reap: Whether what it leaves running is killed.
+        """
         stopped, pause = "", 0.001
         while not stopped and not self.ended():
             time.sleep(pause)
@@ -172,15 +183,15 @@ class Running:
             seconds=time.monotonic() - self._started,
             memory=1024 * usage.ru_maxrss - idle_memory(),
             stopped=stopped,
-            orphans=_reap_orphans(),
+            orphans=_reap(self._others) if reap else 0,
         )
 
 
-def run(words: Sequence[str], folder: Path, output: Path) -> Outcome:
+def run(words: str, folder: Path, output: Path) -> Outcome:
     """Run a command to its end; anything but exit code 0 ends this program too."""
     outcome = Running(words, folder, output).wait()
     if outcome.code != 0:
-        sys.exit(f"{' '.join(words)}: exit code {outcome.code}\n{outcome.stderr[-2000:]}")
+        sys.exit(f"{words}: exit code {outcome.code}\n{outcome.stderr[-2000:]}")
     return outcome
 
 
@@ -201,23 +212,22 @@ def kill_tree(pid: int) -> None:
         kill_tree(child)
 
 
-def _reap_orphans() -> int:
-    """Kill what a command that has ended left to us, and count it."""
+def _reap(others: set[int]) -> int:
+    """Kill what a command that has ended left to us, and count it; `others` are processes that are not its own."""
+
+    def left() -> list[int]:
+        return [pid for pid in _children(os.getpid()) if pid not in others | _running]
+
     # Stragglers that are about to end by themselves, as helpers of multiprocessing do, have a moment for it.
-    deadline, orphans = time.monotonic() + 1, _orphans()
-    while orphans and time.monotonic() < deadline:
+    deadline = time.monotonic() + 1
+    while (orphans := left()) and time.monotonic() < deadline:
         for pid in orphans:
             os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
-        orphans = _orphans()
     for pid in orphans:
         kill_tree(pid)
         os.waitpid(pid, 0)
     return len(orphans)
-
-
-def _orphans() -> list[int]:
-    return [pid for pid in _children(os.getpid()) if pid not in _running]
 
 
 def _children(pid: int) -> list[int]:
@@ -251,7 +261,7 @@ def _become(folder: Path, stdout: str, stderr: str, environment: Mapping[str, st
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
     for descriptor, path, flags in ((0, os.devnull, os.O_RDONLY), (1, stdout, os.O_WRONLY), (2, stderr, os.O_WRONLY)):
-        made = os.open(path, flags | (os.O_CREAT | os.O_APPEND if descriptor else 0), 0o644)
+        made = os.open(path, flags | (os.O_CREAT | os.O_TRUNC | os.O_APPEND if descriptor else 0), 0o644)
         os.dup2(made, descriptor)
         os.close(made)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115

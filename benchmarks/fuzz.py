@@ -275,7 +275,7 @@ def build(names: Sequence[str], fixtures: Path, progress: Progress) -> None:
         if callable(made):
             made(path)
         else:
-            run(made.split(), fixtures, fixtures.with_name("fixture"))
+            run(made, fixtures, fixtures.with_name("fixture"))
 
 
 def try_all(numbers: Sequence[int], workers: int, progress: Progress) -> list[Result]:
