@@ -297,6 +297,7 @@ PATHS = [
     *("x" * 300,),
     *("x/" * 2500 + "x", "a\nb", "\x1b[31mred", "a\u2028b", "folder\x07", "\udcff", "é/日本", " ", "", "."),
     *("..", "-dash"),
+    *("torch", "torch/below", "run-torch", "data", "data/below", "texts", "rec", "run.yaml", "tokens.npy"),
     *("fold[er]", "*", "folder/*", "?", "@", "@best", "run-torch@99999999999999999999", "run-torch@-1"),
     *("run-torch@x@best",),
     *("~", "~nobody/x", "$HOME", "C:\\x", "owner/name", "stdlib", "tiny-cpu/x"),
@@ -511,6 +512,9 @@ class Maker:
         if found is None:
             return None
         line, path = found
+        folder = str(Path(path).parent)
+        if folder != "." and chance.random() < 0.1:
+            return _with_folder(line, folder, chance)
         what, spoil = _damage(self._fixtures, path, chance)
         return line, line.words, f"{path}: {what}", spoil
 
@@ -834,6 +838,19 @@ def _damage(fixtures: Path, path: str, chance: Chance) -> tuple[str, Spoil]:
         return f"is a {other}", _both(_specials, partial(_put, path, other))
     noise = chance.randbytes(min(max(size, 16), 4096))
     return "noise", lambda folder: _write(folder / path, noise)
+
+
+def _with_folder(line: Line, path: str, chance: Chance) -> Made:
+    """Something is wrong with a whole folder."""
+    other = chance.choice(["", "empty", "file.txt", "loop", "dangling", "fifo", "full", "links"])
+
+    def spoil(folder: Path) -> None:
+        shutil.rmtree(folder / path)
+        if other:
+            _specials(folder)
+            (folder / other).rename(folder / path)
+
+    return line, line.words, f"{path}: {f'is {other}' if other else 'removed'}", spoil
 
 
 def _flip(path: str, byte: int, bit: int, folder: Path) -> None:
