@@ -87,8 +87,9 @@ def import_everything(scratch: Path) -> None:
 
 @contextmanager
 def workplace() -> Iterator[Path]:
-    """A folder that is removed at the end; not by `TemporaryDirectory`, which children would remove at their end."""
+    """A folder that is removed at the end, also at SIGTERM; `TemporaryDirectory` would be removed by children too."""
     folder = Path(tempfile.mkdtemp(prefix="twingpt-"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield folder
     finally:
