@@ -62,7 +62,11 @@ def _run(package: str) -> NoReturn:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end_at_once)  # until `gpt_core.cli.run` begins there is nothing to clean up
-    _leave(import_module(f"{package}.cli").main(), errors)
+    try:
+        code = import_module(f"{package}.cli").main()
+    except SystemExit as stopped:  # as --help does
+        code = stopped.code
+    _leave(code if isinstance(code, int) else 0, errors)
 
 
 def _end_at_once(number: int, _: FrameType | None) -> None:

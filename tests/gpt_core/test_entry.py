@@ -65,12 +65,13 @@ def test_a_good_end_says_nothing(result: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("end", ["return 0", "raise SystemExit(0)"])  # the second as --help
 def test_a_full_standard_output_is_wrong_input(
-    unbuffered: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unbuffered: str, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     with open("/dev/full", "w") as full:
-        code, _, errors = run(tmp_path, "print('done')\nreturn 0", stdout=full.fileno())
+        code, _, errors = run(tmp_path, f"print('done')\n{end}", stdout=full.fileno())
     assert code == 2
     assert errors.startswith("error: ")
     assert errors.endswith("No space left on device\n")
