@@ -43,9 +43,16 @@ class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
         return text
 
 
+class _Parser(ArgumentParser):
+    """Lets a full standard output be noticed, which argparse does not."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file or sys.stderr)
+
+
 def parser(description: str, example: str, prog: str | None = None) -> ArgumentParser:
     """A parser whose help ends with an example."""
-    return ArgumentParser(
+    return _Parser(
         prog=prog,
         description=description,
         epilog=f"example:\n{example}",

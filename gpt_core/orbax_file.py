@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import tensorstore as ts
 
 from gpt_core.errors import InputError, shown
+from gpt_core.interrupts import uninterrupted
 from gpt_core.reading import LARGEST_JSON, exists, open_file, parse_json, read_json, unreadable
 from gpt_core.tensor_info import Array, TensorInfo, contiguous, mapped
 from gpt_core.threads import for_each
@@ -111,6 +113,10 @@ def _written(future: Any) -> Any:
         return future.result()
     except _TENSORSTORE_ERRORS as error:
         raise OSError(str(error).split(" [")[0]) from error
+    except KeyboardInterrupt:  # what is under way must end before its folder is removed
+        with uninterrupted(), suppress(*_TENSORSTORE_ERRORS):
+            future.result()
+        raise
 
 
 def _write_json(path: Path, content: Any) -> None:
