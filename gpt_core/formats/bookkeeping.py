@@ -1,8 +1,9 @@
 """Fields of published `config.json` files that no logit of a decoder depends on, with who wrote them.
 
-A field stands here only if that holds for every version of transformers (2.0 to 5.23 and pytorch-transformers 1.2 were
-read) and whatever its value is. Where another value would be another function, the field stands in `FIXED` with the
-values that are not. What is in neither table, and what an architecture does not take, is refused.
+A field stands here only if that holds whatever its value is. The names are those of the config classes of
+pytorch-transformers 1.2 and transformers 2.1, 2.11, 3.5, 4.9, 4.28, 4.38, 4.57 and 5.23, and of published files. Where
+another value would be another function, the field stands in `FIXED` with the values that are not. What is in neither
+table, and what an architecture does not take, is refused.
 """
 
 from dataclasses import dataclass
