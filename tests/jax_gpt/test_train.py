@@ -104,6 +104,13 @@ def start(processes: int, devices: int, gathered: str, arguments: list[str]) -> 
     assert [process.returncode for process in started] == [0] * processes, "\n".join(said[-2000:] for _, said in ends)
 
 
+def flip_a_bit(checkpoint: Path) -> None:
+    file = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
 @pytest.fixture(scope="module")
 def common(config: Path) -> list[str]:
     """Arguments of all runs here: long enough to kill one on its way."""
@@ -133,6 +140,12 @@ def test_two_processes_train_as_one_and_their_checkpoint_is_whole(
     assert set(reader.tensors) == set(gathered.files)
     for key in gathered.files:
         np.testing.assert_array_equal(reader.read(key), gathered[key])
+
+    # A flipped bit is found by one process and is damage for both: they go on from step 20.
+    flip_a_bit(two / "checkpoints/24")
+    start(2, 4, "-", [*common, "--out", str(two), *mesh])
+    assert [path.name for path in (two / "damaged").iterdir()] == ["24"]
+    np.testing.assert_allclose(list(losses(two).values()), list(expected.values()), rtol=1e-10, atol=0)
 
     for step in (20, 24):  # go on from step 16 in one process, on another mesh
         shutil.rmtree(two / "checkpoints" / str(step))
