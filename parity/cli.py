@@ -275,6 +275,8 @@ def _report(
     else:
         console = Console(width=None if os.isatty(1) else 140)
         print_table(results, console, faults=content["faults"], title=title)
+        for notice in content.get("notices", []):
+            console.print(f"note: {notice}", markup=False, soft_wrap=True)
         print_verdict(results, seconds, console, faults=content["faults"])
         if written:
             console.print(f"report: {written}", markup=False, soft_wrap=True)

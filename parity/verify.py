@@ -3,10 +3,12 @@
 Also the grid of variants, each exported, loaded by transformers, and converted back (`parity check --hugging-face`).
 """
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -81,7 +83,7 @@ def verify_folder(
         for group in dtype_groups(dtypes)
     ]
     found, environment = _collect(jobs, advance)
-    return results + found, {"environment": environment}
+    return results + found, {"environment": environment, "notices": _notices(found)}
 
 
 def verify_grid(variants: list[str], dtypes: list[DType], advance: Progress) -> Outcome:
@@ -141,6 +143,21 @@ def _collect(jobs: list[Job], advance: Progress) -> tuple[list[CheckResult], dic
 
     run_side_by_side(jobs, on_event)
     return results, environment
+
+
+def _notices(results: list[CheckResult]) -> list[str]:
+    """How the peer generated otherwise than its folder says, one sentence each."""
+    measures = [result.measures for result in results if result.check == "decode"]
+    aside = {name: value for found in measures for name, value in found.get("set_aside", {}).items()}
+    notices = []
+    if aside:
+        said = ", ".join(f"{name} {shorten(json.dumps(value), 40)}" for name, value in aside.items())
+        notices.append(f"greedy is greedy: {TRANSFORMERS} generated without what the folder sets ({said})")
+    if any(found.get("peer_cache") is False for found in measures):
+        notices.append(
+            f"{TRANSFORMERS} generated without its own cache, which at a window of 1 is another function than its model"
+        )
+    return notices
 
 
 def folder_worker(
@@ -238,7 +255,9 @@ def peer_checks(
         )
         if generated is not None:
             ours, gap = greedy(side.logits_function(model), prompt, new)
-            yield check_decode(name, dtype, ours, generated, gap)
+            settings = {"set_aside": peer.set_aside} if peer.set_aside else {}
+            settings |= {} if peer.caches else {"peer_cache": False}
+            yield check_decode(name, dtype, ours, generated, gap, settings)
 
 
 def _prompt(tokens: Array, context_length: int, new: int) -> tuple[Array, int]:

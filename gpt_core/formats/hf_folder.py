@@ -17,7 +17,7 @@ from gpt_core.tokenizer import Tokenizer
 from gpt_core.tokenizer_rules import END_OF_TEXT, TOKENIZER_CONFIG, TOKENIZER_FILE, tokenizer_files
 
 GENERATION_CONFIG = "generation_config.json"
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 CARD_FILE = "README.md"
 PARITY_ROW = "parity"
 
@@ -53,7 +53,7 @@ def token_ids(source: Path | None, tokenizer: Tokenizer | None) -> dict[str, Any
         file = home / (CONFIG_FILE if _is_hugging_face(home) else GENERATION_CONFIG)
         if file.is_file():
             content = read_json(file)
-            return {name: content.get(name) for name in _TOKEN_IDS}
+            return {name: content.get(name) for name in TOKEN_IDS}
     end = None if tokenizer is None else tokenizer.end_of_text
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
 

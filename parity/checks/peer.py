@@ -61,7 +61,14 @@ def _held_to_truth(result: CheckResult, name: str, ours: Run, peer: Run, truth: 
     return replace(result, measures=measures, passed=False, reason=reason)
 
 
-def check_decode(variant: str, dtype: str, ours: Array, peer: Array, gap: Callable[[int, int], float]) -> CheckResult:
+def check_decode(
+    variant: str,
+    dtype: str,
+    ours: Array,
+    peer: Array,
+    gap: Callable[[int, int], float],
+    peer_settings: Mapping[str, Any] | None = None,
+) -> CheckResult:
     """Compare generated tokens `[batch, new]`, one by one.
 
     Args:
@@ -70,9 +77,10 @@ def check_decode(variant: str, dtype: str, ours: Array, peer: Array, gap: Callab
         ours: Greedy decoding without a cache.
         peer: The peer's, with its cache.
         gap: By how much our two best logits differ at a row and a token, to tell a tie from a mistake.
+        peer_settings: How the peer generated where it is not as its folder says, for the report.
     """
     wrong = np.argwhere(ours != peer)
-    reason, measures = "", {"tokens": ours.shape[1], "rows": ours.shape[0]}
+    reason, measures = "", {"tokens": ours.shape[1], "rows": ours.shape[0], **(peer_settings or {})}
     if len(wrong):
         row, token = min(wrong.tolist(), key=lambda place: place[1])
         reason = (

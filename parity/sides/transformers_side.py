@@ -9,11 +9,14 @@ import numpy as np
 import torch
 import transformers
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from gpt_core.checkpoint_config import CONFIG_FILE
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
+from gpt_core.formats.hf_fields import read_json
+from gpt_core.formats.hf_folder import GENERATION_CONFIG, TOKEN_IDS
 from gpt_core.formats.hugging_face import Architecture, HuggingFaceCheckpoint
 from gpt_core.precision import DType
 from gpt_core.weights import Weights, decode, slots
@@ -73,6 +76,8 @@ class Peer:
     In fp64, the peer's own casts to fp32 (rotary angles, scores, softmax, loss) become casts to fp64 while it is built
     and run: an fp64 run of its formulas, against which rounding can be told from another function.
 
+    It generates by our settings alone: greedy is greedy. `set_aside` has those of the folder that would change it.
+
     Args:
         path: An exported or downloaded folder.
         dtype: What to compute in.
@@ -92,11 +97,18 @@ class Peer:
             )
         self.architecture: Architecture = checkpoint.architecture
         self.config: ModelConfig = checkpoint.config
+        self.set_aside: dict[str, Any] = _set_aside(path)
+        # Its cache of a window keeps the last W - 1 keys by a slice, which for a W of 1 is all of them.
+        self.caches: bool = not (self.architecture.model_type == "starcoder2" and self.config.sliding_window == 1)
         self._double: bool = dtype == "float64"
         with self._computing():
             # from_pretrained is generic over classes that exist at run time alone
             self.model: Any = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=torch_dtype(dtype), local_files_only=True, trust_remote_code=trust_remote_code
+                str(path),
+                dtype=torch_dtype(dtype),
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                generation_config=GenerationConfig(),
             ).eval()
 
     def run(self, tokens: Array, batch: Batch | None = None, *, gradients: bool = True, trace: bool = True) -> Run:
@@ -118,19 +130,11 @@ class Peer:
         return Run(to_numpy(output.logits), sites, loss, found)
 
     def generate(self, prompt: Array, new: int) -> Array:
-        """Tokens `[batch, new]` that its own greedy decoding with its cache appends to `prompt` `[batch, time]`."""
+        """Tokens `[batch, new]` that its own greedy decoding appends to `prompt` `[batch, time]`, with its cache."""
+        settings = GenerationConfig(max_new_tokens=new, min_new_tokens=new, pad_token_id=0, use_cache=self.caches)
         with self._computing(), torch.no_grad():
             ids = torch.tensor(prompt)
-            tokens = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=new,
-                min_new_tokens=new,
-                eos_token_id=None,
-                pad_token_id=0,
-                use_cache=True,
-            )
+            tokens = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         return to_numpy(tokens)[:, prompt.shape[1] :]
 
     def _gradients(self) -> Weights:
@@ -207,6 +211,17 @@ class _InDouble(TorchFunctionMode):
         widened = [torch.float64 if value is torch.float32 else value for value in args]
         keywords = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
         return function(*widened, **keywords)
+
+
+def _set_aside(path: Path) -> dict[str, Any]:
+    """What a folder says of how to generate, where that is not plain greedy decoding."""
+    known = set(GenerationConfig().to_dict()) - {*TOKEN_IDS, "use_cache", "_from_model_config", "transformers_version"}
+    found: dict[str, Any] = {}
+    for file in (path / CONFIG_FILE, path / GENERATION_CONFIG):
+        content = read_json(file) if file.is_file() else {}
+        found |= {name: value for name, value in content.items() if name in known}
+    off: tuple[Any, ...] = (None, 0, 1, "", [], {})  # no settings, no penalty, one beam
+    return {name: value for name, value in found.items() if value is True or value not in off}
 
 
 def _labels(batch: Batch) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """`parity verify` and `parity check` with transformers as third party: what is right passes, what is wrong is found."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,8 +106,6 @@ def test_a_mistake_is_found_at_its_module(name, change, site, folders):
 
 
 def test_noise_beyond_three_times_the_peers_is_a_failure(folders):
-    from dataclasses import replace
-
     from parity.sides import torch_side
     from parity.sides.transformers_side import Peer
 
@@ -143,6 +143,78 @@ def test_greedy_decoding_follows_the_largest_logit():
     wrong = check_decode("case", "float32", found, other, gap)
     assert not wrong.passed
     assert "row 1 parts at token 4 of 5: 6 against 5" in wrong.reason
+
+
+def decoded(folder, new=20):
+    """The peer, and the check of its tokens against ours."""
+    from parity.sides import torch_side
+    from parity.sides.transformers_side import Peer
+
+    checkpoint, peer = open_checkpoint(folder), Peer(folder, "float64")
+    prompt = tokens()[:, :7]
+    model = torch_side.build(checkpoint.config, checkpoint.read, "float64")
+    ours, gap = greedy(torch_side.logits_function(model), prompt, new)
+    return peer, check_decode("case", "float64", ours, peer.generate(prompt, new), gap)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2},
+        {"num_beams": 3, "length_penalty": 0.5},
+        {"suppress_tokens": list(range(90)), "min_length": 40},
+        {"do_sample": True, "temperature": 0.7, "top_k": 40, "max_length": 9},
+        {},
+    ],
+)
+def test_greedy_is_greedy_whatever_the_folder_says(settings, folders, tmp_path):
+    """With the settings of the folder transformers would write other tokens, or refuse."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders["gpt2"], folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "use_cache": True} | settings))
+    peer, result = decoded(folder)
+    assert result.passed, result.reason
+    assert peer.set_aside == settings
+
+
+def test_what_an_older_config_json_says_of_generation_is_set_aside_too(tmp_path):
+    from parity.sides.transformers_side import _set_aside
+
+    (tmp_path / "config.json").write_text(json.dumps({"n_layer": 2, "eos_token_id": 7, "no_repeat_ngram_size": 3}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"_from_model_config": True, "num_beams": 1}))
+    assert _set_aside(tmp_path) == {"no_repeat_ngram_size": 3}
+
+
+def test_what_was_set_aside_is_said(folders, ids, tmp_path, parity):
+    folder = tmp_path / "model"
+    shutil.copytree(folders["gpt2"], folder)
+    content = {"repetition_penalty": 1.7, "suppress_tokens": list(range(90)), "num_beams": 1, "eos_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    called = parity("verify", folder, "--tokens", ids, "--new-tokens", 5, "--dtype", "float32", "--json")
+    report = json.loads(called.out)
+    assert called.code == 0, called.err
+    (notice,) = report["notices"]
+    assert "repetition_penalty 1.7, suppress_tokens [0, 1, 2," in notice
+    assert len(notice) < 200
+    aside = {name: content[name] for name in ("repetition_penalty", "suppress_tokens")}
+    assert [case["set_aside"] for case in report["cases"] if case["check"] == "decode"] == [aside, aside]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "caches"),
+    [("gpt_neo, local", {"window_size": 1}, True), ("starcoder2, grouped, window", {"sliding_window": 1}, False)],
+)
+def test_a_window_of_one_is_compared_without_a_cache_that_is_wrong_there(name, change, caches, tmp_path):
+    from parity.verify import _notices, peer_checks
+
+    sample = SAMPLES[name]
+    save(replace(sample, fields=sample.fields | change), tmp_path / "model")
+    peer, result = decoded(tmp_path / "model")
+    assert result.passed, result.reason
+    assert peer.caches == caches
+    results = list(peer_checks("case", tmp_path / "model", "float32", tokens(), batch(), new_tokens=3))
+    assert all(result.passed for result in results)
+    assert [("without its own cache" in notice) for notice in _notices(results)] == [True] * (not caches)
 
 
 def test_the_command_verifies_a_folder_and_its_source(folders, ids, tmp_path, parity):
@@ -229,8 +301,6 @@ def test_wrong_input_is_one_line(arguments, message, folders, tmp_path, parity):
 
 
 def test_code_that_lies_in_a_folder_runs_only_when_it_is_trusted(tmp_path, ids, parity):
-    from dataclasses import replace
-
     import numpy_gpt
 
     from gpt_core.formats import format_of
