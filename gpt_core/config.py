@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, get_args
 
 from gpt_core.errors import InputError
 from gpt_core.reading import exists, read_yaml
-from gpt_core.sections import from_mapping, require_count, require_flag, require_number, require_one_of
+from gpt_core.sections import from_mapping, require_count, require_filled, require_flag, require_number, require_one_of
 
 # Default of a field that follows another field unless given. It is filled in on creation, so readers of a
 # config always see a number.
@@ -186,8 +186,7 @@ class ModelConfig:
         sections = read_yaml(path)
         if "model" not in sections:
             raise InputError(f"{path}: has no 'model' section")
-        if sections["model"] is None:
-            raise InputError(f"{path}: model: is empty; give it a field, or write {{}} for the defaults")
+        require_filled(sections, str(path))
         return cls.from_dict(sections["model"], source=str(path))
 
 

@@ -122,8 +122,10 @@ def read_json(path: Path, limit: int = LARGEST_JSON) -> Any:
     """The content of a JSON file.
 
     Raises:
-        InputError: see `read_text` and `parse_json`.
+        InputError: it is missing; see `read_text` and `parse_json`.
     """
+    if not exists(path):
+        raise InputError(f"{path}: missing")
     return parse_json(read_text(path, limit), f"{path}: cannot be read")
 
 

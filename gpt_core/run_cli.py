@@ -14,6 +14,7 @@ from gpt_core.errors import InputError
 from gpt_core.reading import is_file, read_yaml
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import RUN_FILE, read_run
+from gpt_core.sections import require_filled
 
 
 class _FileOrPreset(ActionConfigFile):
@@ -23,7 +24,8 @@ class _FileOrPreset(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         path = find_config(values)
-        read_yaml(path)  # jsonargparse, which reads it again, has no bounds
+        # jsonargparse, which reads it again, has no bounds, and takes an empty section for none at all.
+        require_filled(read_yaml(path), str(path))
         super().__call__(parser, cfg, str(path), option_string)
         for field, value in self.instead.items():
             cfg[field] = value
@@ -118,8 +120,7 @@ def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def run_config(options: Namespace) -> RunConfig:
     """The config that the flags of `add_run_arguments` mean."""
-    given = {section.name: options[section.name] for section in fields(RunConfig)}
-    sections = {name: None if section is None else section.as_dict() for name, section in given.items()}
+    sections = {section.name: options[section.name].as_dict() for section in fields(RunConfig)}
     return RunConfig.from_dict(sections, source="command line" if not options.config else str(options.config[-1]))
 
 

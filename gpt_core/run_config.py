@@ -23,6 +23,7 @@ from gpt_core.sections import (
     from_mapping,
     is_whole,
     require_count,
+    require_filled,
     require_flag,
     require_number,
     require_one_of,
@@ -329,9 +330,7 @@ class RunConfig:
             raise InputError(
                 f"{source}: unknown section {', '.join(map(repr, unknown))}; known are: {', '.join(sections)}"
             )
-        empty = [name for name in values if values[name] is None]
-        if empty:
-            raise InputError(f"{source}: {empty[0]}: is empty; give it a field, or take it out for the defaults")
+        require_filled(values, source)
         made: dict[str, Any] = {
             name: from_mapping(make, values.get(name, {}), name, f"{source}: {name}") for name, make in sections.items()
         }

@@ -45,6 +45,17 @@ def from_mapping(section: type[Section], values: Any, name: str, source: str) ->
         raise InputError(f"{source}: {error}") from None
 
 
+def require_filled(sections: Mapping[str, Any], source: str) -> None:
+    """Refuse a section without anything below it: its fields were commented out, or are not indented.
+
+    Raises:
+        InputError: one is empty; names it.
+    """
+    empty = [name for name, section in sections.items() if section is None]
+    if empty:
+        raise InputError(f"{source}: {empty[0]}: is empty; give it a field, or write {{}} for the defaults")
+
+
 def from_record(record: type[Section], values: Any, name: str, source: str) -> Section:
     """Make a dataclass that a program wrote, each field of the type that it declares; arguments as `from_mapping`.
 

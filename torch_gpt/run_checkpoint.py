@@ -17,6 +17,7 @@ from gpt_core.checkpoint_config import CHECKPOINTS, WEIGHTS_FILE
 from gpt_core.errors import InputError
 from gpt_core.file_hashes import write_hashes
 from gpt_core.files import anything, atomic_directory
+from gpt_core.reading import parse_json
 from gpt_core.run_config import TrainConfig
 from gpt_core.runs import (
     RECORD_FILE,
@@ -165,7 +166,7 @@ class RunCheckpoints:
 
 def _scaler_state(moments: SafetensorsReader) -> dict[str, Any]:
     try:
-        state = json.loads(moments.metadata[LOSS_SCALE])
+        state = parse_json(moments.metadata[LOSS_SCALE], LOSS_SCALE)
         return {name: type(value)(state[name]) for name, value in GradScaler("cpu").state_dict().items()}
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{moments.path}: does not say how the loss is scaled ({LOSS_SCALE})") from None

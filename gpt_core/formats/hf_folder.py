@@ -189,11 +189,12 @@ def parity_result(report: Path) -> str:
         InputError: it is no report of `parity check`.
     """
     content = read_json(report)
-    if not isinstance(content, dict) or not isinstance(content.get("cases"), list) or "passed" not in content:
+    cases = content.get("cases") if isinstance(content, dict) and "passed" in content else None
+    if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
         raise InputError(f"{report}: no report of `parity check`")
-    passed = sum(bool(case.get("passed")) for case in content["cases"])
+    passed = sum(bool(case.get("passed")) for case in cases)
     verdict = "passed" if content["passed"] else "FAILED"
-    return f"{verdict}: {passed} of {len(content['cases'])} checks"
+    return f"{verdict}: {passed} of {len(cases)} checks"
 
 
 def _write_json(path: Path, content: Any, indent: int | None = 2) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gpt_core.errors import InputError, shown
+from gpt_core.formats.hf_folder import parity_result
 from gpt_core.reading import (
     LARGEST_YAML,
     exists,
@@ -55,7 +56,6 @@ def latin(path: Path) -> Path:
 
 
 BAD_FILES: list[tuple[Callable[[Path], Path], str]] = [
-    (lambda path: path, "no such file"),
     (lambda path: path.parent, "is a folder; give a file"),
     (lambda path: path.with_name("n" * 256), "the name is too long"),
     (lambda path: path / "below\0", "embedded null byte"),
@@ -80,6 +80,13 @@ def test_what_is_no_readable_file_is_refused_in_one_line(
     assert message.startswith(f"{path}: ")
     assert told in message
     assert len(message.splitlines()) == 1
+
+
+def test_a_missing_file_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{tmp_path / 'file'}: missing"):
+        read_json(tmp_path / "file")
+    with pytest.raises(InputError, match=f"{tmp_path / 'file'}: no such file"):
+        read_yaml(tmp_path / "file")
 
 
 def test_what_lies_at_a_name_is_seen_for_names_that_no_file_can_have(tmp_path: Path) -> None:
@@ -240,3 +247,12 @@ def test_long_values_are_cut_in_messages() -> None:
     assert len(shown("x" * 10_000)) < 100
     assert len(shown(10**4000)) < 100
     assert shown(1 << 20_000) == "a number of 20,001 bits"
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"passed": true, "cases": 3}', '{"passed": true, "cases": [3]}'])
+def test_what_is_no_report_of_checks_gives_no_line_for_a_card(content: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(InputError, match="no report of `parity check`"):
+        parity_result(tmp_path / "report.json")
+    (tmp_path / "report.json").write_text('{"passed": true, "cases": [{"passed": true}]}')
+    assert parity_result(tmp_path / "report.json") == "passed: 1 of 1 checks"

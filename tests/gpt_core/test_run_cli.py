@@ -8,7 +8,7 @@ import pytest
 from gpt_core.cli import parser
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
-from gpt_core.run_cli import eval_config, eval_parser
+from gpt_core.run_cli import eval_config, eval_parser, train_config, train_parser
 from gpt_core.run_config import DataConfig, JaxConfig, MeshConfig, RunConfig, TrainConfig
 from gpt_core.runs import checkpoint_folder, open_run
 
@@ -58,6 +58,25 @@ def test_a_file_stands_in_place_of_the_runs_config(checkpoint: Path, tmp_path: P
 
 def test_a_model_alone_takes_all_from_the_command_line(tmp_path: Path) -> None:
     assert config(tmp_path / "model", "--data.streams", "2") == RunConfig(data=DataConfig(streams=2))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("model:\n", "run.yaml: model: is empty; give it a field, or write {} for the defaults"),
+        ("train: {steps: 1}\ntrain: {steps: 2}\n", "'train' stands there twice"),
+        (
+            "a: &a [x]\nb: &b [*a, *a, *a, *a]\nc: &c [*b, *b, *b, *b]\nd: [*c, *c, *c, *c]\n",
+            "aliases (*) that multiply",
+        ),
+        ("train: {steps: " + "1" * 5000 + "}\n", "a number of 5,000 digits"),
+    ],
+)
+def test_a_file_of_the_command_line_is_read_within_bounds(content: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(InputError) as caught:
+        train_config(train_parser("prog").parse_args(["--config", str(tmp_path / "run.yaml")]))
+    assert told in str(caught.value)
 
 
 def test_another_model_is_refused(checkpoint: Path) -> None:

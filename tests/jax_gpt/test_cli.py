@@ -62,6 +62,8 @@ def test_init_follows_its_seed(config: Path, tmp_path: Path) -> None:
     [
         (["--config", "gpt3"], "unknown preset 'gpt3'"),
         (["--config", "absent.yaml"], "absent.yaml: no such file"),
+        (["--config", "gpt2", "--seed", "-1"], "--seed -1 must be at least 0 and at most 4,294,967,295"),
+        (["--config", "gpt2", "--seed", "4294967296"], "--seed 4294967296 must be"),  # which JAX takes for 0
     ],
 )
 def test_wrong_input_is_exit_code_2_and_writes_nothing(
@@ -70,6 +72,24 @@ def test_wrong_input_is_exit_code_2_and_writes_nothing(
     assert main(["init", str(tmp_path / "out"), *arguments]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--processes", "0"], "--processes 0 must be at least 1"),
+        (["--processes", "1000000000"], "--processes 1000000000 must be at least 1 and at most 1,048,576"),
+        (["--processes", "2", "--process-id", "2"], "--process-id 2 must be at least 0 and at most 1"),
+        (["--processes", "2", "--process-id", "-1"], "--process-id -1 must be"),
+    ],
+)
+def test_processes_that_cannot_be_are_refused_before_anybody_waits(
+    flags: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coordinator = ["--coordinator", "localhost:1"]
+    assert main(["train", "--config", "tiny-cpu", "--out", str(tmp_path / "run"), *coordinator, *flags]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_flag_is_exit_code_2(tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def test_init_follows_its_seed(config: Path, tmp_path: Path) -> None:
     [
         (["--config", "gpt3"], "unknown preset 'gpt3'"),
         (["--config", "absent.yaml"], "absent.yaml: no such file"),
+        (["--config", "gpt2", "--seed", "-1"], "--seed -1 must be at least 0 and at most 4,294,967,295"),
+        (["--config", "gpt2", "--seed", "4294967296"], "--seed 4294967296 must be"),  # which JAX takes for 0
     ],
 )
 def test_wrong_input_is_exit_code_2_and_writes_nothing(
