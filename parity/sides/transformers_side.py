@@ -15,10 +15,10 @@ from gpt_core.checkpoint_config import CONFIG_FILE
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
-from gpt_core.formats.hf_fields import read_json
 from gpt_core.formats.hf_folder import GENERATION_CONFIG, TOKEN_IDS
 from gpt_core.formats.hugging_face import Architecture, HuggingFaceCheckpoint
 from gpt_core.precision import DType
+from gpt_core.reading import read_json
 from gpt_core.weights import Weights, decode, slots
 from parity.compare import Array
 from parity.sides.runs import Batch, Run
