@@ -52,10 +52,22 @@ def token_ids(source: Path | None, tokenizer: Tokenizer | None) -> dict[str, Any
         home = config_home(source)
         file = home / (CONFIG_FILE if _is_hugging_face(home) else GENERATION_CONFIG)
         if file.is_file():
-            content = read_json(file)
+            content = read_object(file)
             return {name: content.get(name) for name in TOKEN_IDS}
     end = None if tokenizer is None else tokenizer.end_of_text
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The fields of a JSON file.
+
+    Raises:
+        InputError: it is missing or damaged, or holds something else.
+    """
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: holds no fields; expected an object in braces")
+    return content
 
 
 def _is_hugging_face(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from gpt_core.checkpoint_config import CONFIG_FILE
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
-from gpt_core.formats.hf_folder import GENERATION_CONFIG, TOKEN_IDS
+from gpt_core.formats.hf_folder import GENERATION_CONFIG, TOKEN_IDS, read_object
 from gpt_core.formats.hugging_face import Architecture, HuggingFaceCheckpoint
 from gpt_core.precision import DType
-from gpt_core.reading import read_json
 from gpt_core.weights import Weights, decode, slots
 from parity.compare import Array
 from parity.sides.runs import Batch, Run
@@ -97,7 +97,7 @@ class Peer:
             )
         self.architecture: Architecture = checkpoint.architecture
         self.config: ModelConfig = checkpoint.config
-        self.set_aside: dict[str, Any] = _set_aside(path)
+        self.path: Path = path
         # Its cache of a window keeps the last W - 1 keys by a slice, which for a W of 1 is all of them.
         self.caches: bool = not (self.architecture.model_type == "starcoder2" and self.config.sliding_window == 1)
         self._double: bool = dtype == "float64"
@@ -136,6 +136,22 @@ class Peer:
             ids = torch.tensor(prompt)
             tokens = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         return to_numpy(tokens)[:, prompt.shape[1] :]
+
+    @cached_property
+    def set_aside(self) -> dict[str, Any]:
+        """What the folder says of how to generate, where that is not plain greedy decoding.
+
+        Raises:
+            InputError: a file that says it is damaged.
+        """
+        known = set(GenerationConfig().to_dict())
+        known -= {*TOKEN_IDS, "use_cache", "_from_model_config", "transformers_version"}
+        found: dict[str, Any] = {}
+        for file in (self.path / CONFIG_FILE, self.path / GENERATION_CONFIG):
+            content = read_object(file) if file.is_file() else {}
+            found |= {name: value for name, value in content.items() if name in known}
+        off: tuple[Any, ...] = (None, 0, 1, "", [], {})  # no settings, no penalty, one beam
+        return {name: value for name, value in found.items() if value is True or value not in off}
 
     def _gradients(self) -> Weights:
         arrays = {name: to_numpy(parameter.grad).copy() for name, parameter in self.model.named_parameters()}
@@ -211,17 +227,6 @@ class _InDouble(TorchFunctionMode):
         widened = [torch.float64 if value is torch.float32 else value for value in args]
         keywords = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
         return function(*widened, **keywords)
-
-
-def _set_aside(path: Path) -> dict[str, Any]:
-    """What a folder says of how to generate, where that is not plain greedy decoding."""
-    known = set(GenerationConfig().to_dict()) - {*TOKEN_IDS, "use_cache", "_from_model_config", "transformers_version"}
-    found: dict[str, Any] = {}
-    for file in (path / CONFIG_FILE, path / GENERATION_CONFIG):
-        content = read_json(file) if file.is_file() else {}
-        found |= {name: value for name, value in content.items() if name in known}
-    off: tuple[Any, ...] = (None, 0, 1, "", [], {})  # no settings, no penalty, one beam
-    return {name: value for name, value in found.items() if value is True or value not in off}
 
 
 def _labels(batch: Batch) -> torch.Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hugging_face import SAMPLES, save, tokens
 
+from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
 from parity.checks.peer import check_decode, check_runs, greedy
 from parity.convert import convert
@@ -177,12 +178,18 @@ def test_greedy_is_greedy_whatever_the_folder_says(settings, folders, tmp_path):
     assert peer.set_aside == settings
 
 
-def test_what_an_older_config_json_says_of_generation_is_set_aside_too(tmp_path):
-    from parity.sides.transformers_side import _set_aside
+def test_what_an_older_config_json_says_of_generation_is_set_aside_too(folders, tmp_path):
+    from parity.sides.transformers_side import Peer
 
+    peer = Peer(folders["gpt2"], "float32")
+    peer.path = tmp_path
     (tmp_path / "config.json").write_text(json.dumps({"n_layer": 2, "eos_token_id": 7, "no_repeat_ngram_size": 3}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"_from_model_config": True, "num_beams": 1}))
-    assert _set_aside(tmp_path) == {"no_repeat_ngram_size": 3}
+    assert peer.set_aside == {"no_repeat_ngram_size": 3}
+    del peer.set_aside
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"generation_config\.json: holds no fields"):
+        peer.set_aside  # noqa: B018
 
 
 def test_what_was_set_aside_is_said(folders, ids, tmp_path, parity):
