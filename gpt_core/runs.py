@@ -128,7 +128,8 @@ def _put_back(run: Path, config: bytes | None, *, empty: bool) -> None:
         if path.name != SUFFIX:
             remove(path)
     if config is not None:
-        (run / RUN_FILE).write_bytes(config)
+        with atomic_file(run / RUN_FILE) as temporary:
+            temporary.write_bytes(config)
 
 
 def open_run(

@@ -16,7 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from gpt_core.checkpoint_config import CHECKPOINTS, WEIGHTS_FILE
 from gpt_core.errors import InputError
 from gpt_core.file_hashes import write_hashes
-from gpt_core.files import anything, atomic_directory
+from gpt_core.files import anything, atomic_directory, clear_leftovers
 from gpt_core.reading import parse_json
 from gpt_core.run_config import TrainConfig
 from gpt_core.runs import (
@@ -62,7 +62,9 @@ class RunCheckpoints:
     def __init__(self, run: Path, config: TrainConfig, message: Callable[[str], None]) -> None:
         self._run, self._config, self._message = run, config, message
         if is_primary():
-            for left_over in (run / CHECKPOINTS).glob(".*.tmp"):  # of a process that was killed while saving
+            if (run / CHECKPOINTS).is_dir():
+                clear_leftovers(run / CHECKPOINTS)
+            for left_over in (run / CHECKPOINTS).glob(".*.tmp"):  # of an earlier version, without a lease
                 shutil.rmtree(left_over, ignore_errors=True)
 
     def restore(self, state: TrainState) -> tuple[TrainState, StepRecord] | None:
