@@ -8,8 +8,10 @@ from importlib import metadata
 from typing import Any
 
 from gpt_core.errors import InputError
+from gpt_core.sections import require_flag_count
 
 GIB = 2**30
+_MOST_SLICES = 1024
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
     if not found or found[1] not in CHIPS or found[2] not in CHIPS[found[1]].slices:
         raise InputError(f"--topology {text!r} is unknown; known are: {known_slices()}")
-    if slices < 1:
-        raise InputError(f"--slices {slices} must be at least 1")
+    require_flag_count("--slices", slices, 1, _MOST_SLICES)
     return Topology(CHIPS[found[1]], found[2], slices)
 
 

@@ -176,6 +176,12 @@ def test_an_unknown_topology_is_refused_with_the_known(text: str) -> None:
         parse_topology(text)
 
 
+@pytest.mark.parametrize("slices", [0, -1, 10**9])
+def test_a_number_of_slices_that_nobody_has_is_refused(slices: int) -> None:
+    with pytest.raises(InputError, match=f"--slices {slices} must be at least 1 and at most 1,024"):
+        parse_topology("v5e:2x2", slices)
+
+
 def plan(tmp_path: Path, topology: str, *flags: str, **sections: Any) -> subprocess.CompletedProcess[str]:
     """In a process of its own: the TPU compiler leaves settings behind."""
     path = tmp_path / "config.yaml"
