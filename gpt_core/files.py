@@ -105,7 +105,7 @@ def refuse_existing(destination: Path, *, replace: Kept | None = None, folder: b
             raise InputError(f"{destination}: is {kind}; give the name of {wanted}")
         if replace is None:
             raise InputError(f"{destination}: exists already; choose another name or pass --force to replace it")
-        place = destination.resolve()
+        place = Path(os.path.realpath(destination))
         reason = "holds the folder in which you are" if Path.cwd().is_relative_to(place) else replace(destination)
     if reason:
         raise InputError(f"{destination}: {reason}, so --force does not replace it; choose another name")
@@ -117,7 +117,7 @@ def require_apart(source: Path, destination: Path) -> None:
     Raises:
         InputError: it does.
     """
-    ours, theirs = source.resolve(), destination.resolve()
+    ours, theirs = (Path(os.path.realpath(path)) for path in (source, destination))  # also of links that go in circles
     if ours == theirs:
         raise InputError(f"{destination}: source and destination are the same folder")
     for inner, outer, told in ((ours, theirs, "holds"), (theirs, ours, "lies in")):

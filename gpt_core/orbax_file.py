@@ -45,9 +45,11 @@ def write_orbax(
         split: Keys that are asked for and stored row by row: arrays with stacked blocks.
 
     Raises:
+        InputError: the name cannot be written by TensorStore.
         OSError: the disk is full, or writing failed otherwise.
     """
     place = folder.resolve()  # TensorStore refuses "..", and relative paths
+    require_plain(place)
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
     tree = {}
     parts: list[tuple[ts.TensorStore, str, int | None]] = []
@@ -108,6 +110,16 @@ def write_orbax(
     )
 
 
+def require_plain(path: Path) -> None:
+    """Refuse a path that TensorStore, the library below Orbax, takes for another one.
+
+    Raises:
+        InputError: there is a backslash in it.
+    """
+    if "\\" in str(path):
+        raise InputError(f"{path}: has a backslash, which Orbax checkpoints take for a slash; choose another name")
+
+
 def _written(future: Any) -> Any:
     try:
         return future.result()
@@ -137,6 +149,7 @@ class OrbaxReader:
     """
 
     def __init__(self, folder: Path) -> None:
+        require_plain(folder.resolve())
         self.path = folder
         metadata, paths = _read_tree(folder)
         names = [".".join(path) for path in paths]

@@ -120,7 +120,9 @@ def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def run_config(options: Namespace) -> RunConfig:
     """The config that the flags of `add_run_arguments` mean."""
-    sections = {section.name: options[section.name].as_dict() for section in fields(RunConfig)}
+    given = {section.name: options[section.name] for section in fields(RunConfig)}
+    # What a file gives in place of a section is no Namespace, and is refused by its name.
+    sections = {name: value.as_dict() if isinstance(value, Namespace) else value for name, value in given.items()}
     return RunConfig.from_dict(sections, source="command line" if not options.config else str(options.config[-1]))
 
 

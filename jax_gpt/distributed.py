@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gpt_core.data.streaming import merge_states
+from gpt_core.errors import InputError
 
 
 def connect(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
@@ -20,9 +21,15 @@ def connect(coordinator: str | None, processes: int | None, process_id: int | No
         coordinator: host:port of process 0.
         processes: How many there are.
         process_id: Which one this is.
+
+    Raises:
+        InputError: they cannot be found like this.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(coordinator, processes, process_id)
+    try:
+        jax.distributed.initialize(coordinator, processes, process_id)
+    except ValueError as error:
+        raise InputError(f"--coordinator, --processes, --process-id: {str(error).splitlines()[0]}") from None
 
 
 def process_count() -> int:

@@ -20,6 +20,7 @@ from flax import nnx
 from gpt_core.checkpoint_config import CHECKPOINTS, PARAMS_FOLDER
 from gpt_core.errors import InputError
 from gpt_core.file_hashes import is_exhaustion, write_hashes
+from gpt_core.orbax_file import require_plain
 from gpt_core.run_config import TrainConfig
 from gpt_core.runs import (
     RECORD_FILE,
@@ -51,6 +52,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, run: Path, config: TrainConfig, message: Callable[[str], None]) -> None:
+        require_plain(run.absolute())
         self._run, self._message = run, message
         self._background = ThreadPoolExecutor(1)
         self._hashing: Future[None] | None = None

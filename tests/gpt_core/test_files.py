@@ -267,6 +267,14 @@ def test_source_and_destination_are_apart(tmp_path: Path) -> None:
             require_apart(tmp_path / "source", tmp_path / destination)
 
 
+def test_links_that_go_in_circles_are_apart_from_everything(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    require_apart(tmp_path / "source", tmp_path / "loop" / "below")
+    with pytest.raises(InputError, match="loop/below: cannot be written"):
+        fill_directory(tmp_path / "loop" / "below", "new")
+    assert names(tmp_path) == {"loop"}
+
+
 def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
     fill_directory(tmp_path / "theirs", "old")
     (tmp_path / "here").symlink_to(tmp_path / "theirs")

@@ -391,3 +391,13 @@ def test_a_place_that_cannot_be_written_is_an_operating_system_error(tmp_path: P
     infos = {key: TensorInfo(array.shape, array.dtype) for key, array in content.items()}
     with pytest.raises(OSError, match="file"):
         write_orbax(tmp_path / "file" / "params", infos, lambda key, row: content[key])
+
+
+def test_a_backslash_in_a_name_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """TensorStore takes it for a slash, and would write into another folder."""
+    folder = tmp_path / "a\\b"
+    folder.mkdir()
+    for call in (lambda: write_orbax(folder / "params", {}, lambda key, row: np.zeros(1)), lambda: OrbaxReader(folder)):
+        with pytest.raises(InputError, match="has a backslash"):
+            call()
+    assert list(tmp_path.rglob("*")) == [folder]

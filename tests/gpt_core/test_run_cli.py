@@ -1,3 +1,5 @@
+from argparse import ArgumentError
+
 """What `eval` makes of a run's config and of flags."""
 
 from dataclasses import replace
@@ -82,3 +84,12 @@ def test_a_file_of_the_command_line_is_read_within_bounds(content: str, told: st
 def test_another_model_is_refused(checkpoint: Path) -> None:
     with pytest.raises(InputError, match="has a model of its own"):
         config(checkpoint, "--model.n_layers", "3")
+
+
+@pytest.mark.parametrize("value", ["0", "5e-4", "text", "[1]", "true"])
+def test_what_is_no_section_is_refused_by_its_name(value: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"optimizer: {value}\n")
+    parser = train_parser("prog")
+    with pytest.raises((InputError, ArgumentError), match="optimizer"):
+        train_config(parser.parse_args(["--config", str(file)]))
