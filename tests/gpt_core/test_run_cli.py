@@ -1,7 +1,6 @@
-from argparse import ArgumentError
-
 """What `eval` makes of a run's config and of flags."""
 
+from argparse import ArgumentError
 from dataclasses import replace
 from pathlib import Path
 
