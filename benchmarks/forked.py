@@ -82,7 +82,6 @@ def import_everything(scratch: Path) -> None:
     gc.collect()
     gc.freeze()  # children would copy what a collection touches
     adopt_orphans()
-    idle_memory()
 
 
 @contextmanager
@@ -133,6 +132,7 @@ class Running:
     ) -> None:
         self._out, self._err = output.with_name(f"{output.name}.out"), output.with_name(f"{output.name}.err")
         self._started = time.monotonic()
+        self._base = _idle_memory()
         self._others = set(_children(os.getpid()))
         self.pid = os.fork()
         if self.pid:
@@ -171,7 +171,7 @@ class Running:
             pause = min(1.5 * pause, 0.03)
             if time.monotonic() - self._started > seconds:
                 stopped = "time"
-            elif _resident(self.pid) - idle_memory() > memory:
+            elif _resident(self.pid) - self._base > memory:
                 stopped = "memory"
         if stopped:
             kill_tree(self.pid)
@@ -182,7 +182,7 @@ class Running:
             stdout=_read(self._out),
             stderr=_read(self._err),
             seconds=time.monotonic() - self._started,
-            memory=1024 * usage.ru_maxrss - idle_memory(),
+            memory=1024 * usage.ru_maxrss - self._base,
             stopped=stopped,
             orphans=_reap(self._others) if reap else 0,
         )
@@ -196,13 +196,22 @@ def run(words: str, folder: Path, output: Path) -> Outcome:
     return outcome
 
 
+def _idle_memory() -> int:
+    """Bytes of a child that does nothing: our own, but for most of the files that are mapped."""
+    return _mapped_by_a_child() + _own_memory()
+
+
 @cache
-def idle_memory() -> int:
-    """Bytes of a child that does nothing."""
-    pid = os.fork()
+def _mapped_by_a_child() -> int:
+    own, pid = _own_memory(), os.fork()
     if pid == 0:
         os._exit(0)
-    return 1024 * os.wait4(pid, 0)[2].ru_maxrss
+    return 1024 * os.wait4(pid, 0)[2].ru_maxrss - own
+
+
+def _own_memory() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
 def kill_tree(pid: int) -> None:

@@ -85,7 +85,7 @@ class Ground:
 _ground: Ground
 
 
-def attempt(number: int) -> Result:
+def attempt(number: int, seconds: float = SECONDS) -> Result:
     """Try the case with a number."""
     case = _ground.maker.case(number)
     place = _ground.work / str(number)
@@ -98,7 +98,7 @@ def attempt(number: int) -> Result:
             _ground.work / f"{number}",
             stdout=case.stdout,
             environment={"HOME": str(place / "home"), "TMPDIR": str(place / "tmp")},
-        ).wait(seconds=SECONDS, memory=MEMORY + MEMORY // 4)
+        ).wait(seconds=seconds, memory=MEMORY + MEMORY // 4)
         problems = list(judge(case, outcome, before, listing(place)))
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -106,8 +106,8 @@ def attempt(number: int) -> Result:
             (_ground.work / f"{number}.{end}").unlink(missing_ok=True)
     said = outcome.stderr[-3000:]
     command = shell(case.words) + (f" > {case.stdout}" if case.stdout else "")
-    seconds, code = round(outcome.seconds, 2), outcome.code
-    return Result(number, case.kind, command, case.note, code, seconds, outcome.memory, problems, said)
+    took, code = round(outcome.seconds, 2), outcome.code
+    return Result(number, case.kind, command, case.note, code, took, outcome.memory, problems, said)
 
 
 def prepare(case: Case, place: Path) -> Path:
@@ -279,7 +279,7 @@ def build(names: Sequence[str], fixtures: Path, progress: Progress) -> None:
 
 
 def try_all(numbers: Sequence[int], workers: int, progress: Progress) -> list[Result]:
-    """Try cases side by side; those that took too long once more, alone, as another's load is no fault."""
+    """Try cases side by side; those that took too long once more, alone, as the load of others is no fault."""
     results: dict[int, Result] = {}
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=adopt_orphans) as pool:
@@ -290,7 +290,7 @@ def try_all(numbers: Sequence[int], workers: int, progress: Progress) -> list[Re
             progress.update(task, advance=1, description=f"cases, {failed} failed" if failed else "cases")
     slow = [result.number for result in results.values() if any(p.startswith("hang") for p in result.problems)]
     for number in progress.track(slow, description="slow ones again") if slow else ():
-        results[number] = attempt(number)
+        results[number] = attempt(number, SECONDS * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
     return [results[number] for number in numbers]
 
 
