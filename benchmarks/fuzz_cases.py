@@ -286,6 +286,8 @@ def _meant(name: str, value: str) -> bool:
     """Whether a value that takes long is one that a person may mean."""
     if name.lstrip("-") in _ENDLESS_FIELDS and _HUGE.match(value):
         return True
+    if name.endswith("compile") and value in {"true", "yes"}:
+        return True
     return name.lstrip("-") in _LARGE_SECTIONS and value.strip("\"'") in {"{}", "null", "~", "[]", "stdlib", "/"}
 
 
