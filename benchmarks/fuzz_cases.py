@@ -402,11 +402,13 @@ class Maker:
     def case(self, number: int) -> Case:
         """The case with a number."""
         chance = Chance(f"{self._seed}/{number}")
-        while True:  # until there is one: not every command has every kind
+        for _ in range(10_000):  # until there is one: not every command has every kind
             kind = chance.choices(self._kinds, [KINDS[kind].weight for kind in self._kinds])[0]
             made = KINDS[kind].make(self, chance)
             if made is not None:
                 break
+        else:
+            raise SystemExit("--only leaves no case: these commands have nothing of these kinds")
         line, words, note, spoil = made
         stdout = "/dev/full" if kind == "stdout" else None
         needs = [name for name in FIXTURES if name in line.needs]
@@ -487,6 +489,7 @@ class Maker:
         content = yaml.safe_load((self._fixtures / name).read_text(encoding="utf-8"))
         if name != "sweep.yaml":  # every field with its value, as a run has it
             whole = yaml.safe_load((self._fixtures / "run-torch/config.yaml").read_text(encoding="utf-8"))["run"]
+            whole["data"]["prepared"] = None  # not every line has that folder
             content = whole if name == "run.yaml" else {"model": whole["model"]}
         return line, name, content
 
