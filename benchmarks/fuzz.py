@@ -92,12 +92,13 @@ def attempt(number: int, seconds: float = SECONDS) -> Result:
     try:
         folder = prepare(case, place)
         before = listing(place)
+        flags = {"XLA_FLAGS": ""} if case.command == "jax-gpt plan" else {}  # the compiler for TPUs knows no others
         outcome = Running(
             case.words,
             folder,
             _ground.work / f"{number}",
             stdout=case.stdout,
-            environment={"HOME": str(place / "home"), "TMPDIR": str(place / "tmp")},
+            environment={"HOME": str(place / "home"), "TMPDIR": str(place / "tmp")} | flags,
         ).wait(seconds=seconds, memory=MEMORY + MEMORY // 4)
         problems = list(judge(case, outcome, before, listing(place)))
     finally:
