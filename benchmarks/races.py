@@ -6,7 +6,7 @@
 Every second race starts both at once, give or take 50 ms; in the others the second starts when the first is well under
 way. One must end with 0 and leave what an undisturbed command leaves, and nothing beside it; the other must end with 2
 and one line that names the process that holds the destination (or says that the destination is there, where that
-process had ended by then). Prints JSON; exits with 1 where a race went otherwise.
+process had ended by then; with --force it may then replace it). Prints JSON; exits with 1 where a race went otherwise.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def race_often(place: Path, words: str, look: Look, races: int, chance: random.R
     clear(room, before)
     seconds = run(words, room, place / "log").seconds
     expected, beside, inside = look(room, "out"), {path.name for path in room.iterdir()}, names(room / "out")
-    counts = {"races": 0, "refused_by_the_holder": 0, "refused_as_done": 0}
+    counts = {"races": 0, "refused_by_the_holder": 0, "refused_as_done": 0, "one_after_the_other": 0}
     problems = []
     while counts["races"] < races:
         clear(room, before)
@@ -109,7 +109,7 @@ def race_often(place: Path, words: str, look: Look, races: int, chance: random.R
         counts["races"] += 1
         runners.append(Running(words, room, place / "second"))
         ends = [runner.wait() for runner in runners]
-        said = judge(ends, [runner.pid for runner in runners])
+        said = judge(ends, [runner.pid for runner in runners], forced=before is not None)
         if said in counts:
             counts[said] += 1
             more = sorted((names(room / "out") - inside) | ({path.name for path in room.iterdir()} - beside))
@@ -130,9 +130,14 @@ def clear(room: Path, before: Path | None) -> None:
         shutil.copytree(before, room / "out")
 
 
-def judge(ends: Sequence[Outcome], pids: Sequence[int]) -> str:
-    """How a race ended: a name of the counts, or what was wrong."""
+def judge(ends: Sequence[Outcome], pids: Sequence[int], *, forced: bool) -> str:
+    """How a race ended: a name of the counts, or what was wrong.
+
+    With --force a second command may begin to write when the first has just ended, and replaces what that wrote.
+    """
     codes = [end.code for end in ends]
+    if forced and codes == [0, 0]:
+        return "one_after_the_other"
     if sorted(codes) != [0, 2]:
         return f"exit codes {codes}: " + " | ".join(end.stderr[-300:] for end in ends)
     loser = ends[codes.index(2)]
