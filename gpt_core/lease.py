@@ -149,6 +149,13 @@ def is_alive(path: Path, holder: dict[str, Any], *, wait: bool = True) -> bool:
     return False
 
 
+def wait_until_free(folder: Path) -> None:
+    """Until nobody works in a folder: what a killed process had started may go on in it."""
+    path = folder / SUFFIX
+    while (holder := read_holder(path)) is not None and is_alive(path, holder, wait=False):
+        _sleep(1)
+
+
 def _beat(path: Path) -> float | None:
     try:
         with path.open("rb") as file:  # opened, so that no network file system answers out of a cache

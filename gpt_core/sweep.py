@@ -27,6 +27,7 @@ from gpt_core.cli import SUCCESS, parser, print_json, progress
 from gpt_core.errors import InputError, RunFailedError, one_line, shown
 from gpt_core.files import atomic_file, held_folder
 from gpt_core.interrupts import interruptible
+from gpt_core.lease import wait_until_free
 from gpt_core.reading import read_json
 from gpt_core.sections import LARGEST_SEED, from_record, is_number, require_flag_count
 from gpt_core.summary import SUMMARY_FILE
@@ -215,6 +216,7 @@ def _run_trial(trial: Trial, sweep: Sweep, out: Path, launch: Sequence[str], ext
     at = sweep.command.index(ARGS)
     words = [*launch, *sweep.command[:at], *settings, *sweep.command[at + 1 :], *extra]
     words += ["--out", str(folder), "--tracking.wandb", "disabled"]
+    wait_until_free(folder)  # the sweep may have been killed without its trial
     started = time.monotonic()
     code = _run(words, log)
     trial = replace(trial, seconds=round(time.monotonic() - started, 3))

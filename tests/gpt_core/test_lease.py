@@ -131,3 +131,18 @@ def test_holders_give_signs_of_life(tmp_path: Path) -> None:
     lease._beat_on(Once())  # type: ignore[arg-type]  # what it needs of an Event
     assert mine.path.stat().st_mtime > 0
     mine.release()
+
+
+def test_one_can_wait_for_a_folder_until_nobody_works_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = take(tmp_path)
+    waited: list[float] = []
+
+    def until_it_ends(seconds: float) -> None:
+        waited.append(seconds)
+        mine.release()
+
+    monkeypatch.setattr(lease, "_sleep", until_it_ends)
+    lease.wait_until_free(tmp_path)
+    assert len(waited) == 1
+    lease.wait_until_free(tmp_path / "not there")
+    assert len(waited) == 1

@@ -429,6 +429,13 @@ def test_an_interrupt_ends_the_running_trial_and_keeps_the_others(name: str, tra
     assert len(trainer.calls()) == 5
 
 
+def test_a_trial_that_outlived_its_sweep_is_waited_for(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    monkeypatch.setattr("gpt_core.sweep.wait_until_free", waited.append)
+    trainer.run(trials=2)
+    assert waited == [trainer.out / "trial-000", trainer.out / "trial-001"]
+
+
 def test_a_second_sweep_is_refused_and_starts_nothing(trainer: Trainer) -> None:
     with held_folder(trainer.out), pytest.raises(InputError, match="sweep: is being written by process"):
         trainer.run()
