@@ -174,7 +174,11 @@ def test_without_hashes_damage_is_what_cannot_be_read(
     framework: str, pattern: str, kind: str, twins: dict[str, Twin], copies: Callable[..., Path]
 ) -> None:
     run = copies(framework, hashed=False)
-    damage(run, 8, pattern, kind)
+    # All of them: Orbax may leave files that nothing refers to any more, which nobody misses.
+    files = [path for path in checkpoint_folder(run, 8).glob(pattern) if path.is_file()]
+    for path in files:
+        data = DAMAGE[kind](path.read_bytes())
+        path.unlink() if data is None else path.write_bytes(data)
     step, said = restore(twins[framework], run)
     assert step == 4
     assert len(said) == 1

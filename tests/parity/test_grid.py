@@ -198,7 +198,7 @@ class TestReport:
             *("--out", tmp_path / "file"),
         )
         assert called.code == 2
-        assert "cannot be written" in called.err
+        assert "file: is a file; give the name of a folder" in called.err
         assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
 
     def test_fp32_is_judged_by_the_distance_to_the_fp64_truth(self, checks_alone, parity):

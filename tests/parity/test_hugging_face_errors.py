@@ -391,7 +391,7 @@ def test_the_convert_command_says_what_was_picked_and_why(folder_of, tmp_path, p
         (["--to", "hf", "--unrolled"], "--unrolled belongs to --to jax"),
         (["--to", "hf", "--max-shard-size", "0"], "must be at least 1 byte"),
         (["--to", "hf-gpt_neo"], "hf-gpt_neo has no biases on queries"),
-        (["--to", "hf", "--report", "nowhere.json"], "nowhere.json: no such file"),
+        (["--to", "hf", "--report", "nowhere.json"], "nowhere.json: missing"),
     ],
 )
 def test_flags_that_do_not_fit_are_named(flags, message, folder_of, tmp_path, parity):

@@ -12,6 +12,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from gpt_core.config import ModelConfig
+from gpt_core.file_hashes import write_hashes
 from gpt_core.optimization import AdamWConfig
 from gpt_core.runs import checkpoint_folder
 from gpt_core.safetensors_file import OPTIMIZER_FILE, SafetensorsReader, write_safetensors
@@ -74,6 +75,7 @@ def test_overflow_halves_the_scale_training_goes_on_and_a_resume_repeats_it_bit_
         arrays = {key: np.array(reader.read(key)) for key in reader.tensors}
         updates = {name: text for name, text in reader.metadata.items() if name != "loss_scale"}
         write_safetensors(path, reader.tensors, lambda key, arrays=arrays: arrays[key], updates)  # type: ignore[misc]
+        write_hashes(path.parent)  # or it would be damaged, whatever it says
     assert train(config, resumed) == 2
     assert "loss_scale" in capfd.readouterr().err
 
