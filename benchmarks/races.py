@@ -6,7 +6,8 @@
 Every second race starts both at once, give or take 50 ms; in the others the second starts when the first is well under
 way. One must end with 0 and leave what an undisturbed command leaves, and nothing beside it; the other must end with 2
 and one line that names the process that holds the destination (or says that the destination is there, where that
-process had ended by then; with --force it may then replace it). Prints JSON; exits with 1 where a race went otherwise.
+process had ended by then; where the same command may come again, it may then end with 0 as well). Prints JSON; exits
+with 1 where a race went otherwise.
 """
 
 import argparse
@@ -23,9 +24,8 @@ import yaml
 from forked import Outcome, Running, import_everything, run, workplace
 from kill_resume import fingerprint, losses, names, state, sweep, text, train, trials
 
-Look = Callable[
-    [Path, str], Any
-]  # what must be the same in every race's destination, by the folder it lies in and name
+# What must be the same in every race's destination, by the folder that it lies in and its name.
+Look = Callable[[Path, str], Any]
 
 RUN = "train --config ../run.yaml --out out"
 
@@ -109,7 +109,11 @@ def race_often(place: Path, words: str, look: Look, races: int, chance: random.R
         counts["races"] += 1
         runners.append(Running(words, room, place / "second"))
         ends = [runner.wait() for runner in runners]
-        said = judge(ends, [runner.pid for runner in runners], forced=before is not None)
+        said = judge(
+            ends,
+            [runner.pid for runner in runners],
+            repeatable="--force" in words or " train " in words or " sweep " in words,
+        )
         if said in counts:
             counts[said] += 1
             more = sorted((names(room / "out") - inside) | ({path.name for path in room.iterdir()} - beside))
@@ -130,13 +134,14 @@ def clear(room: Path, before: Path | None) -> None:
         shutil.copytree(before, room / "out")
 
 
-def judge(ends: Sequence[Outcome], pids: Sequence[int], *, forced: bool) -> str:
+def judge(ends: Sequence[Outcome], pids: Sequence[int], *, repeatable: bool) -> str:
     """How a race ended: a name of the counts, or what was wrong.
 
-    With --force a second command may begin to write when the first has just ended, and replaces what that wrote.
+    Where the same command may come again (with --force it replaces, a run or a sweep that is complete stays), the
+    second may begin to write when the first has just ended.
     """
     codes = [end.code for end in ends]
-    if forced and codes == [0, 0]:
+    if repeatable and codes == [0, 0]:
         return "one_after_the_other"
     if sorted(codes) != [0, 2]:
         return f"exit codes {codes}: " + " | ".join(end.stderr[-300:] for end in ends)
