@@ -19,7 +19,7 @@ import fsspec
 
 from gpt_core.errors import InputError
 from gpt_core.interrupts import uninterrupted
-from gpt_core.lease import SUFFIX, Lease, is_alive, judging, read_holder
+from gpt_core.lease import SUFFIX, Lease, is_alive, is_lease, read_holder
 
 Kept = Callable[[Path], str]
 """Why something that exists must not be replaced, such as "is a training run"; "" where it may be."""
@@ -47,10 +47,11 @@ def atomic_directory(destination: Path, *, replace: Kept | None = None) -> Itera
         InputError: the destination exists, is no folder, is being written by another process, is read-only or full.
     """
     refuse_existing(destination, replace=replace)
-    with _writing(destination) as temporary:
+    with _writing(destination) as (temporary, lease):
         temporary.mkdir()
         yield temporary
         refuse_existing(destination, replace=replace)  # what came meanwhile is somebody's
+        lease.require()
         with uninterrupted():
             replace_directory(temporary, destination)
 
@@ -67,9 +68,10 @@ def atomic_file(destination: Path, *, replace: Kept | None = anything) -> Iterat
         InputError: the destination exists, is a folder, is being written by another process, is read-only or full.
     """
     refuse_existing(destination, replace=replace, folder=False)
-    with _writing(destination) as temporary:
+    with _writing(destination) as (temporary, lease):
         yield temporary
         refuse_existing(destination, replace=replace, folder=False)
+        lease.require()
         with uninterrupted():
             temporary.replace(_absolute(destination))
 
@@ -189,13 +191,17 @@ def _leased(path: Path, subject: Path) -> Iterator[Lease]:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what writers that are dead left in a folder, and put back what one of them had moved aside."""
-    with judging(folder) as alone:
-        for lease in folder.glob(f".?*{SUFFIX}") if alone else ():
-            holder = read_holder(lease)
-            if holder is not None and not is_alive(lease, holder, wait=False):
-                _clear(folder / lease.name[1 : -len(SUFFIX)])
-                lease.unlink(missing_ok=True)
+    """Remove what writers that are dead left in a folder, and put back what one of them had moved aside.
+
+    What cannot be removed, or is taken over by another at this moment, is left for the next time.
+    """
+    for path in folder.glob(f".?*{SUFFIX}"):
+        with suppress(OSError, InputError):
+            holder = read_holder(path)
+            if holder is not None and is_lease(holder) and not is_alive(path, holder, wait=False):
+                place = folder / path.name[1 : -len(SUFFIX)]
+                with _leased(path, place):
+                    _clear(place)
 
 
 def remove(path: Path) -> None:
@@ -203,6 +209,9 @@ def remove(path: Path) -> None:
     for _ in range(100):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
+            for folder, _, _ in os.walk(path):  # what is left may be in folders that nobody may write
+                with suppress(OSError):
+                    os.chmod(folder, 0o700)
         else:
             with suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
@@ -211,14 +220,19 @@ def remove(path: Path) -> None:
         time.sleep(0.05)
 
 
-@contextmanager
-def _writing(destination: Path) -> Iterator[Path]:
-    """The name under which something is written; gone in the end."""
+def temporary_name(destination: Path) -> Path:
+    """A name beside its own for what is to be `destination`; what is left under it goes by its lease."""
     place = _absolute(destination)
-    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
-    with _writable(destination), held_name(destination):
+    return place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+
+
+@contextmanager
+def _writing(destination: Path) -> Iterator[tuple[Path, Lease]]:
+    """The name under which something is written, gone in the end, and the lease."""
+    temporary = temporary_name(destination)
+    with _writable(destination), held_name(destination) as lease:
         try:
-            yield temporary
+            yield temporary, lease
         finally:
             with uninterrupted():
                 remove(temporary)
@@ -261,8 +275,10 @@ def _writable(destination: Path) -> Iterator[None]:
 
 
 def _absolute(path: Path) -> Path:
-    """Without a last part such as "." or "..", and without following links."""
-    return Path(os.path.abspath(path))
+    """Where the system finds it: links in front of the last part are followed, the last part alone is not."""
+    if path.name in {"", ".."}:
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent)) / path.name
 
 
 def replace_directory(temporary: Path, destination: Path) -> None:

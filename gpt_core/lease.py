@@ -23,6 +23,7 @@ from gpt_core.errors import InputError
 SUFFIX = ".lease"
 BEAT, SILENCE = 10.0, 60.0  # seconds
 _PATIENCE = 1.0  # seconds, for others who judge a lease in the same folder at this moment
+_UNSEEN = "?"  # when a process started that is there and does not show itself
 _sleep = time.sleep
 
 
@@ -40,14 +41,18 @@ class Lease:
     def __init__(self, path: Path, subject: Path) -> None:
         self.path, self.subject = path, subject
         self._name, self._process = secrets.token_hex(8), os.getpid()
-        with judging(path.parent) as alone:
-            before = read_holder(path)
+        before = read_holder(path)
+        if before is not None and is_alive(path, before):
+            raise self._held(before)
+        with _judging(path.parent) as alone:
+            now = read_holder(path)
+            if now != before:  # another has judged as we did
+                raise self._held(now or {})
             if before is not None:
-                if is_alive(path, before):
-                    raise self._held(before)
-                path.unlink(missing_ok=True)
+                _unlink(path)
             self._write()
-        if before is not None and not alone:  # another may have judged as we did: the last one to write has it
+        # Where the file system locks nothing between machines, another may have judged as we did: the last one has it.
+        if before is not None and not (alone and before.get("machine") == _machine()):
             _sleep(_PATIENCE)
             self.require()
         _keep_alive(self)
@@ -58,16 +63,23 @@ class Lease:
         Raises:
             InputError: this process was silent for so long that another one took it over.
         """
-        holder = read_holder(self.path)
-        if holder is None or holder.get("name") != self._name:
-            raise self._held(holder or {})
+        if not self._is_ours():
+            raise self._held(read_holder(self.path) or {})
 
     def release(self) -> None:
         """Give it up; in a process that was forked off, nothing happens."""
         _leases.discard(self)
-        holder = read_holder(self.path)
-        if holder is not None and holder.get("name") == self._name and os.getpid() == self._process:
+        if self._is_ours() and os.getpid() == self._process:
             self.path.unlink(missing_ok=True)
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        if self._is_ours():
+            os.utime(self.path)
+
+    def _is_ours(self) -> bool:
+        holder = read_holder(self.path)
+        return holder is not None and holder.get("name") == self._name
 
     def _write(self) -> None:
         program = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
@@ -84,8 +96,12 @@ class Lease:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             raise self._held(read_holder(self.path) or {}) from None
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(content, file)
+        except BaseException:  # the disk is full, say
+            self.path.unlink(missing_ok=True)
+            raise
 
     def _held(self, holder: dict[str, Any]) -> InputError:
         who = f"process {holder['process']} on {holder['host']}" if "process" in holder else "another process"
@@ -94,7 +110,7 @@ class Lease:
 
 
 @contextmanager
-def judging(folder: Path) -> Iterator[bool]:
+def _judging(folder: Path) -> Iterator[bool]:
     """Let nobody else judge the leases of a folder meanwhile; whether the file system could promise that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -118,14 +134,36 @@ def _locked(descriptor: int) -> bool:
 
 
 def read_holder(path: Path) -> dict[str, Any] | None:
-    """What a lease says of its holder: nothing when it is just being written, None when there is no lease."""
+    """What a lease says of its holder: nothing when it is just being written, None when there is no lease.
+
+    Raises:
+        InputError: what stands there is no lease, or one that we may not read.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:
         return {}
+    except OSError as error:
+        raise _in_the_way(path, error) from None
     return content if isinstance(content, dict) else {}
+
+
+def is_lease(holder: dict[str, Any]) -> bool:
+    """Whether a file of this content is a lease, and a whole one."""
+    return {"name", "program", "process", "started", "host", "machine", "since"} <= holder.keys()
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise _in_the_way(path, error) from None
+
+
+def _in_the_way(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: stands where a lease belongs: {error.strerror}; remove it if nobody writes there")
 
 
 def is_alive(path: Path, holder: dict[str, Any], *, wait: bool = True) -> bool:
@@ -138,12 +176,13 @@ def is_alive(path: Path, holder: dict[str, Any], *, wait: bool = True) -> bool:
     """
     if holder.get("machine") == _machine():
         started = _started(int(holder.get("process", 0)))
-        return started is not None and started == holder.get("started")
-    seen = _beat(path)
-    while seen is not None and _now(path.parent) - seen < SILENCE:
+        return started is not None and started in {holder.get("started"), _UNSEEN}
+    seen, watched = _beat(path), 0
+    while seen is not None and _now(path.parent) - seen < SILENCE and watched < SILENCE:  # clocks may jump
         if not wait:
             return True
         _sleep(1)
+        watched += 1
         if _beat(path) != seen:
             return read_holder(path) is not None
     return False
@@ -152,7 +191,7 @@ def is_alive(path: Path, holder: dict[str, Any], *, wait: bool = True) -> bool:
 def wait_until_free(folder: Path) -> None:
     """Until nobody works in a folder: what a killed process had started may go on in it."""
     path = folder / SUFFIX
-    while (holder := read_holder(path)) is not None and is_alive(path, holder, wait=False):
+    while (holder := read_holder(path)) is not None and is_alive(path, holder):
         _sleep(1)
 
 
@@ -185,15 +224,16 @@ def _machine() -> str:
 
 def _started(process: int) -> str | None:
     """When a process started, so that a later one of the same number is another; None when it has ended."""
-    if not Path("/proc/self/stat").exists():
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(process, 0)
-            return "?"
-        return None
     try:
         fields = Path(f"/proc/{process}/stat").read_text("utf-8").rpartition(")")[2].split()
-    except OSError:
-        return None
+    except OSError:  # it has ended, or this system does not show processes of others, or none
+        try:
+            os.kill(process, 0)
+        except (ProcessLookupError, OverflowError):
+            return None
+        except PermissionError:
+            pass
+        return _UNSEEN
     return None if fields[0] == "Z" else fields[19]
 
 
@@ -212,5 +252,5 @@ def _keep_alive(lease: Lease) -> None:
 def _beat_on(ended: threading.Event) -> None:
     while not ended.wait(BEAT):
         for lease in list(_leases):
-            with suppress(OSError):
-                os.utime(lease.path)
+            with suppress(OSError, InputError):
+                lease.beat()

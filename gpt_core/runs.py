@@ -6,7 +6,7 @@ RUN/checkpoints/STEP/                               weights, optimizer and the r
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, count
@@ -15,16 +15,19 @@ from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
 
-from gpt_core.checkpoint_config import CHECKPOINTS, write_checkpoint_config
+from gpt_core.checkpoint_config import CHECKPOINTS, CONFIG_FILE, write_checkpoint_config
 from gpt_core.errors import InputError, shown
 from gpt_core.file_hashes import check_hashes
 from gpt_core.files import atomic_file, held_folder, remove
 from gpt_core.interrupts import uninterrupted
-from gpt_core.lease import SUFFIX, Lease
+from gpt_core.lease import Lease
 from gpt_core.reading import exists, is_file, read_json, read_yaml
 from gpt_core.run_config import RunConfig
 from gpt_core.sections import from_record
+from gpt_core.summary import CURVE_FILE, SUMMARY_FILE
 from gpt_core.tokenizer import Tokenizer
+from gpt_core.tokenizer_rules import TOKENIZER_FILES
+from gpt_core.tracking import METRICS_FILE
 
 Framework = Literal["jax", "torch"]
 Found = TypeVar("Found")
@@ -32,6 +35,11 @@ Found = TypeVar("Found")
 RUN_FILE = "config.yaml"
 RECORD_FILE = "record/record.json"  # within a checkpoint; Orbax gives every part a folder
 DAMAGED = "damaged"
+_FILES = {
+    *(RUN_FILE, CONFIG_FILE, CHECKPOINTS, DAMAGED, METRICS_FILE, SUMMARY_FILE, CURVE_FILE, *TOKENIZER_FILES),
+    *("wandb", "wandb-id.txt", "tensorboard"),
+}
+"""Names of what a trainer writes into a run's folder."""
 
 # What may change when a run goes on. Anything else would make it another run.
 _FREE_SECTIONS = {"tracking", "torch"}
@@ -99,33 +107,51 @@ def held_run(
         InputError: another process trains here, or the folder cannot be written.
     """
     with ExitStack() as stack:
-        held: tuple[Lease, bool] | None = None
-        failure: InputError | None = None
-        if primary:
-            try:
-                held = stack.enter_context(held_folder(run))
-            except InputError as error:
-                failure = error
-        if not agree(failure is None):
-            raise failure or InputError(f"{run}: cannot be written; process 0 says why")
-        if held is None:
-            yield lambda: None
+        holds: list[tuple[Lease, bool]] = []
+        together(
+            lambda: holds.append(stack.enter_context(held_folder(run))) if primary else None,
+            agree,
+            f"{run}: cannot be written; process 0 says why",
+        )
+        if not holds:
+            yield lambda: together(lambda: None, agree, f"{run}: process 0 has lost it to another")
             return
-        lease, empty = held
+        [held] = holds
         steps, file = saved_steps(run), run / RUN_FILE
         config = file.read_bytes() if file.is_file() else None
         try:
-            yield lease.require
+            yield lambda: together(held[0].require, agree, f"{run}: process 0 has lost it to another")
         except (InputError, KeyboardInterrupt):
-            with uninterrupted():
+            with uninterrupted(), suppress(InputError, OSError):
+                held[0].require()  # what lies there is ours
                 if saved_steps(run) == steps:
-                    _put_back(run, config, empty=empty)
+                    _put_back(run, config, empty=held[1])
             raise
+
+
+def together(action: Callable[[], object], agree: Callable[[bool], bool], otherwise: str) -> None:
+    """Do something that may be refused in one process: then it is refused in all.
+
+    Args:
+        action: What this process does.
+        agree: Whether every process says yes.
+        otherwise: What those say in which it was not refused.
+
+    Raises:
+        InputError: of this process, or `otherwise`.
+    """
+    failure: InputError | None = None
+    try:
+        action()
+    except InputError as error:
+        failure = error
+    if not agree(failure is None):
+        raise failure or InputError(otherwise)
 
 
 def _put_back(run: Path, config: bytes | None, *, empty: bool) -> None:
     for path in run.iterdir() if empty else ():
-        if path.name != SUFFIX:
+        if path.name in _FILES:  # a person may have put something there meanwhile
             remove(path)
     if config is not None:
         with atomic_file(run / RUN_FILE) as temporary:
@@ -133,7 +159,13 @@ def _put_back(run: Path, config: bytes | None, *, empty: bool) -> None:
 
 
 def open_run(
-    run: Path, config: RunConfig, framework: Framework, tokenizer: Tokenizer | None, *, primary: bool = True
+    run: Path,
+    config: RunConfig,
+    framework: Framework,
+    tokenizer: Tokenizer | None,
+    *,
+    primary: bool = True,
+    agree: Callable[[bool], bool] = lambda yes: yes,
 ) -> RunConfig | None:
     """Make a run's folder, or check that the one there is of the same run, so that it can go on.
 
@@ -143,6 +175,7 @@ def open_run(
         framework: Which trainer asks.
         tokenizer: Written beside the model's config, so that checkpoints can be used with text.
         primary: Whether this process writes; the others only check.
+        agree: Whether every process says yes.
 
     Returns:
         The config that the run there had until now; None for a new one.
@@ -151,14 +184,22 @@ def open_run(
         InputError: the folder holds another run (the fields that differ are named), one of the other framework, or
             something that is no run.
     """
-    file, saved = run / RUN_FILE, None
-    if file.exists():
-        saved = _check_same_run(file, config, framework)
-    elif run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
-        raise InputError(f"{run}: is not empty and holds no run (no {RUN_FILE}); choose another folder with --out")
-    if primary:
-        write_run(run, config, framework, tokenizer)
-    return saved
+    found: list[RunConfig] = []
+
+    def check() -> None:
+        if (run / RUN_FILE).exists():
+            found.append(_check_same_run(run / RUN_FILE, config, framework))
+        elif run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
+            raise InputError(f"{run}: is not empty and holds no run (no {RUN_FILE}); choose another folder with --out")
+
+    # All have looked before one writes, and none goes on where it could not.
+    together(check, agree, f"{run}: was refused in another process, which says why")
+    together(
+        lambda: write_run(run, config, framework, tokenizer) if primary else None,
+        agree,
+        f"{run}: cannot be written; process 0 says why",
+    )
+    return found[0] if found else None
 
 
 def write_run(run: Path, config: RunConfig, framework: Framework, tokenizer: Tokenizer | None) -> None:

@@ -258,8 +258,8 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
     try:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=_SECONDS_TO_STOP)
-    except ProcessLookupError:
-        pass  # it has ended by itself
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        pass  # it has ended by itself, or does not
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -18,6 +18,7 @@ from gpt_core.data.loader import batch_source, validation_batches
 from gpt_core.data.prepared import PreparedTokens, unigram_entropy
 from gpt_core.errors import InputError, RunFailedError
 from gpt_core.flops import training_flops_per_token
+from gpt_core.interrupts import SIGNALS
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import Framework, StepRecord
 from gpt_core.summary import environment, loss_curve, write_summary
@@ -26,7 +27,7 @@ from gpt_core.tracking import Tracker
 
 
 class StopRequest:
-    """Turns SIGTERM (a machine about to be taken away) and Ctrl-C into a wish to save and end.
+    """Turns SIGTERM (a machine about to be taken away), SIGHUP and Ctrl-C into a wish to save and end.
 
     A second Ctrl-C ends at once. Outside the main thread, where signals cannot be caught, it never asks.
     """
@@ -37,7 +38,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            caught = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in caught}
         return self
 
     def __exit__(self, *_: object) -> None:

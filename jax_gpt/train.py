@@ -55,7 +55,7 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
     check_data(config)
     tokenizer = tokenizer_for(config.model.vocab_size)
     with held_run(run, primary=is_primary(), agree=all_agree) as require_hold:
-        before = open_run(run, config, "jax", tokenizer, primary=is_primary())
+        before = open_run(run, config, "jax", tokenizer, primary=is_primary(), agree=all_agree)
         wait_for_all("the run's folder is there")
         return _train(config, run, before, mesh, require_hold)
 

@@ -28,6 +28,7 @@ from gpt_core.errors import InputError, RunFailedError
 from gpt_core.files import atomic_file
 from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType
+from gpt_core.reading import read_json
 from gpt_core.run_config import RunConfig
 from gpt_core.runs import Framework, checkpoint_folder, open_run
 from gpt_core.tensor_info import Array
@@ -122,6 +123,14 @@ def compare_training(
 
 def kept_runs(folder: Path) -> str:
     """Why a folder must not be replaced by another comparison of training; "" where it is one, or empty."""
+    if not any(folder.iterdir()):
+        return ""
+    try:
+        report = read_json(folder / "report.json")
+    except InputError:
+        report = None
+    if not isinstance(report, dict) or report.get("command") != "parity train":
+        return "holds no report of `parity train`"
     parts = r"report\.(json|html|md)|junit\.xml|(learned|rope)-(mha|gqa|mqa)-(full|window)(-float\d+\.png)?"
     strange = sorted(path.name for path in folder.iterdir() if not re.fullmatch(parts, path.name))
     return f"holds {strange[0]}, which is no part of what `parity train` writes" if strange else ""

@@ -26,7 +26,7 @@ from gpt_core.data.prepared import INDEX_FILE, Index, Shard, Tokens, file_sha256
 from gpt_core.data.records import Reader
 from gpt_core.data.sources import File, find_files
 from gpt_core.errors import InputError
-from gpt_core.files import atomic_file, held_name, refuse_existing, remove, replace_directory
+from gpt_core.files import atomic_file, held_name, refuse_existing, remove, replace_directory, temporary_name
 from gpt_core.interrupts import uninterrupted
 from gpt_core.reading import read_json
 from gpt_core.sections import from_record, is_whole
@@ -119,16 +119,22 @@ def prepare(
         InputError: the source is wrong, the destination exists or cannot be written, or an interrupted run had other
             settings.
     """
-    refuse_existing(destination, replace=_kept if force else None)
+    replace = _kept if force else None
+    refuse_existing(destination, replace=replace)
     if not is_whole(workers, 1, _MOST_WORKERS):
         raise InputError(f"workers = {workers} must be a whole number of at least 1 and at most {_MOST_WORKERS:,}")
     files = find_files(config.source)
     partial = partial_folder(destination)
-    with held_name(destination):
+    with held_name(destination) as lease, held_name(partial):
+        _begin(partial, _plan(config, shard_bytes), force=force)
         try:
-            return _prepare(config, files, destination, partial, workers, force, advance, shard_bytes)
+            done = _prepare(config, files, partial, workers, advance, shard_bytes)
+            refuse_existing(destination, replace=replace)  # what came meanwhile is somebody's
+            lease.require()
+            _complete(partial, destination, done.index)
+            return done
         except BaseException:
-            if partial.is_dir() and not _kept(partial) and not _any_finished(partial):
+            if not _any_finished(partial):
                 remove(partial)
             raise
 
@@ -138,17 +144,8 @@ def partial_folder(destination: Path) -> Path:
     return destination.with_name(f"{destination.name}.partial")
 
 
-def _prepare(
-    config: DataConfig,
-    files: list[File],
-    destination: Path,
-    partial: Path,
-    workers: int,
-    force: bool,
-    advance: Progress,
-    shard_bytes: int,
-) -> Prepared:
-    settings = {
+def _settings(config: DataConfig) -> dict[str, Any]:
+    return {
         "source": config.source,
         "text_field": config.text_field,
         "on_error": config.on_error,
@@ -156,7 +153,15 @@ def _prepare(
         "seed": config.seed,
         "tokenizer": "gpt2",
     }
-    _begin(partial, settings | {"shard_bytes": shard_bytes}, force=force)
+
+
+def _plan(config: DataConfig, shard_bytes: int) -> dict[str, Any]:
+    return _settings(config) | {"shard_bytes": shard_bytes}
+
+
+def _prepare(
+    config: DataConfig, files: list[File], partial: Path, workers: int, advance: Progress, shard_bytes: int
+) -> Prepared:
     tokenizer = gpt2_tokenizer()
     reader = Reader(config.text_field, config.on_error)
     text_bytes = reused = 0
@@ -194,8 +199,7 @@ def _prepare(
         raise InputError(
             f"{config.source}: holds no text" + (f"; {reader.skipped} broken records" * bool(reader.skipped))
         )
-    index = Index(settings, tokenizer.vocab_size, tokenizer.end_of_text, reader.skipped, splits)
-    _complete(partial, destination, index)
+    index = Index(_settings(config), tokenizer.vocab_size, tokenizer.end_of_text, reader.skipped, splits)
     return Prepared(index, text_bytes, reused, reader.first_skipped)
 
 
@@ -213,26 +217,31 @@ def encode(tokenizer: Tokenizer, documents: list[bytes]) -> Tokens:
 
 def _begin(partial: Path, plan: dict[str, Any], *, force: bool) -> None:
     path = partial / _PLAN_FILE
-    before = None
-    with suppress(InputError):
-        before = read_json(path)
+    before = _read_plan(partial)
     if before == plan:
         return
-    theirs = before if isinstance(before, dict) else {}
-    differing = ", ".join(name for name in plan if plan[name] != theirs.get(name) and name not in _FREE)
-    complete = not theirs and (partial / INDEX_FILE).is_file()  # it was replaced, and its end cut off
-    if partial.exists() and differing:
-        if not (force or complete) and _any_finished(partial):
+    if partial.exists():
+        if before is None and any(not path.name.startswith(".") for path in partial.iterdir()):
+            raise InputError(f"{partial}: is where unfinished shards go, and holds something else; move it away")
+        differing = ", ".join(name for name in plan if before and plan[name] != before[name] and name not in _FREE)
+        if differing and not force and _any_finished(partial):
             raise InputError(
                 f"{partial}: left by an interrupted run with other settings ({differing}); repeat those to go on, or "
                 f"pass --force to start again"
             )
-        kept = _kept(partial)
-        if kept:
-            raise InputError(f"{partial}: {kept}; move it away, this is where unfinished shards go")
-        remove(partial)
+        if differing:
+            remove(partial)
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+
+
+def _read_plan(folder: Path) -> dict[str, Any] | None:
+    """What an interrupted run was to do; None where there is no plan of ours."""
+    with suppress(InputError):
+        content = read_json(folder / _PLAN_FILE)
+        if isinstance(content, dict) and content.keys() == _plan(DataConfig(), 0).keys():
+            return content
+    return None
 
 
 def _shards(
@@ -289,20 +298,29 @@ def _write(partial: Path, text: _Text) -> Shard:
 def _complete(partial: Path, destination: Path, index: Index) -> None:
     """Give the finished folder its name; shards and records that the index does not know are removed before."""
     keep = {shard.file for shards in index.splits.values() for shard in shards}
+    temporary = temporary_name(destination)  # what is left under it goes by its lease, should we end here
     try:
         index.write(partial)
         for path in partial.iterdir():
             if path.name not in keep | {INDEX_FILE}:
                 path.unlink()
         with uninterrupted():
-            replace_directory(partial, destination)
-            remove(partial)
+            partial.replace(temporary)
+            replace_directory(temporary, destination)
+            remove(temporary)
     except OSError as error:
         raise InputError(f"{destination}: cannot be written: {error.strerror}; run the same command again") from None
 
 
 def _kept(folder: Path) -> str:
-    """Why a folder must not be replaced; "" where it holds prepared tokens, whole or not, or nothing."""
-    parts = rf"{INDEX_FILE}|{_PLAN_FILE}|({'|'.join(get_args(Split))})-\d+\.npy({_RECORD})?|\..*\.(tmp|lease)"
-    strange = sorted(path.name for path in folder.iterdir() if not re.fullmatch(parts, path.name))
+    """Why a folder must not be replaced; "" where it holds prepared tokens, or nothing."""
+    found = sorted(path.name for path in folder.iterdir())
+    if not found:
+        return ""
+    try:
+        Index.read(folder)
+    except InputError:
+        return "holds no index of prepared tokens"
+    parts = rf"{INDEX_FILE}|({'|'.join(get_args(Split))})-\d+\.npy"
+    strange = [name for name in found if not re.fullmatch(parts, name)]
     return f"holds {strange[0]}, which is no part of prepared tokens" if strange else ""

@@ -21,13 +21,15 @@ def names(folder: Path) -> set[str]:
 
 def fill_directory(destination: Path, content: str, *, replace: Kept | None = None) -> None:
     with atomic_directory(destination, replace=replace) as folder:
-        assert folder.parent == destination.parent  # the same file system, so that a rename is enough
+        assert (
+            folder.parent.resolve() == destination.parent.resolve()
+        )  # the same file system, so that a rename is enough
         (folder / "a").write_text(content)
 
 
 def fill_file(destination: Path, content: str, *, replace: Kept | None = None) -> None:
     with atomic_file(destination, replace=replace) as path:
-        assert path.parent == destination.parent
+        assert path.parent.resolve() == destination.parent.resolve()
         path.write_text(content)
 
 
@@ -301,3 +303,49 @@ def test_a_folder_that_is_worked_in_goes_again_when_nothing_came_of_it(tmp_path:
         raise RuntimeError("boom")
     assert names(tmp_path) == set()
     assert SUFFIX not in names(tmp_path)
+
+
+@both
+def test_dots_behind_a_link_mean_what_the_system_means(
+    atomic: Callable, fill: Fill, read: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`link/..` is the folder above where the link leads, not the one in which the link lies."""
+    (tmp_path / "real" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "below")
+    fill(tmp_path / "out", "mine")
+    monkeypatch.chdir(tmp_path)
+    fill(Path("link/../out"), "new")
+    assert read(tmp_path / "real" / "out") == "new"
+    assert read(tmp_path / "out") == "mine"
+
+
+def test_hidden_files_of_others_are_no_leases_and_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / ".dhcp.lease").write_text("lease { interface eth0; }")
+    (tmp_path / ".x.lease").mkdir()
+    os.utime(tmp_path / ".dhcp.lease", (0, 0))
+    fill_file(tmp_path / "here", "new")
+    assert names(tmp_path) == {".dhcp.lease", ".x.lease", "here"}
+    assert (tmp_path / ".dhcp.lease").read_text() == "lease { interface eth0; }"
+
+
+def test_a_read_only_folder_is_replaced_whole(tmp_path: Path) -> None:
+    fill_directory(tmp_path / "here", "old")
+    (tmp_path / "here").chmod(0o555)
+    fill_directory(tmp_path / "here", "new", replace=anything)
+    assert read_directory(tmp_path / "here") == "new"
+    assert names(tmp_path) == {"here"}
+
+
+@both
+def test_who_was_taken_over_writes_nothing_any_more(
+    atomic: Callable, fill: Fill, read: Callable, tmp_path: Path
+) -> None:
+    def taken_over() -> None:
+        with atomic(tmp_path / "here") as temporary:
+            (temporary / "a" if atomic is atomic_directory else temporary).write_text("late")
+            lease = tmp_path / ".here.lease"
+            lease.write_text(lease.read_text().replace('"name": "', '"name": "another '))
+
+    with pytest.raises(InputError, match="here: is being written by process"):
+        taken_over()
+    assert not (tmp_path / "here").exists()

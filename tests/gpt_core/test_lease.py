@@ -68,8 +68,10 @@ def test_on_another_machine_a_holder_that_was_silent_for_long_is_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left_by(tmp_path, machine="another", age=SILENCE + 1)
-    monkeypatch.setattr(lease, "_sleep", lambda seconds: pytest.fail("nothing to wait for"))
+    waited: list[float] = []
+    monkeypatch.setattr(lease, "_sleep", waited.append)
     take(tmp_path).release()
+    assert waited == [lease._PATIENCE]  # for others who judged as we did, not for a sign of life
 
 
 def test_on_another_machine_a_holder_falls_silent_while_we_wait(
@@ -146,3 +148,68 @@ def test_one_can_wait_for_a_folder_until_nobody_works_in_it(tmp_path: Path, monk
     assert len(waited) == 1
     lease.wait_until_free(tmp_path / "not there")
     assert len(waited) == 1
+
+
+def test_a_clock_that_jumped_keeps_nobody_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left_by(tmp_path, machine="another", age=-86_400)
+    waited: list[float] = []
+    monkeypatch.setattr(lease, "_sleep", waited.append)
+    take(tmp_path).release()
+    assert sum(waited) == pytest.approx(SILENCE, abs=2)
+
+
+def test_a_process_that_does_not_show_itself_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of others, where /proc hides them."""
+    left_by(tmp_path, process=1, started="some time ago")
+    read = Path.read_text
+
+    def hidden(path: Path, *words: str, **options: str) -> str:
+        if str(path).startswith("/proc/1/"):
+            raise FileNotFoundError(2, "No such file or directory")
+        return read(path, *words, **options)
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    with pytest.raises(InputError, match="is being written by process 1 on"):
+        take(tmp_path)
+
+
+def test_a_takeover_between_two_looks_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find the same dead holder; the second must not remove the lease of the first."""
+    path = left_by(tmp_path, started="before we began")
+    theirs = json.loads(path.read_text()) | {"name": "the first"}
+    alive = lease.is_alive
+
+    def slowly(path: Path, holder: dict[str, Any], *, wait: bool = True) -> bool:
+        found = alive(path, holder, wait=wait)
+        path.write_text(json.dumps(theirs))
+        return found
+
+    monkeypatch.setattr(lease, "is_alive", slowly)
+    with pytest.raises(InputError, match="is being written by"):
+        take(tmp_path)
+    assert read_holder(path) == theirs
+
+
+def test_a_disk_that_is_full_leaves_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lease.json, "dump", full)
+    with pytest.raises(OSError, match="No space left"):
+        take(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_lease_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".lease").mkdir()
+    with pytest.raises(InputError, match=r"\.lease: stands where a lease belongs: Is a directory; remove it"):
+        take(tmp_path)
+
+
+def test_a_lease_that_was_taken_over_gives_no_signs_of_life(tmp_path: Path) -> None:
+    mine = take(tmp_path)
+    path = left_by_another(tmp_path, mine)
+    os.utime(path, (0, 0))
+    mine.beat()
+    assert path.stat().st_mtime == 0
+    mine.release()

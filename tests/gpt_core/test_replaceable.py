@@ -8,10 +8,11 @@ from gpt_core.formats.replaceable import kept_checkpoint
 
 
 def made(folder: Path, *names: str) -> Path:
+    folder.mkdir()
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir() if name.endswith("/") else path.touch()
+        path.mkdir(exist_ok=True) if name.endswith("/") else path.touch()
     return folder
 
 
@@ -21,9 +22,11 @@ def made(folder: Path, *names: str) -> Path:
         ["config.json", "model.safetensors"],
         ["config.json", "params/", "vocab.json", "merges.txt"],
         ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "README.md"],
-        ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"],
-        ["config.json", "modeling_twingpt.py", "configuration_twingpt.py"],
+        ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"],
+        ["model.safetensors", "chat_template.jinja", "modeling_twingpt.py", "configuration_twingpt.py"],
+        ["config.json", "params/_METADATA", "params/head.kernel/.zarray", "params/d/0123", "params/ocdbt.process_0/"],
         ["params/"],  # damaged, but nothing else
+        [],
     ],
 )
 def test_a_checkpoint_or_an_export_may_be_replaced(names: list[str], tmp_path: Path) -> None:
@@ -38,6 +41,10 @@ def test_a_checkpoint_or_an_export_may_be_replaced(names: list[str], tmp_path: P
         (["hf/config.json"], "holds hf, which"),
         (["config.yaml", "config.json"], "is a training run"),
         (["checkpoints/4/model.safetensors"], "is a training run"),
+        (["README.md", "params/night/sweep.txt"], "holds params/night, which"),
+        (["config.json", "params/thesis.tex"], "holds params/thesis.tex, which"),
+        (["config.json", "model.safetensors", "README.md/chapter.tex"], "holds README.md, which"),
+        (["README.md"], "holds no weights"),
         (["optimizer.safetensors", "model.safetensors"], "holds optimizer.safetensors, which"),
     ],
 )

@@ -499,3 +499,46 @@ def test_all_processes_of_a_run_learn_that_it_is_held(run: Path) -> None:
     with held_run(run), pytest.raises(InputError, match="is being written by"), held_run(run, agree=primary_could_not):
         pass
     assert said == [True, False]
+
+
+@pytest.mark.parametrize("ends", REFUSED, ids=["refused", "Ctrl-C"])
+def test_what_a_person_put_into_a_run_that_saved_nothing_stays(ends: BaseException, tmp_path: Path) -> None:
+    def with_notes() -> None:
+        with held_run(tmp_path / "run"):
+            open_run(tmp_path / "run", CONFIG, "jax", None)
+            (tmp_path / "run" / "notes.txt").write_text("mine")
+            raise ends
+
+    with pytest.raises(type(ends)):
+        with_notes()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_trainer_that_was_taken_over_takes_nothing_away(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def taken_over() -> None:
+        with held_run(run) as require_hold:
+            open_run(run, CONFIG, "jax", None)
+            lease = run / ".lease"
+            lease.write_text(lease.read_text().replace('"name": "', '"name": "another '))
+            require_hold()
+
+    with pytest.raises(InputError, match="run: is being written by process"):
+        taken_over()
+    assert read_run(run) == (CONFIG, "jax")
+
+
+def test_no_process_of_a_run_writes_before_all_have_looked(tmp_path: Path) -> None:
+    """Or a slower one would find the files of the first, and take them for another's."""
+    seen: list[list[Path]] = []
+
+    def agree(yes: bool) -> bool:
+        seen.append(list(tmp_path.rglob(RUN_FILE)))
+        return yes
+
+    open_run(tmp_path / "run", CONFIG, "jax", None, agree=agree)
+    assert [len(files) for files in seen] == [0, 1]
+    with pytest.raises(InputError, match="was refused in another process"):
+        open_run(tmp_path / "other", CONFIG, "jax", None, agree=lambda yes: False)
+    assert not (tmp_path / "other").exists()

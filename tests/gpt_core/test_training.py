@@ -1,6 +1,7 @@
 """What is noted of a step, and which steps end a run."""
 
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from gpt_core.errors import InputError, RunFailedError
 from gpt_core.run_config import RunConfig
 from gpt_core.tracking import Tracker, read_metrics
-from gpt_core.training import Journal, check_dtype
+from gpt_core.training import Journal, StopRequest, check_dtype
 
 
 def config(dtype: str = "float32") -> RunConfig:
@@ -50,3 +51,18 @@ def test_float16_is_refused_for_jax_with_what_to_use() -> None:
     check_dtype(config("bfloat16"), "jax")
     with pytest.raises(InputError, match=r"float16 .* bfloat16.* float32"):
         check_dtype(config("float16"), "jax")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)])
+def test_signals_ask_a_run_to_save_unless_they_are_ignored(number: signal.Signals, code: int) -> None:
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(number)
+        assert (stop.signal, stop.exit_code) == (number, code)
+        signal.signal(number, signal.SIG_IGN)
+        with StopRequest() as stop:
+            signal.raise_signal(number)
+        assert stop.signal is None
+    finally:
+        signal.signal(number, before)

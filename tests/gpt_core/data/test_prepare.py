@@ -1,6 +1,5 @@
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,7 +139,7 @@ def test_an_existing_folder_is_replaced_only_by_force(corpus: Path, tmp_path: Pa
 
 def test_force_never_replaces_another_folder(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
-    with pytest.raises(InputError, match="holds mine, which is no part of prepared tokens"):
+    with pytest.raises(InputError, match="holds no index of prepared tokens"):
         prepare(DataConfig(source=str(corpus)), tmp_path, force=True)
     assert (tmp_path / "mine").read_text() == "precious"
 
@@ -336,24 +335,51 @@ def test_a_second_prepare_is_refused_and_harms_nothing(
     assert files(tmp_path / "tokens") == files(prepared)
 
 
-@pytest.mark.parametrize("place", ["tokens", "tokens.partial"])
-def test_force_keeps_what_is_no_prepared_text(place: str, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("place", "name", "content", "told"),
+    [
+        ("tokens", "thesis.txt", "mine", "exists already|holds no index of prepared tokens"),
+        ("tokens", "index.json", '{"mine": 1}', "exists already|holds no index of prepared tokens"),
+        ("tokens.partial", "thesis.txt", "mine", "is where unfinished shards go, and holds something else"),
+        ("tokens.partial", "plan.json", '{"my": "plan"}', "is where unfinished shards go, and holds something else"),
+    ],
+)
+def test_what_is_no_prepared_text_is_kept(
+    force: bool, place: str, name: str, content: str, told: str, corpus: Path, tmp_path: Path
+) -> None:
     (tmp_path / place).mkdir()
-    (tmp_path / place / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match=f"{place}: holds thesis.txt, which is no part of prepared tokens"):
-        prepare(DataConfig(source=str(corpus)), tmp_path / "tokens", force=True)
-    assert (tmp_path / place / "thesis.txt").read_text() == "mine"
+    (tmp_path / place / name).write_text(content)
+    with pytest.raises(InputError, match=f"{place}: ({told})"):
+        prepare(DataConfig(source=str(corpus)), tmp_path / "tokens", force=force)
+    assert (tmp_path / place / name).read_text() == content
     assert [path.name for path in tmp_path.iterdir()] == [place]
 
 
-def test_a_replacement_that_was_cut_off_at_its_end_is_in_nobodys_way(corpus: Path, tmp_path: Path) -> None:
-    """Killed after the names were swapped: the old tokens lie where unfinished shards go."""
+def test_a_folder_of_that_name_is_kept_also_where_it_holds_tokens(corpus: Path, tmp_path: Path) -> None:
+    config = DataConfig(source=str(corpus))
+    prepare(config, tmp_path / "tokens.partial")
+    before = files(tmp_path / "tokens.partial")
+    for force in (False, True):
+        with pytest.raises(InputError, match="is where unfinished shards go, and holds something else"):
+            prepare(config, tmp_path / "tokens", force=force)
+    assert files(tmp_path / "tokens.partial") == before
+
+
+def test_what_came_meanwhile_is_kept(corpus: Path, tmp_path: Path) -> None:
+    def come(read: float, total: float | None) -> None:
+        (tmp_path / "tokens").mkdir(exist_ok=True)
+        (tmp_path / "tokens" / "mine.txt").write_text("mine")
+
+    with pytest.raises(InputError, match="exists already"):
+        prepare(DataConfig(source=str(corpus)), tmp_path / "tokens", advance=come)
+    assert files(tmp_path / "tokens") == {"mine.txt": b"mine"}
+
+
+def test_tokens_with_something_else_beside_them_are_kept(corpus: Path, tmp_path: Path) -> None:
     config = DataConfig(source=str(corpus))
     prepare(config, tmp_path / "tokens")
-    shutil.copytree(tmp_path / "tokens", tmp_path / "tokens.partial")
-    prepare(DataConfig(source=str(corpus), seed=1), tmp_path / "tokens", force=True)
-    shutil.copytree(tmp_path / "tokens", tmp_path / "tokens.partial")
-    prepare(config, tmp_path / "other")
-    prepare(config, tmp_path / "tokens", force=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "tokens"]
-    assert files(tmp_path / "tokens") == files(tmp_path / "other")
+    (tmp_path / "tokens" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds notes\.txt, which is no part of prepared tokens"):
+        prepare(config, tmp_path / "tokens", force=True)
+    assert (tmp_path / "tokens" / "notes.txt").read_text() == "mine"
