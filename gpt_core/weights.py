@@ -198,8 +198,10 @@ def source_of(
         whole[0] = first
         for layer in range(1, parameter.shape[0]):
             block = whole_or_block(parameter.name, layer)
-            if block.dtype != whole.dtype:  # never narrower than a block
-                whole = whole.astype(np.promote_types(whole.dtype, block.dtype), copy=False)
+            wide = np.promote_types(whole.dtype, block.dtype)  # never narrower than a block
+            if wide != whole.dtype:
+                whole, narrow = np.empty(parameter.shape, wide), whole
+                whole[:layer] = narrow[:layer]  # what lies behind is no number yet, and is never cast
             whole[layer] = block
         return whole
 

@@ -281,6 +281,7 @@ class TestHalfWay:
         folder = tmp_path / "copy"
         if request.param == "something there":
             folder.mkdir()
+            (folder / "model.safetensors").touch()
             (folder / "README.md").write_text("kept", encoding="utf-8")
         return folder
 
