@@ -133,8 +133,9 @@ def require_local(destination: Path) -> None:
     Raises:
         InputError: it is one; the message names its protocol.
     """
-    protocol, colon, _ = str(destination).partition(":")
-    if colon and protocol.lower() in fsspec.available_protocols():
+    protocol, colon, rest = str(destination).partition(":")
+    unknown = re.fullmatch("[A-Za-z][A-Za-z0-9+.-]+", protocol) and rest.startswith("/")  # as "abc://x" is as a path
+    if colon and (unknown or protocol.lower() in fsspec.available_protocols()):
         raise InputError(
             f"{destination}: is an address ({protocol}:), and only folders of this machine can be written; write to "
             f"one, or to a mounted bucket"

@@ -83,6 +83,8 @@ class Parameter:
         for value in self.values:
             if not isinstance(value, str | int | float | bool | None):
                 raise InputError(f"the value {shown(value)} must be a number, a text, true, false or null")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"the value {value!r} must be a finite number")
         if len(set(self.values)) < len(self.values):
             raise InputError(f"values = {shown(list(self.values))} has a value twice")
 

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from gpt_core.cli import CHECK_FAILED, SUCCESS, parser, print_json, progress, run, say, status
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, one_line
 from gpt_core.files import atomic_directory, refuse_existing
 from gpt_core.formats import FORMATS, is_hugging_face
 from gpt_core.formats.replaceable import kept_checkpoint
@@ -144,7 +144,7 @@ def _train(options: Namespace) -> int:
                 f"{result.measures['largest_distance_one_ulp']:.0e}; {result.measures['clipped_steps']} steps were "
                 f"clipped; {result.reason or 'equal'}"
             )
-        print(f"report: {options.out / 'report.json'}")
+        say(f"report: {options.out / 'report.json'}")
     return SUCCESS if content["passed"] else CHECK_FAILED
 
 
@@ -279,7 +279,7 @@ def _report(
             console.print(f"note: {notice}", markup=False, soft_wrap=True)
         print_verdict(results, seconds, console, faults=content["faults"])
         if written:
-            console.print(f"report: {written}", markup=False, soft_wrap=True)
+            console.print(one_line(f"report: {written}"), markup=False, soft_wrap=True)
     return SUCCESS if content["passed"] else CHECK_FAILED
 
 
@@ -544,5 +544,5 @@ def _compare(options: Namespace) -> int:
         print_comparison(results, console)
         print_verdict(results, seconds, console)
         if written:
-            console.print(f"report: {written}", markup=False, soft_wrap=True)
+            console.print(one_line(f"report: {written}"), markup=False, soft_wrap=True)
     return SUCCESS if content["passed"] else CHECK_FAILED

@@ -241,7 +241,7 @@ def test_the_folder_in_which_one_is_is_not_replaced(
 
 
 @pytest.mark.parametrize(
-    "address", ["gs://bucket/run", "s3://b/r", "http://host/x", "hf:owner/name", "memory:x", "file:///tmp/x", "zip://a"]
+    "address", ["gs://bucket/run", "s3://b/r", "http://host/x", "hf:owner/name", "memory:x", "file:///tmp/x", "abc://a"]
 )
 def test_an_address_is_refused_by_name_as_a_destination(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

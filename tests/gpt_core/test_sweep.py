@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -205,6 +206,8 @@ def test_a_bad_file_is_refused_with_file_key_and_value(changes: dict[str, Any], 
         ({"values": 3}, "values = 3 must be a list"),
         ({"values": [1, [2]]}, "the value [2] must be a number"),
         ({"values": [1, 2, 1]}, "has a value twice"),
+        ({"values": [1.0, math.nan]}, "the value nan must be a finite number"),
+        ({"value": math.inf}, "the value inf must be a finite number"),
     ],
 )
 def test_a_bad_parameter_is_refused_by_name(spec: Any, told: str) -> None:
