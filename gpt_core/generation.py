@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError, shown
+from gpt_core.precision import Precision
 from gpt_core.sections import is_whole, require_count, require_number
 
 # What a random number is for; each has its own, so that speculation changes no other.
@@ -216,3 +217,60 @@ def pack_draft_prompts(
         return pack_prompts(prompts, draft, new_tokens, multiple)
     except InputError as error:
         raise InputError(f"the draft cannot follow: {error}, or choose a draft with a longer context") from None
+
+
+class Party(NamedTuple):
+    """A model that takes part in speculation, without its weights."""
+
+    config: ModelConfig
+    precision: Precision
+
+
+class Speculation(NamedTuple):
+    """A text that a target and its draft are to write, before either runs.
+
+    Args:
+        prompts: For the target.
+        draft_prompts: The same for the draft.
+        limit: Tokens of the longest row, prompt and new ones.
+        places: New tokens, and room for those of a round beyond them.
+        noise: Random numbers of every place, `[batch, places, DRAWS]`.
+        slots: Places in the caches of target and draft.
+    """
+
+    prompts: Prompts
+    draft_prompts: Prompts
+    limit: int
+    places: int
+    noise: npt.NDArray[np.float32]
+    slots: tuple[int, int]
+
+
+def plan_speculation(
+    prompts: Sequence[Sequence[int]],
+    target: ModelConfig,
+    draft: ModelConfig,
+    options: SamplingConfig,
+    draft_tokens: int,
+    multiple: int = 1,
+) -> Speculation:
+    """Check prompts against both models and lay everything out.
+
+    Args:
+        prompts: Token ids of each row.
+        target: The model whose text it is.
+        draft: The smaller model.
+        options: How tokens are chosen.
+        draft_tokens: Proposed in a round.
+        multiple: Lengths of prompts are rounded up to it, where a model's context allows.
+
+    Raises:
+        InputError: as `pack_prompts` and `pack_draft_prompts`.
+    """
+    new = options.max_new_tokens
+    packed = pack_prompts(prompts, target, new, multiple)
+    followed = pack_draft_prompts(prompts, draft, target, new, draft_tokens, multiple)
+    limit, places = int(packed.lengths.max()) + new, new + draft_tokens + 1
+    noise = uniforms(options.seed, len(prompts), 0, places).swapaxes(0, 1)
+    slots = cache_slots(target, limit, draft_tokens + 1), cache_slots(draft, limit, draft_tokens + 1)
+    return Speculation(packed, followed, limit, places, noise, slots)

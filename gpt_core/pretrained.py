@@ -150,6 +150,50 @@ def write_pretrained(
     return Written(target, notices, sha256, written - started, verified - written)
 
 
+class Saving:
+    """Saving to every format, those of Hugging Face included: what the models of both frameworks have from here."""
+
+    config: ModelConfig
+
+    def stored(self) -> tuple[Source, dict[str, DType]]:
+        """The parameters as they are stored, and their dtypes."""
+        raise NotImplementedError
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        to: str = HUGGING_FACE,
+        *,
+        tokenizer: Tokenizer | None = None,
+        allow_remote_code: bool = False,
+        force: bool = False,
+    ) -> Written:
+        """Write a checkpoint and read it back; it takes its name when it is complete.
+
+        Args:
+            path: Folder to write.
+            to: A format as for `parity convert`; "hf" picks the architecture of transformers that fits.
+            tokenizer: Written along, so that text can be run on the folder.
+            allow_remote_code: Whether "hf" may bring its own modelling code where no native architecture fits.
+            force: Replace a folder that exists.
+
+        Raises:
+            InputError: the format cannot express the model, or the destination exists, is read-only or full.
+        """
+        source, dtypes = self.stored()
+        return write_pretrained(
+            Path(path),
+            self.config,
+            source,
+            dtypes,
+            Origin(Path(path).resolve().name),
+            to,
+            tokenizer=tokenizer,
+            allow_remote_code=allow_remote_code,
+            force=force,
+        )
+
+
 def _counting(read: Source, advance: Callable[[int], None]) -> Source:
     def counted(parameter: Parameter) -> Array:
         array = read(parameter)

@@ -5,16 +5,17 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from gpt_core.cli import SUCCESS, parser, print_json, run, say
+from gpt_core.cli import SUCCESS, parser, run
 from gpt_core.config import ModelConfig
 from gpt_core.generate_cli import Chunks, Request, generate_command, generate_parser
 from gpt_core.generation import Written
-from gpt_core.parameters import parameter_count
+from gpt_core.init_cli import init_command, init_parser
 from gpt_core.run_cli import eval_config, eval_parser, print_evaluation, print_summary, train_config, train_parser
 from gpt_core.run_config import MOST_DEVICES, RunConfig
 from gpt_core.runs import find_checkpoint
-from gpt_core.sections import LARGEST_SEED, require_flag_count
+from gpt_core.sections import require_flag_count
 from gpt_core.sweep import sweep_command, sweep_parser
+from gpt_core.tokenizer import Tokenizer
 from jax_gpt.plan.cli import plan_command, plan_parser
 
 
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_subcommand("sweep", sweep_parser("jax-gpt"), help="train with one setting after another")
     commands.add_subcommand("generate", generate_parser("jax-gpt"), help="continue prompts")
     commands.add_subcommand("plan", plan_parser(), help="will it fit on a TPU slice, and what will it cost")
-    commands.add_subcommand("init", _init_parser(), help="write a checkpoint with fresh weights")
+    commands.add_subcommand("init", init_parser("jax-gpt"), help="write a checkpoint with fresh weights")
     actions = {
         "train": _train,
         "eval": lambda options: _eval(options, given=top.parse_args(arguments, defaults=False).eval),
@@ -112,36 +113,11 @@ def _generate(options: Namespace) -> int:
     return generate_command(options, start)
 
 
-def _init_parser() -> ArgumentParser:
-    command = parser(
-        "Write a checkpoint with fresh weights and the GPT-2 tokenizer.",
-        "  jax-gpt init runs/jax --config gpt2 --seed 1\n  jax-gpt init runs/jax --config my-model.yaml",
-    )
-    command.add_argument("destination", type=Path, help="folder to write")
-    command.add_argument("--config", required=True, help="a YAML file with a `model` section, or a preset's name")
-    command.add_argument("--seed", type=int, default=0, help="of the random weights")
-    command.add_argument("--force", action="store_true", help="replace a checkpoint that exists")
-    command.add_argument("--json", action="store_true", help="print what was written as JSON")
-    return command
-
-
 def _init(options: Namespace) -> int:
-    from gpt_core.files import refuse_existing
-    from gpt_core.formats.replaceable import kept_checkpoint
-    from gpt_core.tokenizer import rows_without_tokens, tokenizer_for
-    from jax_gpt.checkpoint import save
-    from jax_gpt.model import GPT, initialiser
+    def write(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+        from jax_gpt.checkpoint import save
+        from jax_gpt.model import GPT, initialiser
 
-    require_flag_count("--seed", options.seed, 0, LARGEST_SEED)
-    refuse_existing(options.destination, replace=kept_checkpoint if options.force else None)
-    config = ModelConfig.from_yaml(options.config)
-    tokenizer, notices = tokenizer_for(config.vocab_size), rows_without_tokens(config.vocab_size)
-    save(GPT(config, initialiser(options.seed)), options.destination, tokenizer, force=options.force)
-    summary = {"destination": str(options.destination), "parameters": parameter_count(config)}
-    if options.json:
-        print_json(summary | {"config": config.to_dict(), "notices": notices})
-    else:
-        say(f"{options.destination}: {config.variant}, {summary['parameters']:,} parameters")
-        for notice in notices:
-            say(f"note: {notice}")
-    return SUCCESS
+        save(GPT(config, initialiser(options.seed)), options.destination, tokenizer, force=options.force)
+
+    return init_command(options, write)

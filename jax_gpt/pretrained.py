@@ -7,22 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gpt_core.config import ModelConfig
 from gpt_core.formats.orbax_jax import spoke
 from gpt_core.precision import Precision
-from gpt_core.pretrained import Origin, Written, open_pretrained, write_pretrained
+from gpt_core.pretrained import Saving, open_pretrained
 from gpt_core.tensor_info import Array
-from gpt_core.tokenizer import Tokenizer
-from gpt_core.weights import slots, source_of
+from gpt_core.weights import DType, Source, slots, source_of
 from jax_gpt.attention import Implementation
 
 Model = TypeVar("Model", bound="Pretrained")
 
 
-class Pretrained:
+class Pretrained(Saving):
     """Loading from and saving to every format, those of Hugging Face included."""
 
-    config: ModelConfig
     scan_layers: bool
 
     @classmethod
@@ -56,41 +53,13 @@ class Pretrained:
         )
         return model
 
-    def save_pretrained(
-        self,
-        path: str | Path,
-        to: str = "hf",
-        *,
-        tokenizer: Tokenizer | None = None,
-        allow_remote_code: bool = False,
-        force: bool = False,
-    ) -> Written:
-        """Write a checkpoint and read it back; it takes its name when it is complete.
-
-        Args:
-            path: Folder to write.
-            to: A format as for `parity convert`; "hf" picks the architecture of transformers that fits.
-            tokenizer: Written along, so that text can be run on the folder.
-            allow_remote_code: Whether "hf" may bring its own modelling code where no native architecture fits.
-            force: Replace a folder that exists.
-
-        Raises:
-            InputError: the format cannot express the model, or the destination exists, is read-only or full.
-        """
+    def stored(self) -> tuple[Source, dict[str, DType]]:
+        """The parameters as they are stored, and their dtypes."""
         state = {".".join(map(str, key)): v[...] for key, v in nnx.to_flat_state(nnx.state(self, nnx.Param))}
         expected = slots(self.config, spoke(self.config, scan_layers=self.scan_layers))
 
         def read(key: str, layer: int | None = None) -> Array:
             return np.asarray(state[key] if layer is None else state[key][layer])
 
-        return write_pretrained(
-            Path(path),
-            self.config,
-            source_of(expected, read, read),
-            {slot.parameter.name: np.dtype(state[key].dtype) for key, slot in expected.items()},
-            Origin(Path(path).resolve().name),
-            to,
-            tokenizer=tokenizer,
-            allow_remote_code=allow_remote_code,
-            force=force,
-        )
+        dtypes = {slot.parameter.name: np.dtype(state[key].dtype) for key, slot in expected.items()}
+        return source_of(expected, read, read), dtypes

@@ -21,31 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from gpt_core.config import ModelConfig
 from gpt_core.generation import (
     DRAW_ACCEPT,
     DRAW_DRAFT,
     DRAW_TOKEN,
+    Party,
     SamplingConfig,
     Written,
-    cache_slots,
-    pack_draft_prompts,
-    pack_prompts,
-    uniforms,
+    plan_speculation,
 )
-from gpt_core.precision import Precision
 from jax_gpt.decode import Cache, Weights, prefill, prepare, step
 from jax_gpt.generate import PROMPT_MULTIPLE, choose, distribution, draw, is_stop
 from jax_gpt.model import GPT
 
 ROUNDS = 4  # between two looks at what has been written
-
-
-class Party(NamedTuple):
-    """A model that takes part, without its weights."""
-
-    config: ModelConfig
-    precision: Precision
 
 
 class Progress(NamedTuple):
@@ -122,31 +111,26 @@ def stream(
     rounds: int = ROUNDS,
 ) -> Iterator[Written]:
     """As `speculate`, but every few rounds; a row that has ended gives nothing more."""
-    new = options.max_new_tokens
-    packed = pack_prompts(prompts, target.config, new, PROMPT_MULTIPLE)
-    followed = pack_draft_prompts(prompts, draft.config, target.config, new, draft_tokens, PROMPT_MULTIPLE)
-    limit = int(packed.lengths.max()) + new
-    noise = jnp.asarray(uniforms(options.seed, len(prompts), 0, new + draft_tokens + 1).swapaxes(0, 1))
-    lengths, tokens = jnp.asarray(packed.lengths), jnp.asarray(packed.tokens)
-    slots = [cache_slots(model.config, limit, draft_tokens + 1) for model in (target, draft)]
-    logits, target_cache = prefill(target, tokens, lengths, slots[0])
-    _, draft_cache = prefill(draft, jnp.asarray(followed.tokens), lengths, slots[1])
+    plan = plan_speculation(prompts, target.config, draft.config, options, draft_tokens, PROMPT_MULTIPLE)
+    noise, lengths, tokens = (jnp.asarray(x) for x in (plan.noise, plan.prompts.lengths, plan.prompts.tokens))
+    logits, target_cache = prefill(target, tokens, lengths, plan.slots[0])
+    _, draft_cache = prefill(draft, jnp.asarray(plan.draft_prompts.tokens), lengths, plan.slots[1])
     token = choose(logits, noise[:, 0, DRAW_TOKEN], options)
     before = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
     zeros = jnp.zeros_like(lengths)
     progress = Progress(
         last=jnp.stack([before, token], axis=1),
         position=lengths,
-        written=jnp.zeros((len(prompts), new + draft_tokens + 1), token.dtype).at[:, 0].set(token),
+        written=jnp.zeros((len(prompts), plan.places), token.dtype).at[:, 0].set(token),
         length=zeros + 1,
-        done=is_stop(token, options) | (new == 1),
+        done=is_stop(token, options) | (options.max_new_tokens == 1),
         accepted=zeros,
         proposed=zeros + 0,  # an array of its own: each is given away
         target_cache=target_cache,
         draft_cache=draft_cache,
     )
     yield Written.plain([[row] for row in token.tolist()])
-    weights = target_weights or prepare(target, limit), draft_weights or prepare(draft, limit)
+    weights = target_weights or prepare(target, plan.limit), draft_weights or prepare(draft, plan.limit)
     parties = Party(target.config, target.precision), Party(draft.config, draft.precision)
     rule = replace(options, seed=0)  # what the compiled program depends on
     while not np.asarray(progress.done).all():

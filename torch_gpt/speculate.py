@@ -18,31 +18,20 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 
-from gpt_core.config import ModelConfig
 from gpt_core.generation import (
     DRAW_ACCEPT,
     DRAW_DRAFT,
     DRAW_TOKEN,
+    Party,
     SamplingConfig,
     Written,
-    cache_slots,
-    pack_draft_prompts,
-    pack_prompts,
-    uniforms,
+    plan_speculation,
 )
-from gpt_core.precision import Precision
 from torch_gpt.decode import Cache, Weights, prefill, prepare, step
 from torch_gpt.generate import choose, distribution, draw, is_stop
 from torch_gpt.model import GPT
 
 ROUNDS = 4  # between two looks at what has been written
-
-
-class Party(NamedTuple):
-    """A model that takes part, without its weights."""
-
-    config: ModelConfig
-    precision: Precision
 
 
 class Progress(NamedTuple):
@@ -124,34 +113,30 @@ def stream(
     rounds: int = ROUNDS,
 ) -> Iterator[Written]:
     """As `speculate`, but every few rounds; a row that has ended gives nothing more."""
-    new = options.max_new_tokens
-    packed = pack_prompts(prompts, target.config, new)
-    pack_draft_prompts(prompts, draft.config, target.config, new, draft_tokens)
-    limit = int(packed.lengths.max()) + new
-    device = target.token_embedding.device
-    noise = torch.tensor(uniforms(options.seed, len(prompts), 0, new + draft_tokens + 1).swapaxes(0, 1), device=device)
+    plan = plan_speculation(prompts, target.config, draft.config, options, draft_tokens)
+    device, packed = target.token_embedding.device, plan.prompts
+    noise = torch.tensor(plan.noise, device=device)
     lengths, tokens = (torch.tensor(x, device=device, dtype=torch.int64) for x in (packed.lengths, packed.tokens))
-    slots = [cache_slots(model.config, limit, draft_tokens + 1) for model in (target, draft)]
-    logits, target_cache = prefill(target, tokens, lengths, slots[0])
-    _, draft_cache = prefill(draft, tokens, lengths, slots[1])
+    logits, target_cache = prefill(target, tokens, lengths, plan.slots[0])
+    _, draft_cache = prefill(draft, tokens, lengths, plan.slots[1])
     token = choose(logits, noise[:, 0, DRAW_TOKEN], options)
     before = tokens.take_along_dim(lengths[:, None] - 1, dim=1)[:, 0]
     zeros = torch.zeros_like(lengths)
-    written = torch.zeros((len(prompts), new + draft_tokens + 1), dtype=torch.int64, device=device)
+    written = torch.zeros((len(prompts), plan.places), dtype=torch.int64, device=device)
     written[:, 0] = token
     progress = Progress(
         last=torch.stack([before, token], dim=1),
         position=lengths,
         written=written,
         length=zeros + 1,
-        done=is_stop(token, options) | (new == 1),
+        done=is_stop(token, options) | (options.max_new_tokens == 1),
         accepted=zeros,
         proposed=zeros,
         target_cache=target_cache,
         draft_cache=draft_cache,
     )
     yield Written.plain([[row] for row in token.tolist()])
-    weights = target_weights or prepare(target, limit), draft_weights or prepare(draft, limit)
+    weights = target_weights or prepare(target, plan.limit), draft_weights or prepare(draft, plan.limit)
     parties = Party(target.config, target.precision), Party(draft.config, draft.precision)
     while not progress.done.all():
         length, accepted, proposed = progress.length, progress.accepted, progress.proposed
