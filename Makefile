@@ -9,12 +9,12 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install parity train bench test lint types imports format clean
+.PHONY: help install parity train bench test test-all lint types imports format clean
 
 help: ## List the targets
 	@echo "Usage: make TARGET [PYTHON=python3.12] [ARGS='...']"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP) ## Make .venv with both frameworks and the developers' tools
 
@@ -39,8 +39,11 @@ train: $(STAMP) ## Train a small model on the interpreter's own library; writes 
 bench: $(STAMP) ## Measure what is promised about speed; writes runs/bench/ (ARGS="--only attention decoding")
 	$(BIN)/python benchmarks/bench.py --out runs/bench $(ARGS)
 
-test: $(STAMP) ## Run the tests (ARGS="-k window", WORKERS=2)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+test: $(STAMP) ## Run the tests, but for the slowest (ARGS="-k window", WORKERS=2)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --budgets test -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## Run all tests, as CI does
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --budgets test-all $(ARGS)
 
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check .

@@ -33,6 +33,18 @@ jaxtyping.install_import_hook(["jax_gpt", "torch_gpt"], "beartype.beartype")
 sys.path.append(str(Path(__file__).parent))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--budgets", choices=["test", "test-all"], help="print what each folder took, and might take")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    chosen = config.getoption("--budgets")
+    if chosen is not None and not hasattr(config, "workerinput"):  # workers of xdist report to one process
+        from budgets import Budgets
+
+        config.pluginmanager.register(Budgets(whole=chosen == "test-all"))
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """fp64 in JAX for the length of one test; the setting is global in a process and must not leak."""
