@@ -19,7 +19,7 @@ import fsspec
 
 from gpt_core.errors import InputError
 from gpt_core.interrupts import uninterrupted
-from gpt_core.lease import SUFFIX, Lease, is_alive, is_lease, read_holder
+from gpt_core.lease import SUFFIX, Lease, is_alive, read_holder
 
 Kept = Callable[[Path], str]
 """Why something that exists must not be replaced, such as "is a training run"; "" where it may be."""
@@ -199,7 +199,7 @@ def clear_leftovers(folder: Path) -> None:
     for path in folder.glob(f".?*{SUFFIX}"):
         with suppress(OSError, InputError):
             holder = read_holder(path)
-            if holder is not None and is_lease(holder) and not is_alive(path, holder, wait=False):
+            if holder and not is_alive(path, holder, wait=False):  # only what is a whole lease is one
                 place = folder / path.name[1 : -len(SUFFIX)]
                 with _leased(path, place):
                     _clear(place)

@@ -23,6 +23,7 @@ from gpt_core.errors import InputError
 SUFFIX = ".lease"
 BEAT, SILENCE = 10.0, 60.0  # seconds
 _PATIENCE = 1.0  # seconds, for others who judge a lease in the same folder at this moment
+_FIELDS = {"name": str, "program": str, "process": int, "started": str, "host": str, "machine": str, "since": str}
 _UNSEEN = "?"  # when a process started that is there and does not show itself
 _sleep = time.sleep
 
@@ -104,8 +105,8 @@ class Lease:
             raise
 
     def _held(self, holder: dict[str, Any]) -> InputError:
-        who = f"process {holder['process']} on {holder['host']}" if "process" in holder else "another process"
-        since = f", {holder['program']}, since {holder['since']}" if "process" in holder else ""
+        who = f"process {holder['process']} on {holder['host']}" if holder else "another process"
+        since = f", {holder['program']}, since {holder['since']}" if holder else ""
         return InputError(f"{self.subject}: is being written by {who}{since}; wait for it, or choose another name")
 
 
@@ -134,7 +135,7 @@ def _locked(descriptor: int) -> bool:
 
 
 def read_holder(path: Path) -> dict[str, Any] | None:
-    """What a lease says of its holder: nothing when it is just being written, None when there is no lease.
+    """What a lease says of its holder: nothing when it is not whole, as while it is written; None when there is none.
 
     Raises:
         InputError: what stands there is no lease, or one that we may not read.
@@ -147,12 +148,8 @@ def read_holder(path: Path) -> dict[str, Any] | None:
         return {}
     except OSError as error:
         raise _in_the_way(path, error) from None
-    return content if isinstance(content, dict) else {}
-
-
-def is_lease(holder: dict[str, Any]) -> bool:
-    """Whether a file of this content is a lease, and a whole one."""
-    return {"name", "program", "process", "started", "host", "machine", "since"} <= holder.keys()
+    whole = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in _FIELDS.items())
+    return content if whole else {}
 
 
 def _unlink(path: Path) -> None:
@@ -175,8 +172,8 @@ def is_alive(path: Path, holder: dict[str, Any], *, wait: bool = True) -> bool:
         wait: For the next sign of life of a holder on another machine, `SILENCE` seconds at most; without, it lives.
     """
     if holder.get("machine") == _machine():
-        started = _started(int(holder.get("process", 0)))
-        return started is not None and started in {holder.get("started"), _UNSEEN}
+        started = _started(holder["process"])
+        return started is not None and started in {holder["started"], _UNSEEN}
     seen, watched = _beat(path), 0
     while seen is not None and _now(path.parent) - seen < SILENCE and watched < SILENCE:  # clocks may jump
         if not wait:

@@ -135,7 +135,7 @@ def _is_gpt2(name: str, section: Any, vocabulary: Mapping[str, int], merges: Seq
 def _is_harmless(name: str, value: Any, vocabulary: Mapping[str, int]) -> bool:
     """Whether a field of tokenizer_config.json leaves GPT-2's ids as they are."""
     if name == "tokenizer_class":
-        return value in _CLASSES
+        return isinstance(value, str) and value in _CLASSES
     if name == "added_tokens_decoder" and isinstance(value, dict):
         return set(value) <= {str(vocabulary[END_OF_TEXT])} and all(map(_is_end, value.values()))
     if name in _TOKENS | _TOKEN_LISTS:

@@ -166,10 +166,11 @@ def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
-def model_type_of(folder: Path) -> Any:
-    """The `model_type` of a folder's config.json; None where there is none or it is damaged."""
+def model_type_of(folder: Path) -> str | None:
+    """The `model_type` of a folder's config.json; None where there is none, or it is no name."""
     try:
         content = read_json(folder / CONFIG_FILE)
     except InputError:
         return None
-    return content.get("model_type") if isinstance(content, dict) else None
+    name = content.get("model_type") if isinstance(content, dict) else None
+    return name if isinstance(name, str) else None

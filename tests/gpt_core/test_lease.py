@@ -85,11 +85,20 @@ def test_on_another_machine_a_holder_falls_silent_while_we_wait(
     assert waited
 
 
-def test_a_lease_that_is_just_being_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / ".lease").write_text("")
+@pytest.mark.parametrize("content", ["", "[]", '{"process": 1}', "process started host"])
+def test_a_lease_that_is_just_being_written_counts(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".lease").write_text(content)
     monkeypatch.setattr(lease, "_sleep", lambda seconds: os.utime(tmp_path / ".lease"))
     with pytest.raises(InputError, match="is being written by another process"):
         take(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"process": "1"}, {"process": []}, {"started": {}}, {"machine": [[]]}])
+def test_a_file_with_other_fields_than_a_lease_is_none(wrong: dict[str, Any], tmp_path: Path) -> None:
+    assert read_holder(left_by(tmp_path, age=1e6, **wrong)) == {}
+    take(tmp_path).release()  # nobody gives a sign of life there
 
 
 def test_who_was_taken_over_is_told_and_takes_nothing_away(tmp_path: Path) -> None:

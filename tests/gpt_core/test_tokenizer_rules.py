@@ -174,6 +174,7 @@ def test_what_changes_no_id_is_gpt2s(name: str, content: Any, tmp_path: Path) ->
         ("tokenizer_config.json", {"add_bos_token": True}, "differs in add_bos_token"),
         ("tokenizer_config.json", {"do_lower_case": True}, "differs in do_lower_case"),
         ("tokenizer_config.json", {"tokenizer_class": "RobertaTokenizer"}, "differs in tokenizer_class"),
+        ("tokenizer_config.json", {"tokenizer_class": ["GPT2Tokenizer"]}, "differs in tokenizer_class"),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["mine.T", None]}}, "differs in auto_map"),
         ("tokenizer_config.json", {"pad_token": "[PAD]"}, "differs in pad_token"),
         ("tokenizer_config.json", {"eos_token": OLD_END | {"rstrip": True}}, "differs in eos_token"),

@@ -313,10 +313,11 @@ def test_sound_weights_give_no_warning(folder_of, tmp_path):
     assert notices == ("dropout in training is 0.1: attn_pdrop 0.1 is not kept",)
 
 
-def test_another_architecture_is_named(folder_of):
+@pytest.mark.parametrize(("name", "shown"), [("llama", "'llama'"), ([[]], r"\[\[\]\]"), ({}, "{}"), (None, "None")])
+def test_another_architecture_is_named(folder_of, name, shown):
     folder = folder_of("gpt2")
-    edit(folder / "config.json", model_type="llama")
-    refused(folder, "model_type is 'llama'")
+    edit(folder / "config.json", model_type=name)
+    refused(folder, f"model_type is {shown}")
 
 
 class TestHubNames:
