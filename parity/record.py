@@ -13,6 +13,7 @@ from gpt_core.precision import DType
 from gpt_core.sites import model_sites
 from parity.compare import Array
 from parity.formats import open_checkpoint
+from parity.products import library_noise
 from parity.records import hash_tokens, refuse_record, write_record
 from parity.report import machine
 from parity.sides import TRANSFORMERS, side_of
@@ -95,6 +96,7 @@ def record_checkpoint(
         "checkpoint_format": checkpoint.format,
         "config": config.to_dict(),
         "environment": machine() | side_of(framework).describe(),
+        "library": library_noise(framework, config).to_dict() if dtype == "float32" else None,
         "tokens_sha256": hash_tokens(tokens),
         "weights_sha256": hash_weights(checkpoint),
         "sites": sites,
@@ -132,7 +134,8 @@ def next_tokens(tokens: Array) -> Batch:
 
 
 def worker(emit: Emit, path: Path, framework: str, dtypes: list[DType], tokens: Array) -> None:
-    """Emit (dtype, logits) for each dtype, then {"environment": ...}."""
+    """Emit (dtype, logits) for each dtype, then {"environment": ..., "library": ...}."""
     for dtype in dtypes:
         emit((dtype, run_checkpoint(path, framework, dtype, tokens).logits))
-    emit({"environment": side_of(framework).describe()})
+    library = library_noise(framework, open_checkpoint(path).config) if "float32" in dtypes else None
+    emit({"environment": side_of(framework).describe(), "library": library})

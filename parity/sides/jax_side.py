@@ -1,6 +1,7 @@
 """Running a model in JAX, on NumPy arrays in and out."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -236,6 +237,11 @@ def require_attention(implementation: Implementation, config: ModelConfig, dtype
         return attention(query, key, value, window=window, scale=scale, implementation=implementation)
 
     jax.eval_shape(mix, heads(config.n_heads), heads(config.n_kv_heads), heads(config.n_kv_heads))
+
+
+def multiply(a: Array, b: Array) -> Array:
+    """The product of fp32 matrices `[rows, terms]` and `[terms, columns]`, as exact as XLA makes one."""
+    return np.asarray(jax.jit(partial(jnp.matmul, precision="highest"))(a, b))
 
 
 def prepare(dtype: DType) -> None:

@@ -199,6 +199,12 @@ def _tensor(model: GPT, array: Array | tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(array, device=model.token_embedding.device)
 
 
+def multiply(a: Array, b: Array) -> Array:
+    """The product of fp32 matrices `[rows, terms]` and `[terms, columns]`, as a linear layer makes it."""
+    x, weight = (torch.tensor(array, device=device("float32")) for array in (a, b.T.copy()))
+    return to_numpy(torch.nn.functional.linear(x, weight))
+
+
 def prepare(dtype: DType) -> None:
     """Set what is global in PyTorch for a process that runs in this dtype."""
     torch.set_float32_matmul_precision("highest")

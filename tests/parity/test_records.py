@@ -195,6 +195,9 @@ def test_record_writes_what_was_asked_for_and_nothing_else(
     with np.load(out) as arrays:
         assert set(arrays.files) == {"metadata", "tokens", "logits"}
         assert arrays["logits"].shape == (2, 11, 29)
+        library = json.loads(str(arrays["metadata"]))["library"]
+    assert library["products"].keys() == {"20", "24", "28"}  # embed, heads x head_dim, mlp
+    assert all(1e-8 < error < 1e-6 for error in library["products"].values())
     refused = parity(*command, "--trace")
     assert refused.code == 2
     assert "--force" in refused.err
