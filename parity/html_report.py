@@ -16,6 +16,7 @@ from parity.figure_style import themes
 from parity.overview_figures import heat_map, noise_floor
 from parity.variant_figures import variant_figures
 
+_WORDS = ("headline", "missed", "noise_lines", "place", "rerun", "rerun_fault", "why")
 _FIGURES = {
     "depth": (
         "Error along depth",
@@ -47,9 +48,7 @@ def write_html(content: dict[str, Any], destination: Path) -> None:
     environment = Environment(
         loader=PackageLoader("parity"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals.update(
-        {name: getattr(summary, name) for name in ("headline", "missed", "place", "rerun", "rerun_fault", "why")}
-    )
+    environment.globals.update({name: getattr(summary, name) for name in _WORDS})
     environment.filters.update(short=summary.short, margin_width=_margin_width)
     page = environment.get_template("report.html.jinja").render(
         report=content,

@@ -10,6 +10,7 @@ from gpt_core.files import atomic_file
 from parity import summary
 
 _MOST_LINES = 20
+_WORDS = ("fault_line", "headline", "noise_lines", "rerun", "rerun_fault", "why")
 
 
 def write_markdown(content: dict[str, Any], destination: Path) -> None:
@@ -41,9 +42,7 @@ def write_markdown(content: dict[str, Any], destination: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(
-        {name: getattr(summary, name) for name in ("fault_line", "headline", "rerun", "rerun_fault", "why")}
-    )
+    environment.globals.update({name: getattr(summary, name) for name in _WORDS})
     environment.filters.update(cell=_cell, short=summary.short)
     text = environment.get_template("report.md.jinja").render(
         report=content,

@@ -16,8 +16,8 @@ from parity.summary import (
     cases_of,
     checks_of,
     dtypes_of,
-    number,
     place,
+    rms_errors,
     share_of_bound,
     short,
     variants_of,
@@ -97,7 +97,7 @@ def heat_map(content: Content) -> Figure | None:
 
 def noise_floor(content: Content) -> Figure | None:
     """RMS error of the logits against the fp64 truth, of each framework, a panel a dtype."""
-    found = [(case, _noise(case)) for case in content["cases"] if case["check"] == "logits" and _noise(case)]
+    found = [(case, rms_errors(case)) for case in content["cases"] if case["check"] == "logits" and rms_errors(case)]
     dtypes = [dtype for dtype in dtypes_of(content) if any(case["dtype"] == dtype for case, _ in found)]
     if not dtypes:
         return None
@@ -173,14 +173,10 @@ def _cell_hover(cell: Sequence[Case]) -> str:
     return "<br>".join(lines)
 
 
-def _noise(case: Case) -> dict[str, float]:
-    end = "_rms_error"
-    return {name.removesuffix(end): number(value) for name, value in case.items() if name.endswith(end)}
-
-
 def _noise_hover(case: Case, noise: Mapping[str, float]) -> str:
     values = ", ".join(f"{html.escape(name)} {short(value)}" for name, value in noise.items())
-    return f"<b>{html.escape(place(case))}</b><br>{values}<br>ratio {short(case.get('noise_ratio'))}"
+    allowed = f" of {short(case['noise_allowed'])} allowed" if "noise_allowed" in case else ""
+    return f"<b>{html.escape(place(case))}</b><br>{values}<br>ratio {short(case.get('noise_ratio'))}{allowed}"
 
 
 def _positive(value: float) -> float | None:

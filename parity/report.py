@@ -20,7 +20,7 @@ from gpt_core.files import atomic_file
 from gpt_core.reading import exists, is_folder
 from gpt_core.runs import RUN_FILE
 from parity.checks import CheckResult
-from parity.summary import CHECKS, DTYPES, fault_line, missed, ordered
+from parity.summary import CHECKS, DTYPES, fault_line, missed, noise_lines, ordered
 
 _NOT_IN_TABLE = ("weights",)  # bitwise or not: a column of its own
 
@@ -134,7 +134,8 @@ def print_table(
         table.add_row(variant, *weights, *(_errors_cell(ours, check, dtypes) for check in compared), _verdict(ours))
     if results:
         console.print(table)
-    _print_noise(results, console)
+    for line in noise_lines([result.to_dict() for result in results]):
+        console.print(line, markup=False, soft_wrap=True)
     if faults:
         style = "red" if any(missed(fault) for fault in faults) else None
         console.print(fault_line(faults), style=style, markup=False, soft_wrap=True)
@@ -186,23 +187,6 @@ def _brief(value: float) -> str:
         return f"{value:.0f}"
     mantissa, exponent = f"{value:.0e}".split("e")
     return f"{mantissa}e{int(exponent)}"
-
-
-def _print_noise(results: Sequence[CheckResult], console: Console) -> None:
-    """A line a dtype: how far the frameworks' RMS errors against the fp64 truth are apart."""
-    for dtype in DTYPES:
-        noisy = [r for r in results if r.dtype == dtype and r.check == "logits" and "noise_ratio" in r.measures]
-        if not noisy:
-            continue
-        worst = max(noisy, key=lambda result: result.measures["noise_ratio"])
-        sides = {name: value for name, value in worst.measures.items() if name.endswith("_rms_error")}
-        errors = ", ".join(f"{name.removesuffix('_rms_error')} {value:.1e}" for name, value in sides.items())
-        console.print(
-            f"noise of the logits against fp64, {dtype}: at most {worst.measures['noise_ratio']:.2f} times "
-            f"the other framework's ({worst.variant}: {errors})",
-            markup=False,
-            soft_wrap=True,
-        )
 
 
 def _verdict(results: Sequence[CheckResult]) -> str:

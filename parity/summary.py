@@ -106,6 +106,41 @@ def fault_line(faults: Sequence[Case]) -> str:
     return line
 
 
+def noise_lines(cases: Iterable[Case]) -> list[str]:
+    """A line a dtype: how far the frameworks' distances from the fp64 truth are apart, and what explains it in fp32."""
+    noisy = [case for case in cases if case["check"] == "logits" and "noise_ratio" in case]
+    lines = []
+    for dtype in ordered((case["dtype"] for case in noisy), DTYPES):
+        ours = [case for case in noisy if case["dtype"] == dtype]
+        closest = max(ours, key=lambda case: number(case["noise_ratio"]) / number(case.get("noise_allowed", 1)))
+        errors = ", ".join(f"{name} {value:.1e}" for name, value in rms_errors(closest).items())
+        allowed = f", {number(closest['noise_allowed']):.2f} allowed" if "noise_allowed" in closest else ""
+        lines.append(
+            f"noise of the logits against fp64, {dtype}: at most {number(closest['noise_ratio']):.2f} times the other "
+            f"framework's{allowed} ({closest['variant']}: {errors}{_products(closest)})"
+        )
+    return lines
+
+
+def rms_errors(case: Case) -> dict[str, float]:
+    """Side -> RMS error of its logits against the fp64 truth."""
+    end = "_rms_error"
+    return {name.removesuffix(end): number(value) for name, value in case.items() if name.endswith(end)}
+
+
+def _products(case: Case) -> str:
+    """How far each library's own products of the model's widths are from exact ones."""
+    measured: Mapping[str, Mapping[str, Any]] = case.get("products", {})
+    if not measured:
+        return ""
+    terms = " and ".join(f"{int(count):,}" for count in next(iter(measured.values())))
+    sides = ", ".join(
+        f"{name} {' and '.join(f'{number(error):.1e}' for error in errors.values())}"
+        for name, errors in measured.items()
+    )
+    return f"; products of {terms} terms: {sides}"
+
+
 def headline(content: Content) -> str:
     """The verdict in one line."""
     failed, total = len(failed_cases(content)), len(content["cases"])
