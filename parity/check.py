@@ -19,6 +19,7 @@ from parity.compare import Array
 from parity.fault_runs import FaultRun, summarise
 from parity.formats import Checkpoint, open_checkpoint
 from parity.grid import GridOptions
+from parity.products import LibraryNoise
 from parity.sides import TRANSFORMERS
 from parity.tokens import require_fitting, tokens_for
 from parity.variants import select
@@ -111,6 +112,8 @@ def check_checkpoints(
     require_fitting(ids, config_b, str(tokens or text or "the built-in text"))
 
     logits: dict[tuple[str, DType], Array] = {}
+    names = {side: f"{side}:{checkpoint.format}" for side, checkpoint in opened.items()}
+    libraries: dict[str, LibraryNoise] = {}
     environment: dict[str, Any] = {"config_differences": differing_fields(config_a, config_b)}
     wanted: list[DType] = ["float64", *(dtype for dtype in dtypes if dtype != "float64")]
     for group in dtype_groups(wanted):
@@ -119,6 +122,8 @@ def check_checkpoints(
         def on_event(index: int, event: Any) -> None:
             if isinstance(event, dict):
                 environment.update(event["environment"])
+                if event["library"] is not None:
+                    libraries[names["AB"[index]]] = event["library"]
             else:
                 dtype, values = event
                 logits["AB"[index], dtype] = values
@@ -129,9 +134,9 @@ def check_checkpoints(
     name = f"{first.name} against {second.name}"
     results = [_check_stored(name, opened["A"], opened["B"])]
     for dtype in dtypes:
-        pair = {f"{side}:{opened[side].format}": logits[side, dtype] for side in "AB"}
+        pair = {name: logits[side, dtype] for side, name in names.items()}
         truth = None if dtype == "float64" else logits["B", "float64"]
-        results.append(check_logits(name, dtype, pair, truth, origin="checkpoint"))
+        results.append(check_logits(name, dtype, pair, truth, origin="checkpoint", libraries=libraries))
     return results, {"environment": environment}
 
 

@@ -14,7 +14,8 @@ from parity.checks.optimizer import check_optimizer
 from parity.compare import Array
 from parity.faults import FAULTS, Fault, planted
 from parity.grid import ADAMW, OPTIMIZER_STEPS, Subject
-from parity.tolerances import NOISE_RATIO, TOLERANCE
+from parity.products import Libraries
+from parity.tolerances import TOLERANCE
 
 _IN_EVERY_VARIANT = ("logits", "decode")
 # Faults behind attention do not depend on its variant: the default run plants them in these alone.
@@ -58,13 +59,14 @@ def fault_runs(subject: Subject, *, full: bool = False) -> Iterator[FaultRun]:
 def run_fault(fault: Fault, subject: Subject) -> FaultRun:
     """Plant one fault in a PyTorch twin of its own and run the check that must catch it."""
     model = subject.definition()
-    # Made before the fault is planted: the truth must be free of it.
+    # Made before the fault is planted: the truth and what the libraries can do must be free of it.
     truth = subject.truth.sites if fault.caught_by == "noise" else None
+    libraries = subject.libraries
     with planted(fault, model):
-        result, site, hint = _caught_by(fault, subject, model, truth)
+        result, site, hint = _caught_by(fault, subject, model, truth, libraries)
     bound = TOLERANCE.get((fault.caught_by, "float32"))
     if fault.caught_by == "noise":
-        margin, margin32 = result.measures["noise_ratio"] / NOISE_RATIO, None
+        margin, margin32 = result.measures["noise_ratio"] / result.measures["noise_allowed"], None
     else:
         margin = result.relative_error / result.tolerance
         margin32 = None if bound is None else result.relative_error / bound
@@ -74,7 +76,7 @@ def run_fault(fault: Fault, subject: Subject) -> FaultRun:
 
 
 def _caught_by(
-    fault: Fault, subject: Subject, model: Any, truth: Mapping[str, Array] | None
+    fault: Fault, subject: Subject, model: Any, truth: Mapping[str, Array] | None, libraries: Libraries | None
 ) -> tuple[CheckResult, str, str]:
     variant, dtype, reference = subject.case.variant, subject.dtype, subject.jax_run
     if fault.caught_by == "optimizer":
@@ -94,7 +96,7 @@ def _caught_by(
         return result, result.measures.get("site", ""), ""
     if fault.caught_by == "noise":
         sites = {"jax": reference.sites, "torch": run.sites}
-        return check_activations(variant, dtype, sites, truth), "", ""
+        return check_activations(variant, dtype, sites, truth, libraries=libraries), "", ""
     logits = {"jax": reference.logits, "torch": run.logits}
     result = check_logits(variant, dtype, logits, probabilities=False)
     if not fault.site:

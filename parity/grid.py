@@ -30,6 +30,7 @@ from parity.convert import DTYPES
 from parity.divergence import Divergence, first_divergence
 from parity.faults import Fault, fault_named, planted
 from parity.hints import explain
+from parity.products import Libraries, library_noise
 from parity.sides import FRAMEWORKS, side_of
 from parity.sides.runs import Batch, CachedRun, RaggedText, Run, Training
 from parity.tolerances import tolerance
@@ -183,6 +184,13 @@ class Subject:
         run: Run = self.torch.run(model, self.tokens)
         return run
 
+    @cached_property
+    def libraries(self) -> Libraries | None:
+        """What each framework's library can do, for the noise floor of fp32."""
+        if self.dtype != "float32":
+            return None
+        return {framework: library_noise(framework, self.config) for framework in FRAMEWORKS}
+
     def divergence(self, model: Any, run: Run) -> Divergence | None:
         """Where a PyTorch run first parts from the JAX one; `model` must still be as it was in the run."""
         reference = self.jax_run.sites
@@ -240,10 +248,11 @@ def checks(subject: Subject, fault: Fault | None = None, *, full: bool = False) 
         divergence = subject.divergence(model, run)
     reference = subject.jax_run
     truth = None if dtype == "float64" else subject.truth
+    libraries = subject.libraries
     sites = {"jax": reference.sites, "torch": run.sites}
-    yield check_activations(variant, dtype, sites, None if truth is None else truth.sites, divergence)
+    yield check_activations(variant, dtype, sites, None if truth is None else truth.sites, divergence, libraries)
     logits = {"jax": reference.logits, "torch": run.logits}
-    yield check_logits(variant, dtype, logits, None if truth is None else truth.logits)
+    yield check_logits(variant, dtype, logits, None if truth is None else truth.logits, libraries=libraries)
     yield check_loss(variant, dtype, {"jax": reference.loss, "torch": run.loss})
     if dtype == "float64" or "+" not in variant:
         yield _decode(subject, fault, run, truth)
@@ -274,7 +283,8 @@ def _decode(subject: Subject, fault: Fault | None, run: Run, truth: Run | None) 
     cached = {"jax": subject.jax_cached, "torch": through_cache}
     uncached = {"jax": subject.jax_run.logits, "torch": run.logits}
     known = None if truth is None else truth.logits
-    return check_decode(subject.case.variant, subject.dtype, subject.text, cached, uncached, known)
+    variant, dtype, text = subject.case.variant, subject.dtype, subject.text
+    return check_decode(variant, dtype, text, cached, uncached, known, subject.libraries)
 
 
 def _own_initialisations(subject: Subject) -> Iterator[CheckResult]:

@@ -23,6 +23,7 @@ from parity.checks.peer import check_decode, check_runs, greedy
 from parity.checks.weights import check_export
 from parity.compare import Array
 from parity.convert import convert
+from parity.products import library_noise
 from parity.record import next_tokens
 from parity.sides import FRAMEWORKS, TRANSFORMERS, side_of
 from parity.sides.runs import Batch
@@ -250,9 +251,9 @@ def peer_checks(
     for framework in _installed():
         side, name = side_of(framework), f"{variant}: {framework}"
         model = side.build(config, checkpoint.read, dtype)
-        yield from check_runs(
-            name, dtype, config, framework, side.run(model, tokens, batch, gradients=gradients), theirs, truth
-        )
+        libraries = {of: library_noise(of, config) for of in (framework, TRANSFORMERS)} if dtype == "float32" else None
+        run = side.run(model, tokens, batch, gradients=gradients)
+        yield from check_runs(name, dtype, config, framework, run, theirs, truth, libraries)
         if generated is not None:
             ours, gap = greedy(side.logits_function(model), prompt, new)
             settings = {"set_aside": peer.set_aside} if peer.set_aside else {}

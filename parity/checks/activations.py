@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 
 from parity.checks import CheckResult
+from parity.checks.noise import judge
 from parity.compare import Array, difference
 from parity.divergence import Divergence
-from parity.tolerances import NOISE_RATIO, tolerance
+from parity.products import Libraries
+from parity.tolerances import tolerance
 
 
 def check_activations(
@@ -17,6 +19,7 @@ def check_activations(
     sites: Mapping[str, Mapping[str, Array]],
     truth: Mapping[str, Array] | None = None,
     divergence: Divergence | None = None,
+    libraries: Libraries | None = None,
 ) -> CheckResult:
     """Compare every site of two sides.
 
@@ -25,8 +28,9 @@ def check_activations(
         dtype: What they were computed in.
         sites: Side -> site -> tensor; the first is compared with the second as reference.
         truth: fp64 values of the same weights; given, both sides' RMS errors against it are measured at each site, and
-            in fp32 neither may typically be more than `NOISE_RATIO` times the other's.
+            in fp32 neither may typically be more than `noise_allowed` times the other's.
         divergence: Where they part, if that is known; its text becomes the reason of a failure.
+        libraries: What each side's library can do in fp32; None where it was not measured.
     """
     a, b = sites.values()
     errors = {site: difference(a[site], b[site]).relative_error for site in b}
@@ -41,10 +45,10 @@ def check_activations(
     if truth is not None:
         noise = {site: [difference(side[site], truth[site]).rms for side in (a, b)] for site in truth}
         ratio = _typical_ratio(list(noise.values()))
-        measures |= {"noise": noise, "noise_ratio": max(ratio, 1 / ratio)}
-        if dtype == "float32" and not measures["noise_ratio"] <= NOISE_RATIO:
-            name = list(sites)[0 if ratio > 1 else 1]
-            reasons.append(f"{name} is typically {measures['noise_ratio']:.1f} times as far from the fp64 truth")
+        noisier, quieter = sites if ratio > 1 else reversed(list(sites))
+        judged, reason = judge(max(ratio, 1 / ratio), noisier, quieter, dtype, libraries)
+        measures |= {"noise": noise} | judged
+        reasons += [f"typically {reason}"] if reason else []
     return CheckResult(
         variant,
         dtype,

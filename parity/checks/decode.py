@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from parity.checks import CheckResult
-from parity.checks.logits import noise_against
+from parity.checks.noise import noise_against
 from parity.compare import Array, difference
+from parity.products import Libraries
 from parity.sides.runs import CachedRun, RaggedText
 from parity.tolerances import tolerance
 
@@ -19,6 +20,7 @@ def check_decode(
     cached: Mapping[str, CachedRun],
     uncached: Mapping[str, Array],
     truth: Array | None = None,
+    libraries: Libraries | None = None,
 ) -> CheckResult:
     """Compare each side with itself without a cache, and the two with each other; the second is the reference.
 
@@ -29,7 +31,8 @@ def check_decode(
         cached: Side -> what it computed through its cache.
         uncached: Side -> logits of its model on the text's source, `[rows, time, vocab]`.
         truth: fp64 logits of the same weights, likewise. Given, each side's RMS error against it is measured, and in
-            fp32 neither may be more than `NOISE_RATIO` times the other's.
+            fp32 neither may be more than `noise_allowed` times the other's.
+        libraries: What each side's library can do in fp32; None where it was not measured.
     """
     (name_a, a), (name_b, b) = cached.items()
     pairs = {
@@ -54,7 +57,7 @@ def check_decode(
     measures: dict[str, Any] = {"comparisons": errors, "positions": text.positions.size, "written": written}
     if truth is not None and np.isfinite(errors[worst]):
         sides = {name: run.logits for name, run in cached.items()}
-        noise, reason = noise_against(text.at_positions(truth), sides, dtype)
+        noise, reason = noise_against(text.at_positions(truth), sides, dtype, libraries)
         measures |= noise
         reasons += [reason] if reason else []
     return CheckResult(

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 
 from parity.checks import CheckResult
+from parity.checks.noise import noise_against
 from parity.compare import Array, difference, logits_measures
-from parity.tolerances import NOISE_RATIO, tolerance
+from parity.products import Libraries
+from parity.tolerances import tolerance
 
 
 def check_logits(
@@ -17,6 +19,7 @@ def check_logits(
     truth: Array | None = None,
     origin: str = "sharp",
     *,
+    libraries: Libraries | None = None,
     probabilities: bool = True,
 ) -> CheckResult:
     """Compare the logits of two sides.
@@ -26,8 +29,9 @@ def check_logits(
         dtype: What they were computed in.
         logits: Side -> `[batch, time, vocab]`; the first is compared with the second as reference.
         truth: fp64 logits of the same weights. Given, each side's RMS error against it is measured, and in fp32
-            neither may be more than `NOISE_RATIO` times the other's.
+            neither may be more than `noise_allowed` times the other's.
         origin: Where the weights came from.
+        libraries: What each side's library can do in fp32; None where it was not measured.
         probabilities: Also measure KL divergence and top-1 agreement, which cost more than the comparison.
     """
     a, b = logits.values()
@@ -49,7 +53,7 @@ def check_logits(
     elif found.relative_error > bound:
         reasons.append(f"relative error {found.relative_error:.1e} exceeds {bound:.0e}")
     if truth is not None and finite:
-        noise, reason = noise_against(truth, logits, dtype)
+        noise, reason = noise_against(truth, logits, dtype, libraries)
         measures |= noise
         reasons += [reason] if reason else []
     return CheckResult(
@@ -63,14 +67,3 @@ def check_logits(
         reason="; ".join(reasons),
         measures=measures,
     )
-
-
-def noise_against(truth: Array, sides: Mapping[str, Array], dtype: str) -> tuple[dict[str, float], str]:
-    """Each side's RMS error against the fp64 truth and their ratio; and what of it fails in fp32, or ""."""
-    noise = {name: difference(side, truth).rms for name, side in sides.items()}
-    ratio = max(noise.values()) / min(noise.values()) if min(noise.values()) else 1.0
-    measures = {f"{name}_rms_error": value for name, value in noise.items()} | {"noise_ratio": ratio}
-    if dtype != "float32" or ratio <= NOISE_RATIO:
-        return measures, ""
-    worse = max(noise, key=lambda name: noise[name])
-    return measures, f"{worse} is {ratio:.1f} times as far from the fp64 truth as the other"

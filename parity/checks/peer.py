@@ -12,8 +12,10 @@ from parity.checks.activations import check_activations
 from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
 from parity.checks.loss import check_loss
+from parity.checks.noise import allowance, excuse
 from parity.compare import Array, difference
 from parity.divergence import first_divergence
+from parity.products import Libraries
 from parity.sides.runs import Run
 from parity.tolerances import PEER_NOISE_RATIO, tolerance
 
@@ -21,7 +23,14 @@ PEER = "transformers"
 
 
 def check_runs(
-    variant: str, dtype: str, config: ModelConfig, name: str, ours: Run, peer: Run, truth: Array | None
+    variant: str,
+    dtype: str,
+    config: ModelConfig,
+    name: str,
+    ours: Run,
+    peer: Run,
+    truth: Array | None,
+    libraries: Libraries | None = None,
 ) -> list[CheckResult]:
     """Compare one run of ours with one of the peer's, on the sites that the peer has.
 
@@ -32,14 +41,17 @@ def check_runs(
         name: Of our side.
         ours: Our run.
         peer: The reference.
-        truth: The peer's logits in fp64; given, our error against it may be `PEER_NOISE_RATIO` times its own.
+        truth: The peer's logits in fp64; given, our error against it may be `PEER_NOISE_RATIO` times its own, or what
+            `noise_allowed` says of the two libraries.
+        libraries: What each side's library can do in fp32; None where it was not measured.
     """
     order = [site for site in ours.sites if site in peer.sites]
     sites = {name: {site: ours.sites[site] for site in order}, PEER: {site: peer.sites[site] for site in order}}
     divergence = first_divergence(sites[name], sites[PEER], order, tolerance("activations", dtype))
+    logits = check_logits(variant, dtype, {name: ours.logits, PEER: peer.logits})
     results = [
         check_activations(variant, dtype, sites, divergence=divergence),
-        _held_to_truth(check_logits(variant, dtype, {name: ours.logits, PEER: peer.logits}), name, ours, peer, truth),
+        _held_to_truth(logits, name, ours, peer, truth, libraries),
         check_loss(variant, dtype, {name: ours.loss, PEER: peer.loss}),
     ]
     if ours.gradients:
@@ -48,15 +60,20 @@ def check_runs(
     return results
 
 
-def _held_to_truth(result: CheckResult, name: str, ours: Run, peer: Run, truth: Array | None) -> CheckResult:
+def _held_to_truth(
+    result: CheckResult, name: str, ours: Run, peer: Run, truth: Array | None, libraries: Libraries | None
+) -> CheckResult:
     if truth is None or not np.isfinite(result.relative_error):
         return result
     noise = {side: difference(logits, truth).rms for side, logits in ((name, ours.logits), (PEER, peer.logits))}
     ratio = noise[name] / noise[PEER] if noise[PEER] else (1.0 if not noise[name] else np.inf)
-    measures = result.measures | {f"{side}_rms_error": value for side, value in noise.items()} | {"noise_ratio": ratio}
-    if ratio <= PEER_NOISE_RATIO:
+    bound = allowance(name, PEER, libraries, PEER_NOISE_RATIO)
+    measures = result.measures | {f"{side}_rms_error": value for side, value in noise.items()}
+    measures |= {"noise_ratio": ratio} | bound
+    if ratio <= bound["noise_allowed"]:
         return replace(result, measures=measures)
     reason = f"{name} is {ratio:.1f} times as far from {PEER}' formulas in fp64 as {PEER} is in {result.dtype}"
+    reason = f"{reason}, {excuse(bound)}"
     reason = "; ".join(filter(None, (result.reason, reason)))
     return replace(result, measures=measures, passed=False, reason=reason)
 

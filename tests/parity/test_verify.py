@@ -12,6 +12,7 @@ from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
 from parity.checks.peer import check_decode, check_runs, greedy
 from parity.convert import convert
+from parity.products import LibraryNoise
 from parity.sides.runs import Batch
 
 
@@ -117,16 +118,20 @@ def test_noise_beyond_three_times_the_peers_is_a_failure(folders):
     theirs = Peer(folder, "float32").run(tokens(), batch())
     truth = Peer(folder, "float64").run(tokens(), trace=False).logits
 
-    def logits_check(run):
-        results = check_runs("case", "float32", checkpoint.config, "torch", run, theirs, truth)
+    def logits_check(run, libraries=None):
+        results = check_runs("case", "float32", checkpoint.config, "torch", run, theirs, truth, libraries)
         return next(result for result in results if result.check == "logits")
 
     assert logits_check(ours).passed
     noise = np.random.default_rng(0).normal(0, 1.5e-6, ours.logits.shape) * np.abs(ours.logits).mean()
-    noisy = logits_check(replace(ours, logits=(ours.logits + noise).astype(np.float32)))
+    loud = replace(ours, logits=(ours.logits + noise).astype(np.float32))
+    noisy = logits_check(loud)
     assert noisy.relative_error < noisy.tolerance, "the bound alone would not see it"
     assert not noisy.passed
     assert "times as far from transformers' formulas in fp64" in noisy.reason
+    louder, quieter = LibraryNoise({}, noisy.measures["noise_ratio"]), LibraryNoise({}, 1.0)
+    assert logits_check(loud, {"torch": louder, "transformers": quieter}).passed, "its library explains it"
+    assert not logits_check(loud, {"torch": quieter, "transformers": louder}).passed
 
 
 def test_greedy_decoding_follows_the_largest_logit():
