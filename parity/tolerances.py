@@ -59,7 +59,8 @@ LIBRARY_RATIO = 1.25
 
 # Against a third party (transformers), the truth is an fp64 run of its own formulas. In fp32 our RMS error against it
 # may be at most this multiple of the third party's: its summation orders and its places of rounding are others than
-# ours, which is not more than a factor of two; a wrong formula is a factor of thousands.
+# ours, which is not more than a factor of two; a wrong formula is a factor of thousands. As above, more may be the
+# library's own.
 PEER_NOISE_RATIO = 3.0
 
 # Training is chaotic: a difference grows whatever made it. `training` above holds for this many steps. From then on the

@@ -50,7 +50,7 @@ def allowance(noisier: str, quieter: str, libraries: Libraries | None, ratio: fl
     return {
         "noise_allowed": noise_allowed(own, other, ratio),
         "library_ratio": own / other,
-        "products": {name: library.to_dict()["products"] for name, library in libraries.items()},
+        "products": {name: library.to_dict()["products"] for name, library in sorted(libraries.items())},
     }
 
 
