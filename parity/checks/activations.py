@@ -44,9 +44,9 @@ def check_activations(
         measures["first_divergence"] = divergence.to_dict()
     if truth is not None:
         noise = {site: [difference(side[site], truth[site]).rms for side in (a, b)] for site in truth}
-        ratio = _typical_ratio(list(noise.values()))
-        noisier, quieter = sites if ratio > 1 else reversed(list(sites))
-        judged, reason = judge(max(ratio, 1 / ratio), noisier, quieter, dtype, libraries)
+        typical = _typical_logarithm(list(noise.values()))
+        noisier, quieter = sites if typical > 0 else reversed(list(sites))
+        judged, reason = judge(float(np.exp(abs(typical))), noisier, quieter, dtype, libraries)
         measures |= {"noise": noise} | judged
         reasons += [f"typically {reason}"] if reason else []
     return CheckResult(
@@ -61,8 +61,7 @@ def check_activations(
     )
 
 
-def _typical_ratio(noise: list[list[float]]) -> float:
-    """Geometric mean over the sites of the first side's noise over the second's; exact sites say nothing."""
-    with np.errstate(divide="ignore"):
-        logarithms = [np.log(first) - np.log(second) for first, second in noise if first or second]
-    return float(np.exp(np.mean(logarithms))) if logarithms else 1.0
+def _typical_logarithm(noise: list[list[float]]) -> float:
+    """Of the first side's noise over the second's, as a mean over the sites; where both are exact, nothing is said."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.mean([np.log(first) - np.log(second) for first, second in noise if first or second] or [0.0]))

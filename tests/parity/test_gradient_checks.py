@@ -148,3 +148,13 @@ def test_one_side_with_three_times_the_noise_fails_in_fp32_below_every_bound():
         assert result.relative_error < result.tolerance
         assert not result.passed
         assert result.measures["noise_ratio"] == pytest.approx(3.0, rel=1e-4)
+
+
+def test_one_side_that_is_exact_where_the_other_is_not_fails_on_either_side():
+    truth = {"logits": np.random.default_rng(0).normal(size=(4, 50))}
+    near = {"logits": truth["logits"] * (1 + 1e-8)}
+    for sides in ({"jax": truth, "torch": near}, {"jax": near, "torch": truth}):
+        result = check_activations("v", "float32", sides, truth)
+        assert result.measures["noise_ratio"] == np.inf
+        assert not result.passed
+    assert check_activations("v", "float32", {"jax": truth, "torch": truth}, truth).measures["noise_ratio"] == 1
