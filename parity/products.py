@@ -1,7 +1,7 @@
 """What a framework's library can do: how far its own fp32 products are from exact ones, measured where the twins run.
 
-A library chooses how it adds up a long sum, and the choice differs by library and by CPU. `parity.tolerances` says how
-much of a twin's noise that explains.
+A library chooses how it adds up a long sum, and the choice differs by library and by CPU. `tolerances.py` says how much
+of a twin's noise that explains.
 """
 
 from collections.abc import Callable, Mapping
