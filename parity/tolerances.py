@@ -50,7 +50,7 @@ NOISE_RATIO = 2.0
 
 # Unless more is the library's own: how to add up a long sum is its choice, and differs by CPU. Products of random
 # numbers with 768 and 3,072 terms are 3.7e-7 and 4.1e-7 from exact ones in XLA with AVX-512 (Zen 4), 5.0e-7 and 7.4e-7
-# without (Zen 3), and 2.5e-7 in PyTorch. So each side's library is measured in the same run (`parity.products`), and
+# without (Zen 3), and 2.5e-7 in PyTorch. So each side's library is measured in the same run (`products.py`), and
 # the twins' ratio may be this multiple of the libraries' where that is more. The libraries' foretells the twins': GPT-2
 # of 124M has 1.47 where 1.49 is foretold (Zen 4), and 2.21 for 2.13 with sums as on Zen 3. A quarter is left for what
 # random products do not show, and four bits of mantissa stay outside (2.86 and 3.28). A side's excuse is its own
