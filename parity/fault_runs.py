@@ -45,13 +45,13 @@ class FaultRun:
     hint: str
 
 
-def fault_runs(subject: Subject, *, full: bool = False) -> Iterator[FaultRun]:
+def fault_runs(subject: Subject) -> Iterator[FaultRun]:
     """Plant every fault that bites in a case: those of the noise floor in fp32, all others in fp64."""
-    if "+" in subject.case.variant and not full:
+    if "+" in subject.case.variant and not subject.full:
         return
     for fault in FAULTS:
         right_dtype = subject.dtype == ("float32" if fault.caught_by == "noise" else "float64")
-        somewhere = fault.caught_by in _IN_EVERY_VARIANT or full or subject.case.variant in _ENOUGH_FOR_THE_REST
+        somewhere = fault.caught_by in _IN_EVERY_VARIANT or subject.full or subject.case.variant in _ENOUGH_FOR_THE_REST
         if right_dtype and somewhere and fault.bites(subject.config):
             yield run_fault(fault, subject)
 

@@ -113,8 +113,9 @@ def rates(steps: int) -> list[float]:
 class Subject:
     """One case in one dtype: weights, tokens, and both twins' runs, each made when it is first asked for."""
 
-    def __init__(self, case: Case, dtype: DType, attention: Attention = Attention()) -> None:
+    def __init__(self, case: Case, dtype: DType, attention: Attention = Attention(), *, full: bool = False) -> None:
         self.case, self.dtype, self.config, self.attention = case, dtype, case.config, attention
+        self.full, self.gradients = full, dtype == "float64" or (full and dtype == "float32")
         self.jax, self.torch = side_of("jax"), side_of("torch")
         stored = DTYPES[Precision.of(dtype).param_dtype]
         self.weights: Weights = {name: a.astype(stored) for name, a in sharp_weights(case.config).items()}
@@ -145,8 +146,8 @@ class Subject:
 
     @cached_property
     def program(self) -> Any:
-        """The JAX twin's compiled program: logits, loss and trace, and gradients in all but bf16."""
-        return self.jax.Program(self.jax_model, self.tokens, self.batch, gradients=self.dtype != "bfloat16")
+        """The JAX twin's compiled program: logits, loss and trace, and gradients where they are checked."""
+        return self.jax.Program(self.jax_model, self.tokens, self.batch, gradients=self.gradients)
 
     @cached_property
     def jax_run(self) -> Run:
@@ -224,16 +225,16 @@ def worker(emit: Emit, options: GridOptions) -> None:
     fault = None if options.fault is None else fault_named(options.fault)
     for case in select(options.variants):
         for dtype in options.dtypes:
-            subject = Subject(case, dtype, attention)
-            found: list[Any] = list(checks(subject, fault, full=options.full)) if options.checks else []
+            subject = Subject(case, dtype, attention, full=options.full)
+            found: list[Any] = list(checks(subject, fault)) if options.checks else []
             if options.faults:
                 from parity.fault_runs import fault_runs
 
-                found += fault_runs(subject, full=options.full)
+                found += fault_runs(subject)
             emit(found)
 
 
-def checks(subject: Subject, fault: Fault | None = None, *, full: bool = False) -> Iterator[CheckResult]:
+def checks(subject: Subject, fault: Fault | None = None) -> Iterator[CheckResult]:
     """Every check of one case in one dtype, with a fault planted in the PyTorch twin where it shows, or none."""
     variant, dtype = subject.case.variant, subject.dtype
     if fault is None:
@@ -242,9 +243,8 @@ def checks(subject: Subject, fault: Fault | None = None, *, full: bool = False) 
         fault = replace(fault, plant=nullcontext)  # noise is made of fp32 numbers
 
     model = subject.torch_model()
-    with_gradients = dtype == "float64" or (full and dtype == "float32")
     with planted(fault, model):
-        run: Run = subject.torch.run(model, subject.tokens, subject.batch, gradients=with_gradients)
+        run: Run = subject.torch.run(model, subject.tokens, subject.batch, gradients=subject.gradients)
         divergence = subject.divergence(model, run)
     reference = subject.jax_run
     truth = None if dtype == "float64" else subject.truth
@@ -256,7 +256,7 @@ def checks(subject: Subject, fault: Fault | None = None, *, full: bool = False) 
     yield check_loss(variant, dtype, {"jax": reference.loss, "torch": run.loss})
     if dtype == "float64" or "+" not in variant:
         yield _decode(subject, fault, run, truth)
-    if with_gradients:
+    if subject.gradients:
         gradients = {"jax": reference.gradients, "torch": run.gradients}
         yield check_gradients(variant, dtype, subject.config, gradients, forward_differs=divergence is not None)
     if dtype == "float64":
@@ -265,7 +265,7 @@ def checks(subject: Subject, fault: Fault | None = None, *, full: bool = False) 
             torch_training = subject.train_torch(OPTIMIZER_STEPS, trained)
         trainings = {"jax": subject.jax_training, "torch": torch_training}
         yield check_optimizer(variant, dtype, subject.config, subject.weights, trainings, ADAMW.clip_norm)
-    if full and dtype != "bfloat16":
+    if subject.full and dtype != "bfloat16":
         trained = subject.torch_model()
         with planted(fault, trained):
             torch_training = subject.train_torch(TRAINING_STEPS, trained)
@@ -305,15 +305,9 @@ def _own_initialisations(subject: Subject) -> Iterator[CheckResult]:
 def _weights(subject: Subject) -> CheckResult:
     """Round trips through both models and through the files of both formats."""
     stored: dict[str, Any] = {name: a.astype(DTYPES[subject.dtype]) for name, a in subject.weights.items()}
-    unrolled = not subject.case.scan_layers
-    copies = {
-        "jax file -> torch file -> jax file": through_files(
-            subject.config, stored, ["jax", "torch", "jax"], unrolled=unrolled
-        ),
-        "torch file -> jax file -> torch file": through_files(
-            subject.config, stored, ["torch", "jax", "torch"], unrolled=unrolled
-        ),
-    }
+    chain = ["jax", "torch", "jax", "torch"]
+    places = through_files(subject.config, stored, chain, unrolled=not subject.case.scan_layers)
+    copies = {"jax file -> torch file -> jax file": places[2], "torch file -> jax file -> torch file": places[3]}
     if subject.dtype != "bfloat16":  # models keep fp32 parameters then
         copies["numpy -> jax model -> numpy"] = subject.jax.weights_of(subject.jax_model)
         copies["numpy -> torch model -> numpy"] = subject.torch.weights_of(subject.torch_model())

@@ -61,29 +61,32 @@ def framework_environment(dtype: str, workers: int, *, quick_compile: bool = Fal
     return environment
 
 
-def run_side_by_side(jobs: Sequence[Job], on_event: Callable[[int, Any], None]) -> None:
+def run_side_by_side(jobs: Sequence[Job], on_event: Callable[[int, Any], None], *, at_once: int | None = None) -> None:
     """Run every job in a process of its own and hand over what they emit, as it comes.
 
     Args:
         jobs: What to run.
         on_event: Called with the job's index and the emitted object.
+        at_once: How many run at the same time, the first ones first; None for all.
 
     Raises:
         InputError: a job raised it; the others are stopped.
         RuntimeError: a job failed or died; the message carries its traceback.
     """
     context = multiprocessing.get_context("spawn")
+    waiting = list(enumerate(jobs))
     processes = []
     indices: dict[Connection, int] = {}
     try:
-        for index, job in enumerate(jobs):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_run, args=(job, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            processes.append(process)
-            indices[ours] = index
-        while indices:
+        while waiting or indices:
+            while waiting and len(indices) < (at_once or len(jobs)):
+                index, job = waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_run, args=(job, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                processes.append(process)
+                indices[ours] = index
             for connection in wait(list(indices)):
                 assert isinstance(connection, Connection)
                 try:

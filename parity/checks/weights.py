@@ -1,5 +1,7 @@
 """A conversion copies: round trips must return every bit."""
 
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -76,8 +78,8 @@ def check_export(variant: str, source: Checkpoint, folder: Checkpoint) -> CheckR
 
 def through_files(
     config: ModelConfig, weights: Mapping[str, Array], formats: list[str], *, unrolled: bool = False
-) -> dict[str, Array]:
-    """Canonical weights after a chain of conversions between files: written in the first format, then converted.
+) -> list[dict[str, Array]]:
+    """Canonical weights at each place of a chain of files: written in the first format, then converted to the next.
 
     Args:
         config: The model.
@@ -86,7 +88,7 @@ def through_files(
         unrolled: Keep blocks apart in JAX files.
     """
     options: dict[str, dict[str, Any]] = {"jax": {"unrolled": unrolled}}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=_memory()) as folder:
         places = [Path(folder) / f"{step}-{name}" for step, name in enumerate(formats)]
         places[0].mkdir()
         dtypes = {name: array.dtype for name, array in weights.items()}
@@ -95,5 +97,11 @@ def through_files(
         )
         for source, destination, name in zip(places, places[1:], formats[1:], strict=False):
             convert(source, destination, name, **options.get(name, {}))
-        last = open_checkpoint(places[-1])
-        return {name: last.read(parameter) for name, parameter in parameter_table(config).items()}
+        opened = map(open_checkpoint, places)
+        return [{row: place.read(parameter) for row, parameter in parameter_table(config).items()} for place in opened]
+
+
+def _memory() -> Path | None:
+    """A folder in memory with room for small models, where the system has one: a disk would be waited for."""
+    folder = Path("/dev/shm")
+    return folder if os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 2**30 else None
