@@ -272,10 +272,14 @@ def rotate(
     return rotated.to(x.dtype)
 
 
-@torch.compiler.assume_constant_result  # or the compiler would translate NumPy's fp64 arithmetic
 def _angles(head_dim: int, theta: float, time: int, dtype: DType, device: torch.device) -> tuple[torch.Tensor, ...]:
     tables = rotary_angles(head_dim, theta, time, dtype)
     return tuple(torch.tensor(table, device=device)[:, None] for table in tables)
+
+
+# As `torch.compiler.assume_constant_result` does, or the compiler would translate NumPy's fp64 arithmetic; called here,
+# it would import the whole compiler: a second and more at every start.
+_angles._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def dropout(x: Float[torch.Tensor, "..."], rate: float, training: bool) -> Float[torch.Tensor, "..."]:
