@@ -1,9 +1,11 @@
 """Small checkpoints and a way to call the command line, shared by the tests of `parity`."""
 
+import functools
+import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from gpt_core.tokenizer import Tokenizer
 from parity.cli import main
 from parity.formats import format_of
 from parity.weights import weights_source
+from parity.workers import Job
 
 Weights = dict[str, np.ndarray[Any, Any]]
 
@@ -102,6 +105,19 @@ def parity(capsys: pytest.CaptureFixture[str]) -> Callable[..., Called]:
         return Called(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of a command run one after the other in this process, which has both frameworks already."""
+
+    def run(jobs: Sequence[Job], on_event: Callable[[int, Any], None], *, at_once: int | None = None) -> None:
+        for index, job in enumerate(jobs):
+            module, function = job.target.split(":")
+            getattr(importlib.import_module(module), function)(functools.partial(on_event, index), **job.arguments)
+
+    for module in ("check", "verify"):
+        monkeypatch.setattr(f"parity.{module}.run_side_by_side", run)
 
 
 @pytest.fixture

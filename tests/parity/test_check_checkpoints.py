@@ -17,7 +17,7 @@ def tokens(tmp_path):
     return path
 
 
-def test_one_model_in_two_formats_is_equal(tiny, write_checkpoint, tokens, parity, tmp_path):
+def test_one_model_in_two_formats_is_equal(tiny, write_checkpoint, tokens, in_this_process, parity, tmp_path):
     weights = {name: array.astype(np.float32) for name, array in numpy_gpt.random_weights(tiny).items()}
     a = write_checkpoint("jax", tiny, weights, name="in-jax")
     b = write_checkpoint("torch", tiny, weights, name="in-torch")
@@ -36,6 +36,7 @@ def test_one_model_in_two_formats_is_equal(tiny, write_checkpoint, tokens, parit
 
 
 def test_one_changed_weight_is_exit_code_1_and_named(tiny, write_checkpoint, tokens, parity):
+    """In real workers, one a framework."""
     weights = {name: array.astype(np.float32) for name, array in numpy_gpt.random_weights(tiny).items()}
     changed = {name: array.copy() for name, array in weights.items()}
     changed["blocks.mlp.up.kernel"][1, 4, 5] += 1e-3
@@ -54,7 +55,7 @@ def test_one_changed_weight_is_exit_code_1_and_named(tiny, write_checkpoint, tok
     assert cases["logits"]["relative_error"] == pytest.approx(error, rel=1e-6)
 
 
-def test_text_runs_through_the_checkpoints_own_tokenizer(tiny, write_checkpoint, parity, tmp_path):
+def test_text_runs_through_the_checkpoints_own_tokenizer(tiny, write_checkpoint, in_this_process, parity, tmp_path):
     config = replace(tiny, vocab_size=50257, n_layers=1)
     a = write_checkpoint("torch", config, name="a", tokenizer=gpt2_tokenizer())
     b = write_checkpoint("torch", config, name="b")

@@ -1,7 +1,6 @@
 """The grid proves what it says: equal twins pass, and every planted fault makes the very same call fail."""
 
 import functools
-import importlib
 import json
 
 import pytest
@@ -38,15 +37,8 @@ def visible(fault, variant) -> bool:
 
 
 @pytest.fixture
-def in_this_process(monkeypatch):
-    """Jobs run one after the other in this process, and what they build once for a case is kept for the next test."""
-
-    def run(jobs, on_event):
-        for index, job in enumerate(jobs):
-            module, function = job.target.split(":")
-            getattr(importlib.import_module(module), function)(functools.partial(on_event, index), **job.arguments)
-
-    monkeypatch.setattr("parity.check.run_side_by_side", run)
+def in_this_process(in_this_process, monkeypatch):
+    """What jobs build once for a case is kept for the next test."""
     monkeypatch.setattr("parity.grid.Subject", subject)
 
 
@@ -57,8 +49,8 @@ def checks_alone(in_this_process, monkeypatch):
 
 
 @functools.cache
-def subject(case, dtype, attention=REFERENCE):
-    return Subject(case, dtype, attention)
+def subject(case, dtype, attention=REFERENCE, full=False):
+    return Subject(case, dtype, attention, full=full)
 
 
 def variant_for(fault) -> str:

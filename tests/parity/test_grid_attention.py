@@ -1,6 +1,5 @@
 """`parity check --jax-attention --torch-attention`: the fast implementations in every check, against the definition."""
 
-import functools
 import importlib
 import json
 
@@ -12,15 +11,8 @@ from parity.variants import select
 
 
 @pytest.fixture
-def alone(monkeypatch):
-    """Jobs run in this process, without the section of faults, which is planted in the definition."""
-
-    def run(jobs, on_event):
-        for index, job in enumerate(jobs):
-            module, function = job.target.split(":")
-            getattr(importlib.import_module(module), function)(functools.partial(on_event, index), **job.arguments)
-
-    monkeypatch.setattr("parity.check.run_side_by_side", run)
+def alone(in_this_process, monkeypatch):
+    """Without the section of faults, which is planted in the definition."""
     monkeypatch.setattr("parity.fault_runs.FAULTS", ())
 
 

@@ -197,7 +197,7 @@ def test_what_an_older_config_json_says_of_generation_is_set_aside_too(folders, 
         peer.set_aside  # noqa: B018
 
 
-def test_what_was_set_aside_is_said(folders, ids, tmp_path, parity):
+def test_what_was_set_aside_is_said(folders, ids, tmp_path, in_this_process, parity):
     folder = tmp_path / "model"
     shutil.copytree(folders["gpt2"], folder)
     content = {"repetition_penalty": 1.7, "suppress_tokens": list(range(90)), "num_beams": 1, "eos_token_id": 0}
@@ -229,7 +229,7 @@ def test_a_window_of_one_is_compared_without_a_cache_that_is_wrong_there(name, c
     assert [("without its own cache" in notice) for notice in _notices(results)] == [True] * (not caches)
 
 
-def test_the_command_verifies_a_folder_and_its_source(folders, ids, tmp_path, parity):
+def test_the_command_verifies_a_folder_and_its_source(folders, ids, tmp_path, in_this_process, parity):
     ours, export = tmp_path / "ours", tmp_path / "export"
     convert(folders["starcoder2, grouped, window"], ours, "jax")
     convert(ours, export, "hf")
@@ -265,7 +265,7 @@ def test_the_command_verifies_a_folder_and_its_source(folders, ids, tmp_path, pa
     assert json.loads((tmp_path / "r" / "report.json").read_text())["passed"]
 
 
-def test_a_folder_that_is_not_its_source_is_exit_code_1(folders, ids, tmp_path, parity):
+def test_a_folder_that_is_not_its_source_is_exit_code_1(folders, ids, tmp_path, in_this_process, parity):
     from safetensors.torch import load_file, save_file
 
     convert(folders["gpt2"], tmp_path / "ours", "torch")
@@ -280,7 +280,7 @@ def test_a_folder_that_is_not_its_source_is_exit_code_1(folders, ids, tmp_path, 
     assert "blocks.mlp.up.kernel differs at (1, 3, 4)" in weights["reason"]
 
 
-def test_two_checkpoints_one_of_which_runs_in_transformers(folders, ids, tmp_path, parity):
+def test_two_checkpoints_one_of_which_runs_in_transformers(folders, ids, tmp_path, in_this_process, parity):
     convert(folders["gpt_neo, local"], tmp_path / "ours", "jax")
     called = parity(
         "check", tmp_path / "ours", folders["gpt_neo, local"], "--tokens", ids, "--dtype", "float32", "--json"
@@ -312,7 +312,7 @@ def test_wrong_input_is_one_line(arguments, message, folders, tmp_path, parity):
     assert message in called.err
 
 
-def test_code_that_lies_in_a_folder_runs_only_when_it_is_trusted(tmp_path, ids, parity):
+def test_code_that_lies_in_a_folder_runs_only_when_it_is_trusted(tmp_path, ids, in_this_process, parity):
     import numpy_gpt
 
     from gpt_core.formats import format_of
@@ -330,7 +330,7 @@ def test_code_that_lies_in_a_folder_runs_only_when_it_is_trusted(tmp_path, ids, 
     assert "--trust-remote-code" in called.err
 
 
-def test_one_variant_of_the_grid_as_an_export(parity):
+def test_one_variant_of_the_grid_as_an_export(in_this_process, parity):
     called = parity("check", "--hugging-face", "--variant", "learned-mqa-window", "--dtype", "float32", "--json")
     report = json.loads(called.out)
     assert called.code == 0, called.err
