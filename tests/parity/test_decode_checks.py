@@ -113,10 +113,11 @@ def in_fp64(global_settings_restored):
 
 
 def test_text_of_the_check_is_what_generate_writes(in_fp64):
-    """The check runs the parts of JAX's `generate` in a program of its own; PyTorch's it runs itself."""
+    """The check runs the parts of JAX's `generate` in a program of its own; PyTorch's it runs itself, and alike."""
     from jax_gpt.generate import generate
 
     here = subject("rope-gqa-window")
+    assert here.torch.run_cached(here.torch_model(), here.text, here.samplings).written == here.jax_cached.written
     for name, way in here.samplings.items():
         assert generate(here.jax_model, here.text.prompts, way) == here.jax_cached.written[name]
         assert all(len(row) == NEW_TOKENS for row in here.jax_cached.written[name])

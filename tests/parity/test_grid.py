@@ -5,9 +5,11 @@ import json
 
 import pytest
 
+from parity.check import check_grid
 from parity.faults import FAULTS, fault_named
-from parity.grid import Attention, Subject
-from parity.variants import attention_variants, grid, select, sharp_weights, text_tokens
+from parity.grid import Attention, GridOptions, Subject
+from parity.sides.runs import RaggedText
+from parity.variants import WINDOW, attention_variants, grid, select, sharp_weights, text_tokens
 
 VARIANTS = {case.variant: case for case in attention_variants()}
 CONTRACT = {"passed", "environment", "cases", "faults"}
@@ -16,6 +18,7 @@ FAULT = {"name", "imitates", "caught", "caught_by", "margin", "expected_site", "
 CHECKS = {"weights", "activations", "logits", "loss", "gradients", "optimizer", "decode"}
 REFERENCE = Attention()
 FORWARD = [fault for fault in FAULTS if fault.caught_by in {"activations", "logits", "decode"}]
+FIRST_OF_AREA = {fault.caught_by: fault for fault in reversed(FAULTS)}
 
 # What makes each fault visible at all, stated apart from the code under test; {} is everywhere.
 NEEDS = {
@@ -50,7 +53,24 @@ def checks_alone(in_this_process, monkeypatch):
 
 @functools.cache
 def subject(case, dtype, attention=REFERENCE, full=False):
-    return Subject(case, dtype, attention, full=full)
+    """Text that the twins write themselves is compared in `test_decode_checks`."""
+    here = Subject(case, dtype, attention, full=full)
+    here.samplings = {}
+    return here
+
+
+@functools.cache
+def outputs_without_a_fault(variant):
+    return outputs(subject(VARIANTS[variant], "float64"))
+
+
+def outputs(here):
+    """Of a PyTorch twin, with a cache and without one; one row goes round the window, one starts beyond it."""
+    model, text = here.torch_model(), RaggedText(here.tokens[:, : WINDOW + 4], rows=(0, 1), lengths=(1, WINDOW + 2))
+    return (
+        here.torch.run(model, here.tokens).logits.tobytes(),
+        here.torch.run_cached(model, text, {}).logits.tobytes(),
+    )
 
 
 def variant_for(fault) -> str:
@@ -62,7 +82,13 @@ def dtype_for(fault) -> str:
 
 
 class TestFaults:
-    @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+    @pytest.mark.parametrize(
+        "fault",
+        [
+            pytest.param(fault, id=fault.name, marks=() if fault in FIRST_OF_AREA.values() else pytest.mark.slow)
+            for fault in FAULTS
+        ],
+    )
     def test_a_planted_fault_ends_in_exit_code_1_by_the_check_that_must_catch_it(self, fault, in_this_process, parity):
         called = parity(
             *("check", "--variant", variant_for(fault), "--dtype", dtype_for(fault), "--fault", fault.name, "--json")
@@ -74,7 +100,7 @@ class TestFaults:
         assert ("logits" if fault.caught_by == "noise" else fault.caught_by) in failed
         assert all(case["reason"] for case in report["cases"] if not case["passed"])
 
-    @pytest.mark.parametrize("name", NEEDS)
+    @pytest.mark.parametrize("name", ["shifted-positions", "ring-off-by-one"])
     def test_beside_variants_that_it_cannot_change_it_is_planted_where_it_can(self, name, in_this_process, parity):
         variants = ("rope-gqa-window", "learned-mha-full")
         called = parity("check", "--variant", *variants, "--dtype", "float64", "--fault", name, "--json")
@@ -141,23 +167,44 @@ class TestFaults:
         side_of("jax").prepare("float64")
         side_of("torch").prepare("float64")
         here = subject(VARIANTS[variant_for(fault)], "float64")
-
-        def logits():
-            model = here.torch_model()
-            return (
-                here.torch.run(model, here.tokens).logits.tobytes(),
-                here.torch.run_cached(model, here.text, {}).logits.tobytes(),
-            )
-
-        before = logits()
+        before = outputs_without_a_fault(variant_for(fault))
         with fault.plant(here.torch_model()):
             pass
-        assert logits() == before
+        assert outputs(here) == before
 
 
 class TestReport:
-    def test_a_run_writes_the_contract(self, tmp_path, parity):
-        """In real workers: both frameworks, fp64, one variant."""
+    @pytest.mark.slow
+    def test_real_workers_share_the_cases_out(self, tmp_path, parity):
+        """Three of them: the last cases of fp64 have one to themselves."""
+        variants = [f"rope-{heads}-window" for heads in ("mha", "gqa", "mqa")] + ["rope-mha-full", "rope-mqa-full"]
+        dtypes = ("float64", "bfloat16")
+        called = parity("check", "--variant", *variants, "--dtype", *dtypes, "--out", tmp_path / "new")
+        assert (called.code, called.err) == (0, "")
+        report = json.loads((tmp_path / "new" / "report.json").read_text(encoding="utf-8"))
+        found = [(case["variant"], case["dtype"]) for case in report["cases"]]
+        assert list(dict.fromkeys(found)) == [(variant, dtype) for variant in variants for dtype in dtypes]
+        assert sum(len(row["variants"]) for row in report["faults"] if row["name"] == "future-leak") == len(variants)
+
+    @pytest.mark.parametrize("variants", [[], ["rope-mqa-full", "learned-mha-window"]])
+    @pytest.mark.parametrize("dtypes", [["float64"], ["bfloat16", "float32"], ["float32", "float64", "bfloat16"]])
+    def test_every_case_has_one_worker_in_every_dtype(self, variants, dtypes, monkeypatch):
+        shares = []
+
+        def run(jobs, on_event, *, at_once):
+            shares.extend(job.arguments["options"] for job in jobs)
+            assert at_once == len({"float64" in share.dtypes for share in shares}) <= 2
+
+        monkeypatch.setattr("parity.check.run_side_by_side", run)
+        check_grid(GridOptions(variants=variants, dtypes=dtypes), advance=lambda cases: None)
+        assert all(share.dtypes == ["float64"] or "float64" not in share.dtypes for share in shares)
+        pairs = [(variant, dtype) for share in shares for variant in share.variants for dtype in share.dtypes]
+        wanted = variants or [case.variant for case in grid()]
+        assert sorted(pairs) == sorted((variant, dtype) for variant in wanted for dtype in dtypes)
+
+    def test_a_run_writes_the_contract(self, in_this_process, tmp_path, parity, monkeypatch):
+        """Both frameworks, fp64, one variant, and the first fault of each kind."""
+        monkeypatch.setattr("parity.fault_runs.FAULTS", tuple(FIRST_OF_AREA.values()))
         called = parity("check", "--variant", "rope-gqa-window", "--dtype", "float64", "--out", tmp_path / "new")
         assert called.code == 0
         assert called.err == ""
@@ -181,6 +228,7 @@ class TestReport:
         assert bounds["gradients"] <= 1e-11
         logits = next(case for case in report["cases"] if case["check"] == "logits")
         assert logits.keys() >= {"max_abs", "rms", "cosine", "kl", "top1_agreement", "worst_index"}
+        assert {row["caught_by"] for row in report["faults"]} == FIRST_OF_AREA.keys() - {"noise"}
         assert all(row.keys() >= FAULT and row["caught"] for row in report["faults"])
 
     def test_a_report_that_cannot_be_written_is_exit_code_2(self, in_this_process, tmp_path, parity):
