@@ -19,7 +19,7 @@ from gpt_core.tokenizer import gpt2_tokenizer
 from parity.checks.peer import greedy
 from parity.convert import convert
 
-PROMPT, NEW = 11, 64
+PROMPT, NEW = 11, 32  # more than ten windows in all
 ROOM = {name: replace(config, context_length=96) for name, config in numpy_gpt.CONFIGS.items()}
 NO_QKV_BIAS = {
     f"{name}, no q/k/v biases": replace(config, qkv_bias=False)
@@ -64,8 +64,8 @@ for name, (folder, trust) in folders.items():
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval()
     with torch.no_grad():
         found[f"{name}/logits"] = model(tokens).logits.numpy()
-        generated = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=64,
-                                   eos_token_id=None, pad_token_id=0)
+        generated = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, eos_token_id=None,
+                                   max_new_tokens=int(sys.argv[4]), pad_token_id=0)
     found[f"{name}/tokens"] = generated[:, tokens.shape[1]:].numpy()
     found[f"{name}/class"] = np.array(type(model).__name__)
     found[f"{name}/dtype"] = np.array(str(model.dtype))
@@ -113,7 +113,8 @@ def loaded(exports, prompt, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loaded")
     np.save(folder / "tokens.npy", prompt)
     folders = {slug(name): (done.destination, name in REMOTE) for name, done in exports.items()}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(folders), folder / "found.npz", folder / "tokens.npy"]
+    arguments = (json.dumps(folders), folder / "found.npz", folder / "tokens.npy", NEW)
+    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
     environment = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]

@@ -133,20 +133,3 @@ def test_json_says_what_was_written(tiny, write_checkpoint, tokens, tmp_path, pa
     assert found["out"] == str(out)
     assert found["tokens"] == [2, 17]
     assert found["logits"] == [2, 17, 29]
-
-
-@pytest.mark.parametrize(
-    ("framework", "blocked", "format"),
-    [("jax", ["torch"], "torch"), ("torch", ["jax", "jaxlib", "flax", "orbax"], "jax")],
-)
-def test_one_framework_is_enough(
-    tiny, framework, blocked, format, write_checkpoint, tokens, tmp_path, parity, parity_without
-):
-    folder, out = write_checkpoint(format, tiny), tmp_path / "out.npz"
-    arguments = ("record", folder, out, "--tokens", tokens, "--framework")
-    done = parity_without(blocked, *arguments, framework)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert np.load(out)["logits"].shape == (2, 17, 29)
-    other = parity_without(blocked, *arguments, "torch" if framework == "jax" else "jax", "--force")
-    assert other.returncode == 2
-    assert "is not installed: pip install 'twingpt[" in other.stderr

@@ -257,19 +257,18 @@ sys.meta_path.insert(0, Missing())
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
 def test_records_made_where_only_one_framework_is_installed_compare_where_none_is(
     tiny: ModelConfig, draw_weights: Callable[..., Any], write_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     weights = draw_weights(tiny)
     np.save(tmp_path / "tokens.npy", np.random.default_rng(1).integers(0, tiny.vocab_size, (2, 23)))
     for framework, other in (("jax", "torch"), ("torch", "jax")):
-        checkpoint = write_checkpoint(framework, tiny, weights, name=framework)
+        checkpoint = write_checkpoint(other, tiny, weights, name=framework)
         base = ["record", checkpoint, tmp_path / f"{framework}.npz", "--tokens", tmp_path / "tokens.npy"]
         flags = ["--dtype", "float64", "--trace", "--gradients"]
         refused = without([framework], *base, *flags, "--framework", framework, folder=tmp_path)
         assert refused.returncode == 2, refused.stderr
-        assert "is not installed" in refused.stderr
+        assert "is not installed: pip install 'twingpt[" in refused.stderr
         done = without([other], *base, *flags, "--framework", framework, folder=tmp_path)
         assert done.returncode == 0, done.stderr
     done = without(["jax", "torch"], "compare", tmp_path / "jax.npz", tmp_path / "torch.npz", "--json", folder=tmp_path)
