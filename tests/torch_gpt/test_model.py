@@ -13,7 +13,7 @@ from gpt_core.parameters import Parameter, block_table, parameter_table
 from gpt_core.precision import Precision
 from gpt_core.rotary import rotary_angles
 from gpt_core.sites import model_sites
-from torch_gpt.model import GPT, LayerNorm, Taps, dropout, initialiser, rotate
+from torch_gpt.model import GPT, LayerNorm, Taps, _angles, dropout, initialiser, rotate
 
 FP64 = Precision.of("float64")
 
@@ -309,3 +309,9 @@ def test_the_rotary_tables_are_not_shared_with_the_model() -> None:
     model = build(config, random_weights(config))
     model(tokens_of(config)).sum().backward()
     assert all(np.array_equal(a, b) for a, b in zip(before, tables, strict=True))
+
+
+def test_the_rotary_angles_are_marked_as_the_compiler_marks_constants() -> None:
+    marks = vars(torch.compiler.assume_constant_result(lambda: None))
+    assert marks
+    assert marks.items() <= vars(_angles).items()
