@@ -1,13 +1,14 @@
 """Not a test: run by `test_sharding.py` in a process of its own, where eight devices can be made of one CPU.
 
-Prints, for each mesh, the losses of 20 steps and the share of the parameters' bytes that a device holds.
+Prints, for each case and each of its meshes, the losses of 8 steps and the share of the parameters' bytes that a device
+holds.
 """
 
 import json
 import os
 import sys
 
-request = json.loads(sys.argv[1])
+cases = json.loads(sys.argv[1])
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -18,7 +19,7 @@ from gpt_core.run_config import RunConfig  # noqa: E402
 from jax_gpt.sharding import check_divides, create_mesh, local_rows, place_batch  # noqa: E402
 from jax_gpt.step import create_program  # noqa: E402
 
-BATCH, TIME, VOCAB, STEPS = 16, 21, 61, 20
+BATCH, TIME, VOCAB, STEPS = 16, 21, 61, 8
 
 
 def batches() -> list[dict[str, np.ndarray]]:
@@ -33,12 +34,11 @@ def batches() -> list[dict[str, np.ndarray]]:
     return made
 
 
-def run(model: dict[str, object], mesh_sizes: dict[str, int] | None) -> dict[str, object]:
+def run(model: dict[str, object], train: dict[str, object], mesh_sizes: dict[str, int] | None) -> dict[str, object]:
     config = RunConfig.from_dict(
         {
             "model": model,
-            "train": {"dtype": request["dtype"], "steps": STEPS, "batch_size": BATCH, "context_length": TIME}
-            | request["train"],
+            "train": {"steps": STEPS, "batch_size": BATCH, "context_length": TIME} | train,
             "data": {"streams": 1},
             "optimizer": {"learning_rate": 1e-2, "warmup_steps": 3, "clip_norm": 0.5},
             "jax": {"mesh": mesh_sizes or {"data": 1}, "loss_chunk": 32},
@@ -59,5 +59,8 @@ def run(model: dict[str, object], mesh_sizes: dict[str, int] | None) -> dict[str
     return {"losses": losses, "share": held / sum(leaf.nbytes for leaf in leaves)}
 
 
-jax.config.update("jax_enable_x64", request["dtype"] == "float64")
-print(json.dumps({name: run(request["model"], mesh) for name, mesh in request["meshes"].items()}))
+found = {}
+for name, case in cases.items():
+    with jax.enable_x64(case["train"]["dtype"] == "float64"):
+        found[name] = {mesh: run(case["model"], case["train"], sizes) for mesh, sizes in case["meshes"].items()}
+print(json.dumps(found))

@@ -41,19 +41,25 @@ MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.slow
-def test_gradients_of_every_layout_are_those_of_the_model_alone() -> None:
-    request = {"model": MODEL, "meshes": MESHES}
+QUICK = ["fsdp in two stages", "kv heads copied"]
+
+
+@pytest.mark.parametrize(
+    "meshes", [QUICK, pytest.param([name for name in MESHES if name not in QUICK], marks=pytest.mark.slow)]
+)
+def test_gradients_of_every_layout_are_those_of_the_model_alone(meshes: list[str]) -> None:
+    request = {"model": MODEL, "meshes": {name: MESHES[name] for name in meshes}}
     script = Path(__file__).with_name("layout_gradients.py")
     done = subprocess.run([sys.executable, script, json.dumps(request)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     errors = {name: result["error"] for name, result in found.items()}
-    assert set(errors) == set(MESHES)
+    assert set(errors) == set(meshes)
     assert max(errors.values()) <= 1e-11, errors
-    for name in ("fsdp", "fsdp in two stages", "data x fsdp"):
+    for name in {"fsdp", "fsdp in two stages", "data x fsdp"}.intersection(meshes):
         assert {"all-gather", "reduce-scatter"} <= set(found[name]["kinds"]), name
-    assert found["data"]["kinds"] == ["all-reduce"]
+    if "data" in meshes:
+        assert found["data"]["kinds"] == ["all-reduce"]
 
 
 class Device:

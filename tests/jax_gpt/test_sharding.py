@@ -26,13 +26,7 @@ MODEL: dict[str, Any] = {
     "n_heads": 8,
     "embed_dim": 64,
 }
-VARIANTS: dict[str, dict[str, Any]] = {
-    "mha": {},
-    "gqa": {"n_kv_heads": 4, "position": "rope"},  # fewer kv heads than the tensor axis has devices
-    "mqa": {"n_kv_heads": 1, "tied_embeddings": False},
-    "window": {"n_kv_heads": 2, "position": "rope", "sliding_window": 5},
-}
-ALL_MESHES = {
+MESHES: dict[str, Any] = {
     "one": None,
     "data": {"data": 8},
     "fsdp": {"data": 1, "fsdp": 8},
@@ -40,40 +34,49 @@ ALL_MESHES = {
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
     "stages": {"data": 1, "fsdp": 4, "tensor": 2, "fsdp_inner": 2},
 }
+WINDOW = {"n_kv_heads": 2, "position": "rope", "sliding_window": 5}
+# Every mesh with one variant, and each other variant with the mesh that treats its own weights in another way.
+VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "window": (WINDOW, ["data", "fsdp", "tensor", "all", "stages"]),
+    "mha": ({}, ["tensor"]),
+    "gqa": ({"n_kv_heads": 4, "position": "rope"}, ["tensor"]),  # fewer kv heads than the tensor axis has devices
+    "mqa": ({"n_kv_heads": 1, "tied_embeddings": False}, ["stages"]),
+}
 
 
-def losses(dtype: str, model: dict[str, Any], meshes: dict[str, Any], **train: Any) -> dict[str, Any]:
-    request = {"dtype": dtype, "model": MODEL | model, "meshes": meshes, "train": train}
+def case(model: dict[str, Any], meshes: list[str], **train: Any) -> dict[str, Any]:
+    return {"model": MODEL | model, "meshes": {name: MESHES[name] for name in ("one", *meshes)}, "train": train}
+
+
+def losses(**cases: dict[str, Any]) -> dict[str, Any]:
+    """Of all cases in one process, which has eight devices."""
     script = Path(__file__).with_name("mesh_losses.py")
-    done = subprocess.run([sys.executable, script, json.dumps(request)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, script, json.dumps(cases)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_mesh_gives_the_losses_of_one_device_in_fp64(variant: str) -> None:
-    found = losses("float64", VARIANTS[variant], ALL_MESHES)
+def assert_same_losses(found: dict[str, Any], tolerance: float) -> None:
     expected = np.array(found["one"]["losses"])
     assert expected[-1] < expected[0] - 0.3, "nothing was learned, so nothing was compared"
-    for mesh in ("data", "fsdp", "tensor", "all", "stages"):
-        np.testing.assert_allclose(found[mesh]["losses"], expected, rtol=1e-10, atol=0, err_msg=mesh)
-    assert found["fsdp"]["share"] <= 1.05 / 8
-    assert found["one"]["share"] == 1
+    for mesh, result in found.items():
+        np.testing.assert_allclose(result["losses"], expected, rtol=tolerance, atol=0, err_msg=mesh)
 
 
-@pytest.mark.slow
-def test_meshes_give_the_losses_of_one_device_in_fp32() -> None:
-    found = losses("float32", VARIANTS["window"], {name: ALL_MESHES[name] for name in ("one", "fsdp", "all")})
-    for mesh in ("fsdp", "all"):
-        np.testing.assert_allclose(found[mesh]["losses"], found["one"]["losses"], rtol=1e-5, atol=0, err_msg=mesh)
-
-
-@pytest.mark.slow
 def test_accumulation_and_dropout_do_not_depend_on_the_mesh() -> None:
-    meshes = {name: ALL_MESHES[name] for name in ("one", "all")}
-    found = losses("float64", {"dropout": 0.2}, meshes, accumulation=2)
-    np.testing.assert_allclose(found["all"]["losses"], found["one"]["losses"], rtol=1e-10, atol=0)
+    found = losses(dropout=case(WINDOW | {"dropout": 0.1}, ["all"], dtype="float64", accumulation=2))
+    assert_same_losses(found["dropout"], 1e-10)
+
+
+@pytest.mark.slow
+def test_every_mesh_gives_the_losses_of_one_device() -> None:
+    fp64 = {name: case(model, meshes, dtype="float64") for name, (model, meshes) in VARIANTS.items()}
+    found = losses(**fp64, fp32=case(WINDOW, ["all"], dtype="float32"))
+    for name in VARIANTS:
+        assert_same_losses(found[name], 1e-10)
+    assert_same_losses(found["fp32"], 1e-5)
+    assert found["window"]["fsdp"]["share"] <= 1.05 / 8
+    assert found["window"]["one"]["share"] == 1
 
 
 def sizes(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
