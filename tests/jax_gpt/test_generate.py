@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_gpt
 import pytest
+from flax import nnx
 from numpy_gpt import VARIANTS, WINDOW, random_tokens, random_weights
 
 from gpt_core.config import ModelConfig
@@ -16,6 +17,9 @@ from jax_gpt.model import GPT
 
 FP64 = Precision("float64", "float64")
 LENGTHS = np.array([3, 6])  # of prompts, shorter and longer than the window
+# As one program each: operation by operation every shape would be compiled for itself.
+prepare = nnx.jit(decode.prepare, static_argnums=1)
+step = jax.jit(decode.step, static_argnums=(1, 2))
 
 
 def model_of(config: ModelConfig, *, scan_layers: bool = True) -> GPT:
@@ -43,11 +47,11 @@ def test_cached_logits_are_the_models_at_every_position(name: str, new: int, x64
     logits, cache = decode.prefill(model, jnp.asarray(padded, jnp.int32), jnp.asarray(LENGTHS), slots)
     rows = np.arange(2)
     assert numpy_gpt.relative_error(logits, truth[rows, LENGTHS - 1]) <= 1e-12
-    weights = decode.prepare(model, tokens.shape[1])
+    weights = prepare(model, tokens.shape[1])
     for first in range(0, 5 - new + 1, new):
         positions = LENGTHS[:, None] + first + np.arange(new)
         part = jnp.asarray(tokens[rows[:, None], positions], jnp.int32)
-        logits, cache = decode.step(weights, config, FP64, part, jnp.asarray(positions[:, 0]), cache)
+        logits, cache = step(weights, config, FP64, part, jnp.asarray(positions[:, 0]), cache)
         assert numpy_gpt.relative_error(logits, truth[rows[:, None], positions]) <= 1e-12
     assert all(key.size == 2 * config.n_kv_heads * slots * config.head_dim for key in cache.key)
 
@@ -61,13 +65,13 @@ def test_tokens_that_a_step_took_back_leave_nothing_behind(name: str, x64: None)
     model = model_of(config)
     start = jnp.array([5, 5])
     _, cache = decode.prefill(model, jnp.asarray(tokens[:, :5], jnp.int32), start, cache_slots(config, 11, 3))
-    weights = decode.prepare(model, 11)
+    weights = prepare(model, 11)
     wrong = tokens[:, 5:8].copy()
     wrong[:, 1:] = (wrong[:, 1:] + 1) % config.vocab_size
-    _, cache = decode.step(weights, config, FP64, jnp.asarray(wrong, jnp.int32), start, cache)
+    _, cache = step(weights, config, FP64, jnp.asarray(wrong, jnp.int32), start, cache)
     for first in (6, 8):
         part = jnp.asarray(tokens[:, first : first + 3], jnp.int32)
-        logits, cache = decode.step(weights, config, FP64, part, jnp.array([first, first]), cache)
+        logits, cache = step(weights, config, FP64, part, jnp.array([first, first]), cache)
         assert numpy_gpt.relative_error(logits, truth[:, first : first + 3]) <= 1e-12
 
 
@@ -78,8 +82,7 @@ def test_a_compiled_step_of_thousands_of_tokens_is_the_models() -> None:
     model = GPT(config, lambda p: jnp.asarray(weights[p.name] if p.layer is None else weights[p.name][0], jnp.float32))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 6, (2100, 4)), jnp.int32)
     _, cache = decode.prefill(model, tokens[:, :2], jnp.full(2100, 2), 5)
-    step = jax.jit(decode.step, static_argnums=(1, 2))
-    logits, _ = step(decode.prepare(model, 4), config, model.precision, tokens[:, 2:], jnp.full(2100, 2), cache)
+    logits, _ = step(prepare(model, 4), config, model.precision, tokens[:, 2:], jnp.full(2100, 2), cache)
     assert numpy_gpt.relative_error(logits, np.asarray(model(tokens)[:, 2:])) <= 1e-5
 
 
