@@ -191,7 +191,9 @@ def _silence_leftovers() -> None:
     They fail too, or find their event loop closed, whenever they end or are collected: after the save, even at exit.
     """
     logging.getLogger("asyncio").addFilter(_not_of_orbax)
-    warnings.filterwarnings("ignore", "coroutine 'async_.*serialize.* was never awaited", RuntimeWarning)
+    _absl.addFilter(_not_of_orbax)
+    unawaited = "coroutine '(async_.*serialize|_read_array_index_and_device_put).* was never awaited"
+    warnings.filterwarnings("ignore", unawaited, RuntimeWarning)
     if not isinstance(sys.unraisablehook, _UnlessOfOrbax):
         sys.unraisablehook = _UnlessOfOrbax(sys.unraisablehook)
 
