@@ -1,9 +1,12 @@
 """Not a test: one process of a run of several, or the whole of a run. Started by `test_train.py`.
 
-Usage: pod_worker.py DEVICES GATHERED ARGUMENTS...   The weights of every save, gathered in training, go to GATHERED.
+Usage: pod_worker.py DEVICES GATHERED DIES ARGUMENTS...
+The weights of every save, gathered in training, go to GATHERED. When the save of step DIES is complete, the process
+kills itself; the others are in the next step by then.
 """
 
 import os
+import signal
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -30,7 +33,10 @@ def gather_and_save(self: RunCheckpoints, state: TrainState, record: StepRecord)
     if jax.process_index() == 0 and sys.argv[2] != "-":
         np.savez(f"{sys.argv[2]}-{record.step}.npz", **arrays)
     save(self, state, record)
+    if sys.argv[3] == str(record.step):
+        self.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 RunCheckpoints.save = gather_and_save  # type: ignore[method-assign]
-sys.exit(main(sys.argv[3:]))
+sys.exit(main(sys.argv[4:]))
