@@ -99,7 +99,16 @@ def synchronised(objective: nn.Module, *, last: bool) -> AbstractContextManager[
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a parameter, or of one of its moments, on the CPU. All processes must ask for it together."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor.cpu()
+    # FSDP2 cuts rows, as many for each process as it takes; the last ones may have fewer, or none.
+    mine, rows = tensor.to_local(), -(-len(tensor) // process_count())
+    padded = mine.new_zeros(rows, *mine.shape[1:])
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in range(process_count())]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part.cpu() for part in parts])[: len(tensor)]
 
 
 def like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
