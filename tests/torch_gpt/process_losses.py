@@ -1,19 +1,31 @@
-"""Not a test: one of several processes, started by `test_train.py`. Prints the losses of 20 steps for each setting."""
+"""Not a test: what one process, or two together, compute for `test_train.py`.
+
+As a program it is two processes: the first reads calls from standard input, ["name", [arguments]] in a line, both make
+them, and the first prints what they return.
+"""
 
 import json
+import os
 import sys
+from contextlib import redirect_stdout
+from functools import partial
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+import torch_gpt.train  # noqa: F401  once, before the processes part
 from gpt_core.run_config import RunConfig
-from torch_gpt.distributed import connect, is_primary
-from torch_gpt.parallel import place_batch
+from torch_gpt.cli import main
+from torch_gpt.distributed import connect, is_primary, process_count
+from torch_gpt.parallel import gather, like, place_batch
 from torch_gpt.step import create_program
 
-request = json.loads(sys.argv[1])
 BATCH, TIME, VOCAB, STEPS = 16, 13, 61, 20
-torch.set_num_threads(1)
 
 
 def batches() -> list[dict[str, np.ndarray]]:
@@ -28,16 +40,18 @@ def batches() -> list[dict[str, np.ndarray]]:
     return made
 
 
-def losses(accumulation: int, strategy: str, **torch_section: object) -> list[float]:
+def losses(model: dict[str, Any], train: dict[str, Any], torch_section: dict[str, Any]) -> list[float]:
+    """Of 20 steps."""
     config = RunConfig.from_dict(
         {
-            "model": request["model"] | {"vocab_size": VOCAB, "context_length": TIME},
-            "train": {"dtype": "float64", "steps": STEPS, "batch_size": BATCH, "accumulation": accumulation},
+            "model": model | {"vocab_size": VOCAB, "context_length": TIME},
+            "train": {"dtype": "float64", "steps": STEPS, "batch_size": BATCH} | train,
             "data": {"streams": 1},
             "optimizer": {"learning_rate": 1e-2, "warmup_steps": 3, "clip_norm": 0.5},
-            "torch": {"strategy": strategy, "loss_chunk": 32} | torch_section,
+            "torch": {"loss_chunk": 32} | torch_section,
         }
     )
+    accelerator = connect()
     program = create_program(config, accelerator)
     rank, processes = accelerator.process_index, accelerator.num_processes
     mine = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)
@@ -49,7 +63,41 @@ def losses(accumulation: int, strategy: str, **torch_section: object) -> list[fl
     return found
 
 
-accelerator = connect()
-results = {name: losses(**setting) for name, setting in request["settings"].items()}
-if is_primary():
-    print(json.dumps(results))
+def train(*words: str) -> int:
+    """The exit code of `torch-gpt train`."""
+    with redirect_stdout(sys.stderr):
+        return main(["train", *words])
+
+
+def train_traced(*words: str) -> int:
+    """The same with blocks that are compiled, up to the code for this machine."""
+    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+        return train(*words, "--torch.compile", "true")
+
+
+def cut_and_gathered(rows: int) -> tuple[int, list[list[float]]]:
+    """A table of that many rows, each of which counts on from the one before: rows of it here, and all of it again."""
+    mesh = init_device_mesh("cpu", (process_count(),))
+    parameter = distribute_tensor(torch.zeros(rows, 3, requires_grad=True), mesh, [Shard(0)], src_data_rank=None)
+    cut = like(torch.arange(3.0 * rows).reshape(rows, 3), parameter)
+    return len(cut.to_local()), gather(cut).tolist()  # type: ignore[attr-defined]  # it is cut as the parameter is
+
+
+def serve() -> int:
+    """Make the calls that standard input asks for, in both processes, until it ends; the exit code of the second."""
+    second = os.fork()  # with all that has been imported
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if second else "1"
+    connect()
+    while True:
+        line = [sys.stdin.readline() if is_primary() else ""]
+        distributed.broadcast_object_list(line)
+        if not line[0]:
+            return os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]) if second else 0
+        name, arguments = json.loads(line[0])
+        result = globals()[name](*arguments)
+        if is_primary():
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(serve())

@@ -2,15 +2,18 @@
 
 import json
 import os
+import runpy
 import shutil
-import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch.distributed import TCPStore
 
 from gpt_core.tracking import read_metrics
 from torch_gpt.cli import main
@@ -19,47 +22,81 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("process_losses.py")
 MODEL: dict[str, Any] = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "embed_dim": 16, "position": "rope"}
 SETTINGS: dict[str, Any] = {
-    "ddp": {"accumulation": 1, "strategy": "ddp"},
-    "ddp, accumulated": {"accumulation": 4, "strategy": "ddp"},
-    "fsdp2": {"accumulation": 1, "strategy": "fsdp2"},
-    "fsdp2, accumulated": {"accumulation": 4, "strategy": "fsdp2", "remat": "full"},
+    "ddp": ({}, {"strategy": "ddp"}),
+    "ddp, accumulated": ({"accumulation": 4}, {"strategy": "ddp"}),
+    "fsdp2": ({}, {"strategy": "fsdp2"}),
+    "fsdp2, accumulated": ({"accumulation": 4}, {"strategy": "fsdp2", "remat": "full"}),
 }
+Call = Callable[..., Any]
 
 
-def run_processes(count: int, arguments: list[str]) -> list[str]:
-    """Start Python `count` times, as torchrun does; returns what each printed."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for rank in range(count):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        if count > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        command = [sys.executable, *arguments]
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT))
-    ends = [process.communicate(timeout=400) for process in started]
-    assert [process.returncode for process in started] == [0] * count, "\n".join(said[-2000:] for _, said in ends)
-    return [printed for printed, _ in ends]
+@contextmanager
+def rendezvous() -> Iterator[dict[str, str]]:
+    """Variables of two processes that find each other as those of torchrun do: in a store that they did not open."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    yield {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": "2",
+    }
+    del store
+
+
+@pytest.fixture
+def alone() -> Call:
+    """`alone("name", ...)` makes a call of `process_losses.py` in this process."""
+    functions = runpy.run_path(str(WORKER))
+    return lambda name, *arguments: functions[name](*arguments)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call]:
+    """`together("name", ...)` makes it in two processes at once, started for all tests of this file."""
+    said, pipe = tmp_path_factory.mktemp("together") / "said.txt", subprocess.PIPE
+    command, streams = [sys.executable, str(WORKER)], {"stdin": pipe, "stdout": pipe, "text": True}
+    with (
+        said.open("w") as errors,
+        rendezvous() as variables,
+        subprocess.Popen(command, **streams, stderr=errors, env=os.environ | variables) as group,
+    ):
+        assert group.stdin is not None
+        assert group.stdout is not None
+
+        def call(name: str, *arguments: Any) -> Any:
+            print(json.dumps([name, arguments]), file=group.stdin, flush=True)
+            result = group.stdout.readline()
+            assert result, said.read_text()[-4000:]
+            return json.loads(result)
+
+        yield call
+    assert group.returncode == 0, said.read_text()[-4000:]
 
 
 def losses(run: Path) -> list[float]:
     return [record["train_loss"] for record in read_metrics(run) if "train_loss" in record]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"n_kv_heads": 4, "position": "learned", "tied_embeddings": False}])
-def test_processes_and_micro_batches_give_the_losses_of_one_process_in_fp64(more: dict[str, Any]) -> None:
-    request = {"model": MODEL | more, "settings": SETTINGS}
-    alone = json.loads(run_processes(1, [str(WORKER), json.dumps(request)])[0])
-    shared = json.loads(run_processes(2, [str(WORKER), json.dumps(request)])[0])
-    expected = np.array(alone["ddp"])
+def test_processes_and_micro_batches_give_the_losses_of_one_process_in_fp64(
+    more: dict[str, Any], alone: Call, together: Call
+) -> None:
+    expected = alone("losses", MODEL | more, *SETTINGS["ddp"])
     assert expected[-1] < expected[0] - 0.3, "nothing was learned, so nothing was compared"
-    for found in (alone, shared):
-        for setting in SETTINGS:
-            np.testing.assert_allclose(found[setting], expected, rtol=1e-10, atol=0, err_msg=setting)
+    accumulated = alone("losses", MODEL | more, *SETTINGS["fsdp2, accumulated"])
+    np.testing.assert_allclose(accumulated, expected, rtol=1e-10, atol=0)
+    for name, setting in SETTINGS.items():
+        found = together("losses", MODEL | more, *setting)
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+def test_what_processes_share_is_cut_by_rows_and_whole_again(rows: int, together: Call) -> None:
+    here, whole = together("cut_and_gathered", rows)
+    assert here == (rows + 1) // 2
+    np.testing.assert_array_equal(whole, np.arange(3 * rows).reshape(rows, 3))
 
 
 def test_processes_leave_their_group_before_the_interpreter_ends() -> None:
@@ -68,61 +105,59 @@ def test_processes_leave_their_group_before_the_interpreter_ends() -> None:
         "atexit.register(lambda: print(distributed.is_initialized()))\n"  # the first registered is the last called
         "from torch_gpt.distributed import connect; connect(); print(distributed.is_initialized())"
     )
-    assert run_processes(2, ["-c", script]) == ["True\nFalse\n"] * 2
+    command, streams = [sys.executable, "-c", script], {"stdout": subprocess.PIPE, "text": True}
+    with rendezvous() as variables:
+        environments = [os.environ | variables | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+        started = [subprocess.Popen(command, **streams, env=environment) for environment in environments]
+        assert [process.communicate()[0] for process in started] == ["True\nFalse\n"] * 2
+    assert [process.returncode for process in started] == [0, 0]
 
 
-@pytest.mark.slow
-def test_a_run_that_two_processes_sharded_goes_on_in_one_and_back(config: Path, tmp_path: Path) -> None:
-    def train(processes: int, run: Path) -> None:
-        arguments = ["-m", "torch_gpt", "train", "--config", str(config), "--out", str(run)]
-        run_processes(processes, [*arguments, "--train.dtype", "float64", "--torch.strategy", "fsdp2"])
+def test_a_run_that_two_processes_sharded_goes_on_in_one_and_back(
+    config: Path, tmp_path: Path, alone: Call, together: Call
+) -> None:
+    def train(call: Call, run: Path) -> None:
+        words = ["--config", config, "--out", run, "--train.dtype", "float64", "--torch.strategy", "fsdp2"]
+        words += ["--train.steps", 6, "--train.checkpoint_every", 2, "--train.evaluation_batches", 1]
+        assert call("train", *map(str, words)) == 0
 
     one, two = tmp_path / "one", tmp_path / "two"
-    train(1, one)
-    train(2, two)
+    train(alone, one)
+    train(together, two)
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-10, atol=0)
-    for step in (8, 12):  # go on from step 4
+    for step in (4, 6):  # go on from step 2
         shutil.rmtree(two / f"checkpoints/{step}")
-    train(1, two)
+    train(alone, two)
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-10, atol=0)
 
-    # A flipped bit is found by one process and is damage for both: they go on from step 8.
-    file = two / "checkpoints/12/model.safetensors"
+    # A flipped bit is found by one process and is damage for both: they go on from step 4.
+    file = two / "checkpoints/6/model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
-    train(2, two)
-    assert [path.name for path in (two / "damaged").iterdir()] == ["12"]
+    train(together, two)
+    assert [path.name for path in (two / "damaged").iterdir()] == ["6"]
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-10, atol=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_processes_scale_a_float16_loss_alike(strategy: str, config: Path, tmp_path: Path) -> None:
-    found = []
-    for processes in (1, 2):
-        run = tmp_path / str(processes)
-        arguments = ["-m", "torch_gpt", "train", "--config", str(config), "--out", str(run), "--train.steps", "4"]
-        arguments += ["--train.evaluation_batches", "1", "--train.dtype", "float16", "--torch.strategy", strategy]
-        run_processes(processes, arguments)
-        found.append(losses(run))
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=0)
+def test_processes_scale_a_float16_loss_alike(config: Path, tmp_path: Path, alone: Call, together: Call) -> None:
+    def trained(call: Call, strategy: str) -> list[float]:
+        run = tmp_path / f"{strategy}-{call is alone}"
+        words = ["--config", config, "--out", run, "--train.steps", 4, "--train.evaluation_batches", 1]
+        words += ["--train.dtype", "float16", "--torch.strategy", strategy]
+        assert call("train", *map(str, words)) == 0
+        return losses(run)
+
+    expected = trained(alone, "ddp")
+    for strategy in ("ddp", "fsdp2"):
+        np.testing.assert_allclose(trained(together, strategy), expected, rtol=1e-4, atol=0, err_msg=strategy)
 
 
 @pytest.mark.slow
 def test_accelerate_launches_it(config: Path, tmp_path: Path) -> None:
     alone, launched = tmp_path / "alone", tmp_path / "launched"
-    train = ["train", "--config", str(config), "--train.steps", "4", "--train.dtype", "float64"]
+    train = ["train", "--config", str(config), "--train.steps", "2", "--train.dtype", "float64"]
+    train += ["--train.evaluation_batches", "1"]
     assert main([*train, "--out", str(alone)]) == 0
-    flags = [
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
+    flags = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "torch_gpt", *train]
     done = subprocess.run(
         [*command, "--out", str(launched)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
@@ -157,22 +192,24 @@ def test_what_accelerate_is_configured_for_and_is_not_there_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+COMPILED = ["--train.steps", "3", "--train.dtype", "float64", "--torch.attention", "banded"]
+COMPILED += ["--model.n_layers", "1", "--train.evaluation_batches", "1"]
+
+
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses(config: Path, tmp_path: Path) -> None:
-    train = ["train", "--config", str(config), "--train.steps", "3", "--train.dtype", "float64"]
-    train += ["--torch.attention", "banded"]
-    train += ["--model.n_layers", "1", "--train.evaluation_batches", "1"]
-    assert main([*train, "--out", str(tmp_path / "eager")]) == 0
-    command = [
-        sys.executable,
-        "-m",
-        "torch_gpt",
-        *train,
-        "--torch.compile",
-        "true",
-        "--out",
-        str(tmp_path / "compiled"),
-    ]
+    eager, compiled, train = tmp_path / "eager", tmp_path / "compiled", ["train", *COMPILED, "--config", str(config)]
+    assert main([*train, "--out", str(eager)]) == 0
+    command = [sys.executable, "-m", "torch_gpt", *train, "--torch.compile", "true", "--out", str(compiled)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-12, atol=0)
+    np.testing.assert_allclose(losses(compiled), losses(eager), rtol=1e-12, atol=0)
+
+
+def test_blocks_that_processes_share_are_traced_whole_and_give_the_same_losses(
+    config: Path, tmp_path: Path, alone: Call, together: Call
+) -> None:
+    eager, traced, words = tmp_path / "eager", tmp_path / "traced", [*COMPILED, "--config", str(config)]
+    assert alone("train", *words, "--out", str(eager)) == 0
+    assert together("train_traced", *words, "--out", str(traced), "--torch.strategy", "fsdp2") == 0
+    np.testing.assert_allclose(losses(traced), losses(eager), rtol=1e-12, atol=0)
