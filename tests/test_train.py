@@ -3,11 +3,13 @@
 import importlib
 import json
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from gpt_core.runs import saved_steps
 from gpt_core.tokenizer import tokenizer_of
 from gpt_core.tracking import read_metrics
+from gpt_core.training import Journal
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,17 +59,6 @@ def test_a_run_learns_and_leaves_what_the_contract_says(framework: str, undistur
     assert summary["train_loss"] == found[12]
     assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert saved_steps(undisturbed) == [4, 8, 12]
-
-
-def test_a_resumed_run_goes_on_bit_for_bit(framework: str, config: Path, undisturbed: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(undisturbed, run)
-    for step in (8, 12):
-        shutil.rmtree(run / "checkpoints" / str(step))  # killed after step 12, before 8 and 12 were complete
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 13, "train_lo')
-    assert train(framework, config, run) == 0
-    assert losses(run) == losses(undisturbed)
 
 
 def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_taken(
@@ -185,44 +177,68 @@ def test_a_loss_that_is_not_finite_is_skipped_and_ends_the_run_in_time(
     assert "3 steps in a row" in said
 
 
-def test_sigterm_saves_and_ends_well(framework: str, config: Path, undisturbed: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", f"{framework}_gpt", "train", "--config", str(config), "--out", str(run)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 2):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    # It may have been faster than the signal, which then meets a process that has nothing left to save.
-    assert process.returncode == 0 or (run / "summary.json").exists(), said
-    steps = saved_steps(run)
-    if "stopped by a signal" in said:
-        assert steps[-1] < 12
-        assert not (run / "summary.json").exists()
-    assert train(framework, config, run) == 0
-    assert losses(run) == losses(undisturbed)
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file may grow beyond this, as if there were no room."""
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
 
 
-def test_a_disk_that_fills_up_during_a_save_leaves_the_last_good_checkpoint(
-    framework: str, config: Path, undisturbed: Path, tmp_path: Path
+def test_a_run_that_is_stopped_and_then_finds_the_disk_full_goes_on_bit_for_bit(
+    framework: str,
+    config: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(undisturbed, run)
-    for step in (8, 12):
-        shutil.rmtree(run / "checkpoints" / str(step))
-    # No file may grow beyond this, as if there were no room: the embedding alone has 3.2 MB.
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)); "
-    limited += f"from {framework}_gpt.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", limited, "train", "--config", str(config), "--out", str(run)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert "a checkpoint cannot be written" in done.stderr
-    assert "the checkpoint of step 4 is complete" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert saved_steps(run) == [4]
+    run, note = tmp_path / "run", Journal.note
+
+    def note_and_signal(self: Journal, step: int, metrics: Any) -> None:
+        note(self, step, metrics)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "note", note_and_signal)
+        assert train(framework, config, run) == 0
+    (step,) = saved_steps(run)
+    assert step < 4, "it went on to the next checkpoint"
+    assert f"stopped by a signal after step {step}, saved" in capfd.readouterr().err
+    assert not (run / "summary.json").exists()
+
+    with files_of_at_most(2_000_000):  # the embedding alone has 3.2 MB
+        assert train(framework, config, run) == 2
+    said = capfd.readouterr().err
+    assert "a checkpoint cannot be written" in said
+    assert f"the checkpoint of step {step} is complete" in said
+    assert "Traceback" not in said
+    assert saved_steps(run) == [step]
+
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "train_lo')  # nor was there room for this
     assert train(framework, config, run) == 0
     assert losses(run) == losses(undisturbed)
+
+
+@pytest.mark.parametrize("framework", [pytest.param("jax", marks=pytest.mark.slow), "torch"])
+def test_a_process_that_gets_sigterm_ends_well(framework: str, config: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, runpy, signal, sys\n"
+        "from gpt_core.training import Journal\n"
+        "Journal.evaluated = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)\n"
+    )
+    flags = ["--train.steps", "3", "--train.evaluate_every", "1", "--train.evaluation_batches", "1"]
+    command = [sys.executable, "-c", program, f"{framework}_gpt", "train", "--config", str(config), *flags]
+    run = tmp_path / "run"
+    done = subprocess.run([*command, "--out", str(run)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "stopped by a signal after step 2, saved" in done.stderr
+    assert saved_steps(run) == [2]
 
 
 def test_eval_reads_a_run_and_gives_the_loss_that_training_saw(
