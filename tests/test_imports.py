@@ -80,14 +80,15 @@ def test_every_module_imports_without_the_other_framework(package: str, blocked:
 PARITY = ["parity", "parity.cli", "parity.convert", "parity.compare", *modules_of("parity/formats")]
 
 
-@pytest.mark.parametrize(
-    "blocked", [(), JAX, TORCH, (*JAX, *TORCH)], ids=["both there", "no JAX", "no PyTorch", "neither there"]
-)
+@pytest.mark.parametrize("blocked", [(), (*JAX, *TORCH)], ids=["both there", "neither there"])
 def test_parity_imports_with_either_framework_or_neither(blocked: tuple[str, ...]) -> None:
-    """It asks for a framework when it runs a model and not before, so that it starts fast and works with one."""
+    """It asks for a framework when it runs a model and not before, so that it starts fast and works with one.
+
+    Where both are there and nothing of either is imported, either one may be missing.
+    """
     failed, roots = import_without(blocked, PARITY)
     assert failed == {}
-    assert not roots & {"jax", "jaxlib", "flax", "torch"}
+    assert not roots & {*JAX, *TORCH}
 
 
 def test_a_console_command_starts_without_its_framework() -> None:
