@@ -79,7 +79,7 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c_leaves_finished_shards_alone_and_the_same_command_goes_on(
     finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = write_json_lines(tmp_path / "a.jsonl", [text * 20 for text in texts(1000)])
+    source = write_json_lines(tmp_path / "a.jsonl", [text * 20 for text in texts(100)])
     command = ["prepare", str(source), str(tmp_path / "tokens"), "--workers", "2"]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     write, left = prepare._write, iter(range(finished))
@@ -99,4 +99,4 @@ def test_ctrl_c_leaves_finished_shards_alone_and_the_same_command_goes_on(
         assert main(command) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "tokens"}
     splits = Index.read(tmp_path / "tokens").splits
-    assert sum(shard.documents for shards in splits.values() for shard in shards) == 1000
+    assert sum(shard.documents for shards in splits.values() for shard in shards) == 100
