@@ -25,7 +25,7 @@ import numpy as np
 from gpt_core.config import ModelConfig
 from gpt_core.formats import FORMATS, format_of
 from gpt_core.parameters import Parameter, parameter_table
-from parity.convert import convert
+from parity.checkpoints.convert import convert
 
 PEAK, RATE = 1.0, 0.5  # targets: GB above the imports, share of the rate of cp and sync
 

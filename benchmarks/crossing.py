@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt_core.parameters import Parameter
-from gpt_core.run_config import RunConfig
-from gpt_core.runs import Framework, checkpoint_folder, open_run
-from gpt_core.tensor_info import Array
-from gpt_core.tracking import read_metrics
-from parity.state import read_state, write_state
-from parity.tolerances import DRIFT_RATIO, tolerance
+from gpt_core.runs.config import RunConfig
+from gpt_core.runs.folder import Framework, checkpoint_folder, open_run
+from gpt_core.runs.tracking import read_metrics
+from gpt_core.storage.tensor_info import Array
+from parity.comparison.tolerances import DRIFT_RATIO, tolerance
+from parity.runs.state import read_state, write_state
 
 HALF, STEPS, EARLY = 100, 200, 20
 CONFIG = {

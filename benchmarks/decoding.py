@@ -26,8 +26,8 @@ TARGETS = {("jax", "float32"): 2.5, ("torch", "float32"): 2.0, ("torch", "bfloat
 
 def jax_side(dtype: Any, new: int, **model: Any) -> Callable[[], Any]:
     from gpt_core.config import ModelConfig
-    from gpt_core.generation import SamplingConfig
     from gpt_core.precision import Precision
+    from gpt_core.text.generation import SamplingConfig
     from jax_gpt.decode import prepare
     from jax_gpt.generate import generate
     from jax_gpt.model import GPT, initialiser
@@ -42,8 +42,8 @@ def torch_side(dtype: Any, new: int, **model: Any) -> Callable[[], Any]:
     import torch
 
     from gpt_core.config import ModelConfig
-    from gpt_core.generation import SamplingConfig
     from gpt_core.precision import Precision
+    from gpt_core.text.generation import SamplingConfig
     from torch_gpt.decode import prepare
     from torch_gpt.generate import generate
     from torch_gpt.model import GPT, initialiser

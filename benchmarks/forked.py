@@ -29,8 +29,8 @@ ROOT = Path(gpt_core.__file__).parents[1]
 # What commands import when they need it, ours and others'.
 LAZY = ("accelerate", "flax.nnx", "fsspec.implementations.local", "matplotlib.pyplot", "optax", "optuna", "rich.table")
 LAZY += ("orbax.checkpoint", "pyarrow.parquet", "tensorstore", "transformers", "jax_gpt.checkpoint", "jax_gpt.generate")
-LAZY += ("jax_gpt.train", "torch_gpt.checkpoint", "torch_gpt.generate", "torch_gpt.train", "parity.compare")
-LAZY += ("parity.convert", "parity.report", "parity.state", "parity.verify")
+LAZY += ("jax_gpt.train", "torch_gpt.checkpoint", "torch_gpt.generate", "torch_gpt.train", "parity.comparison.measures")
+LAZY += ("parity.checkpoints.convert", "parity.reports.report", "parity.runs.state", "parity.verify")
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _RUNAWAY = 6 << 30  # bytes: what no process may ask for, lest it takes the machine along

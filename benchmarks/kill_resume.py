@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import yaml
 from forked import Running, import_everything, run, workplace
 
-from gpt_core.tracking import METRICS_FILE, read_metrics
+from gpt_core.runs.tracking import METRICS_FILE, read_metrics
 
 Result = dict[str, Any]
 WORDS = sorted({word for word in re.findall(r"[a-z]+", Path(__file__).read_text(encoding="utf-8")) if len(word) > 1})

@@ -61,7 +61,7 @@ def prompts() -> list[list[int]]:
     import importlib
     import inspect
 
-    from gpt_core.tokenizer import gpt2_tokenizer
+    from gpt_core.text.tokenizer import gpt2_tokenizer
 
     sources = [inspect.getsource(importlib.import_module(module)) for module in MODULES]
     return [gpt2_tokenizer().encode(source[len(source) // 2 :][:1000])[:PROMPT] for source in sources]
@@ -70,8 +70,8 @@ def prompts() -> list[list[int]]:
 def jax_side(
     out: Path, new: int, draft_tokens: int, temperature: float
 ) -> tuple[Callable[[list[int]], Any], Callable[[list[int]], Any]]:
-    from gpt_core.generation import SamplingConfig
-    from gpt_core.runs import find_checkpoint
+    from gpt_core.runs.folder import find_checkpoint
+    from gpt_core.text.generation import SamplingConfig
     from jax_gpt.checkpoint import load
     from jax_gpt.decode import prepare
     from jax_gpt.generate import generate
@@ -90,7 +90,7 @@ def jax_side(
 def torch_side(
     out: Path, new: int, draft_tokens: int, temperature: float
 ) -> tuple[Callable[[list[int]], Any], Callable[[list[int]], Any]]:
-    from gpt_core.generation import SamplingConfig
+    from gpt_core.text.generation import SamplingConfig
     from torch_gpt.checkpoint import load
     from torch_gpt.decode import prepare
     from torch_gpt.generate import generate

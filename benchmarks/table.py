@@ -82,8 +82,8 @@ def cache_bytes(framework: str, name: str) -> int:
 def allocated_cache(framework: str, name: str) -> int:
     """As `cache_bytes`, in this process."""
     from gpt_core.config import ModelConfig
-    from gpt_core.generation import cache_slots
     from gpt_core.precision import Precision
+    from gpt_core.text.generation import cache_slots
 
     config = ModelConfig(vocab_size=512, context_length=TIME, **model(name, 12, 4, 256))
     dtype: Any = dtype_of(framework)

@@ -18,9 +18,9 @@ import numpy as np
 
 from gpt_core.config import ModelConfig
 from gpt_core.data.loader import training_batches
-from gpt_core.run_config import JaxConfig, RunConfig, TrainConfig
-from gpt_core.tracking import Tracker
-from gpt_core.training import Journal
+from gpt_core.runs.config import JaxConfig, RunConfig, TrainConfig
+from gpt_core.runs.tracking import Tracker
+from gpt_core.runs.training import Journal
 from jax_gpt.sharding import create_mesh, place_batch
 from jax_gpt.step import create_program
 

@@ -18,7 +18,7 @@ def batch(number: int, rows: int, length: int, vocab: int = VOCAB) -> npt.NDArra
 
 
 def _config(framework: str, rows: int, length: int, dtype: str, model: dict[str, Any], options: dict[str, Any]) -> Any:
-    from gpt_core.run_config import RunConfig
+    from gpt_core.runs.config import RunConfig
 
     return RunConfig.from_dict(
         {

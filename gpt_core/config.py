@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from gpt_core.errors import InputError
-from gpt_core.reading import exists, read_yaml
+from gpt_core.files.reading import exists, read_yaml
 from gpt_core.sections import from_mapping, require_count, require_filled, require_flag, require_number, require_one_of
 
 # Default of a field that follows another field unless given. It is filled in on creation, so readers of a
@@ -42,7 +42,7 @@ _MOST_PARAMETERS = 10**15
 """A hundred times the largest model that anybody planned; no product of axes leaves 64 bits."""
 
 SWEEPS = "sweeps"
-"""Folder within `config_directory()` whose files are no presets; see `gpt_core.sweep`."""
+"""Folder within `config_directory()` whose files are no presets; see `gpt_core.runs.sweep`."""
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gpt_core.checkpoint_config import PARAMS_FOLDER, refuse_twin, write_checkpoint_config
-from gpt_core.files import atomic_directory
+from gpt_core.checkpoints.replaceable import kept_checkpoint
+from gpt_core.files.writing import atomic_directory
 from gpt_core.formats.orbax_jax import open_checkpoint
-from gpt_core.formats.replaceable import kept_checkpoint
-from gpt_core.orbax_file import write_orbax
 from gpt_core.precision import Precision
-from gpt_core.tensor_info import Array, TensorInfo
-from gpt_core.tokenizer import Tokenizer
+from gpt_core.storage.checkpoint_config import PARAMS_FOLDER, refuse_twin, write_checkpoint_config
+from gpt_core.storage.orbax_file import write_orbax
+from gpt_core.storage.tensor_info import Array, TensorInfo
+from gpt_core.text.tokenizer import Tokenizer
 from jax_gpt.attention import Implementation
 from jax_gpt.model import GPT
 

@@ -6,16 +6,23 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from gpt_core.cli import SUCCESS, parser, run
+from gpt_core.commands.generate import Chunks, Request, generate_command, generate_parser
+from gpt_core.commands.init import init_command, init_parser
+from gpt_core.commands.train import (
+    eval_config,
+    eval_parser,
+    print_evaluation,
+    print_summary,
+    train_config,
+    train_parser,
+)
 from gpt_core.config import ModelConfig
-from gpt_core.generate_cli import Chunks, Request, generate_command, generate_parser
-from gpt_core.generation import Written
-from gpt_core.init_cli import init_command, init_parser
-from gpt_core.run_cli import eval_config, eval_parser, print_evaluation, print_summary, train_config, train_parser
-from gpt_core.run_config import MOST_DEVICES, RunConfig
-from gpt_core.runs import find_checkpoint
+from gpt_core.runs.config import MOST_DEVICES, RunConfig
+from gpt_core.runs.folder import find_checkpoint
+from gpt_core.runs.sweep import sweep_command, sweep_parser
 from gpt_core.sections import require_flag_count
-from gpt_core.sweep import sweep_command, sweep_parser
-from gpt_core.tokenizer import Tokenizer
+from gpt_core.text.generation import Written
+from gpt_core.text.tokenizer import Tokenizer
 from jax_gpt.plan.cli import plan_command, plan_parser
 
 

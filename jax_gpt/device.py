@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt_core.flops import peak_flops
-from gpt_core.training import host_peak_memory
+from gpt_core.runs.training import host_peak_memory
 
 
 def total_peak_flops(dtype: str) -> float | None:

@@ -1,6 +1,6 @@
 """Writing text: prompts at once, then token by token through a cache. `torch_gpt/generate.py` is its twin.
 
-Random numbers come from `gpt_core.generation`, so that both twins draw the same tokens for the same seed.
+Random numbers come from `gpt_core.text.generation`, so that both twins draw the same tokens for the same seed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gpt_core.config import ModelConfig
-from gpt_core.generation import DRAW_TOKEN, SamplingConfig, cache_slots, pack_prompts, uniforms
 from gpt_core.precision import Precision
+from gpt_core.text.generation import DRAW_TOKEN, SamplingConfig, cache_slots, pack_prompts, uniforms
 from jax_gpt.decode import Cache, Weights, prefill, prepare, step
 from jax_gpt.model import GPT
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, block_table, parameter_table
-from gpt_core.run_config import RunConfig
+from gpt_core.runs.config import RunConfig
 from jax_gpt.model import BlockStep, Layer, Taps
 from jax_gpt.sharding import partition
 from jax_gpt.state_paths import table_row

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gpt_core.checkpoints.pretrained import Saving, open_pretrained
 from gpt_core.formats.orbax_jax import spoke
 from gpt_core.precision import Precision
-from gpt_core.pretrained import Saving, open_pretrained
-from gpt_core.tensor_info import Array
-from gpt_core.weights import DType, Source, slots, source_of
+from gpt_core.storage.tensor_info import Array
+from gpt_core.storage.weights import DType, Source, slots, source_of
 from jax_gpt.attention import Implementation
 
 Model = TypeVar("Model", bound="Pretrained")

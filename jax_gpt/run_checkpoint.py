@@ -17,12 +17,10 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from gpt_core.checkpoint_config import CHECKPOINTS, PARAMS_FOLDER
 from gpt_core.errors import InputError
-from gpt_core.file_hashes import is_exhaustion, write_hashes
-from gpt_core.orbax_file import require_plain
-from gpt_core.run_config import TrainConfig
-from gpt_core.runs import (
+from gpt_core.files.hashes import is_exhaustion, write_hashes
+from gpt_core.runs.config import TrainConfig
+from gpt_core.runs.folder import (
     RECORD_FILE,
     StepRecord,
     checkpoint_folder,
@@ -34,6 +32,8 @@ from gpt_core.runs import (
     set_aside,
     validation_loss,
 )
+from gpt_core.storage.checkpoint_config import CHECKPOINTS, PARAMS_FOLDER
+from gpt_core.storage.orbax_file import require_plain
 from jax_gpt.distributed import all_agree, is_primary, process_count, process_index, wait_for_all
 from jax_gpt.step import TrainState
 
@@ -215,7 +215,7 @@ class _UnlessOfOrbax:
 
 
 class _Kept:
-    """Orbax's question which checkpoints stay, answered by `gpt_core.runs.kept_steps`."""
+    """Orbax's question which checkpoints stay, answered by `gpt_core.runs.folder.kept_steps`."""
 
     def __init__(self, run: Path, config: TrainConfig) -> None:
         self._run, self._config = run, config

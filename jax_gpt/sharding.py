@@ -19,7 +19,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.data.batches import Batch
 from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, axis_sizes, parameter_table
-from gpt_core.run_config import MeshConfig, RunConfig
+from gpt_core.runs.config import MeshConfig, RunConfig
 from jax_gpt.state_paths import table_row
 
 ROWS = PartitionSpec(("data", "fsdp"))  # of a batch and of activations: [batch, ...]

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from gpt_core.run_config import Remat, RunConfig, chunk_of_loss
+from gpt_core.runs.config import Remat, RunConfig, chunk_of_loss
 from jax_gpt.layout import Layout
 from jax_gpt.loss import chunked_loss
 from jax_gpt.model import GPT, BlockStep, initialiser

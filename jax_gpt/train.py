@@ -11,13 +11,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from gpt_core.checkpoint_config import read_checkpoint_config
 from gpt_core.data.loader import training_batches
-from gpt_core.run_config import RunConfig
-from gpt_core.runs import held_run, open_run, resume_notices
-from gpt_core.tokenizer import rows_without_tokens, tokenizer_for
-from gpt_core.tracking import Tracker
-from gpt_core.training import (
+from gpt_core.runs.config import RunConfig
+from gpt_core.runs.folder import held_run, open_run, resume_notices
+from gpt_core.runs.tracking import Tracker
+from gpt_core.runs.training import (
     Journal,
     StopRequest,
     check_data,
@@ -26,6 +24,8 @@ from gpt_core.training import (
     evaluation_text,
     perplexity,
 )
+from gpt_core.storage.checkpoint_config import read_checkpoint_config
+from gpt_core.text.tokenizer import rows_without_tokens, tokenizer_for
 from jax_gpt.attention import pick
 from jax_gpt.checkpoint import load
 from jax_gpt.device import peak_memory, total_peak_flops

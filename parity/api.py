@@ -23,10 +23,10 @@ import ml_dtypes
 import numpy as np
 
 from gpt_core.errors import InputError
-from parity.compare import Array, Difference, difference
-from parity.divergence import Divergence, first_divergence
-from parity.records import StoredRecord, write_record
-from parity.tolerances import tolerance as bound_of
+from parity.comparison.divergence import Divergence, first_divergence
+from parity.comparison.measures import Array, Difference, difference
+from parity.comparison.tolerances import tolerance as bound_of
+from parity.records.file import StoredRecord, write_record
 
 if TYPE_CHECKING:
     import torch

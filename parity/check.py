@@ -9,20 +9,20 @@ import numpy as np
 
 from gpt_core.config import differing_fields
 from gpt_core.errors import InputError
-from gpt_core.formats import is_hugging_face
+from gpt_core.formats import is_hugging_face, open_checkpoint
+from gpt_core.formats.base import Checkpoint
 from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType
 from parity.checks import CheckResult
 from parity.checks.logits import check_logits
 from parity.checks.weights import check_export, check_weights
-from parity.compare import Array
-from parity.fault_runs import FaultRun, summarise
-from parity.formats import Checkpoint, open_checkpoint
-from parity.grid import GridOptions
-from parity.products import LibraryNoise
+from parity.comparison.measures import Array
+from parity.grid.planting import FaultRun, summarise
+from parity.grid.subject import GridOptions
+from parity.grid.variants import select
+from parity.records.tokens import require_fitting, tokens_for
 from parity.sides import TRANSFORMERS
-from parity.tokens import require_fitting, tokens_for
-from parity.variants import select
+from parity.sides.products import LibraryNoise
 from parity.workers import Job, framework_environment, run_side_by_side
 
 Outcome = tuple[list[CheckResult], dict[str, Any]]
@@ -58,7 +58,7 @@ def check_grid(options: GridOptions, advance: Progress) -> Outcome:
         shares = [(groups[0], names[:-_LAST]), (groups[1], names), (groups[0], names[-_LAST:])]
     jobs = [
         Job(
-            "parity.grid:worker",
+            "parity.grid.subject:worker",
             {"options": replace(options, dtypes=group, variants=share)},
             framework_environment(group[0], workers=len(groups), quick_compile=not options.full),
         )
@@ -99,7 +99,7 @@ def check_checkpoints(
         second: Another; the reference.
         dtypes: What to compute in.
         advance: Called with the number of runs just done; there are 2 x dtypes in all.
-        tokens: A .npy file of token ids; see `parity.tokens`.
+        tokens: A .npy file of token ids; see `parity.records.tokens`.
         text: A text file for the checkpoint's own tokenizer.
 
     Raises:
@@ -147,7 +147,7 @@ def check_checkpoints(
 def _job(checkpoint: Checkpoint, dtypes: list[DType], tokens: Array) -> Job:
     framework = TRANSFORMERS if is_hugging_face(checkpoint.format) else checkpoint.format
     arguments = {"path": checkpoint.path, "framework": framework, "dtypes": dtypes, "tokens": tokens}
-    return Job("parity.record:worker", arguments, framework_environment(dtypes[0], workers=2))
+    return Job("parity.records.recording:worker", arguments, framework_environment(dtypes[0], workers=2))
 
 
 def _check_stored(name: str, a: Checkpoint, b: Checkpoint) -> CheckResult:

@@ -11,20 +11,20 @@ from typing import Any, get_args
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
+from gpt_core.checkpoints.replaceable import kept_checkpoint
 from gpt_core.cli import CHECK_FAILED, SUCCESS, parser, print_json, progress, run, say, status
+from gpt_core.commands.train import add_run_arguments, run_config
 from gpt_core.errors import InputError, one_line
-from gpt_core.files import atomic_directory, refuse_existing
+from gpt_core.files.writing import atomic_directory, refuse_existing
 from gpt_core.formats import FORMATS, is_hugging_face
-from gpt_core.formats.replaceable import kept_checkpoint
 from gpt_core.formats.targets import HUGGING_FACE, TARGETS
 from gpt_core.precision import DType
-from gpt_core.run_cli import add_run_arguments, run_config
-from gpt_core.run_config import JaxAttention, TorchAttention
+from gpt_core.runs.config import JaxAttention, TorchAttention
+from parity.checkpoints.convert import DTYPES, conversion_parts, convert
+from parity.checkpoints.sources import local_checkpoint
 from parity.checks import CheckResult
-from parity.convert import DTYPES, conversion_parts, convert
-from parity.faults import fault_named
-from parity.sources import local_checkpoint
-from parity.variants import select
+from parity.faults.catalogue import fault_named
+from parity.grid.variants import select
 
 _DTYPES: list[DType] = ["float64", "float32", "bfloat16"]
 _PEER_DTYPES: list[DType] = ["float64", "float32"]
@@ -88,7 +88,7 @@ def _check_parser() -> ArgumentParser:
 
 
 def _train_parser() -> ArgumentParser:
-    from parity.train import PROOF, VARIANTS
+    from parity.runs.train import PROOF, VARIANTS
 
     shape = " ".join(f"--{field} {value}" for field, value in PROOF.items())
     command = parser(
@@ -113,8 +113,8 @@ def _train_parser() -> ArgumentParser:
 
 
 def _train(options: Namespace) -> int:
-    from parity.report import report, write_report
-    from parity.train import RUNS, compare_training, kept_runs
+    from parity.reports.report import report, write_report
+    from parity.runs.train import RUNS, compare_training, kept_runs
 
     config = run_config(options)
     if options.steps is not None:
@@ -256,7 +256,7 @@ def _check(options: Namespace) -> int:
 
 
 def _require_report_folder(options: Namespace) -> None:
-    from parity.report import require_report_folder
+    from parity.reports.report import require_report_folder
 
     if options.out is not None:
         require_report_folder(options.out)
@@ -266,7 +266,7 @@ def _report(
     options: Namespace, results: list[CheckResult], found: dict[str, Any], seconds: float, title: str = ""
 ) -> int:
     """Write and print what checks found; the exit code says whether all passed."""
-    from parity.report import print_table, print_verdict, report, write_report
+    from parity.reports.report import print_table, print_verdict, report, write_report
 
     content = report(results, **found, seconds=seconds, command=" ".join(["parity", *sys.argv[1:]]))
     written = write_report(options.out, content) if options.out else None
@@ -329,7 +329,7 @@ def _require_reference(options: Namespace, where: str) -> None:
 
 def _check_the_grid(options: Namespace) -> tuple[list[CheckResult], dict[str, Any]]:
     from parity.check import check_grid
-    from parity.grid import Attention, GridOptions
+    from parity.grid.subject import Attention, GridOptions
 
     if options.tokens or options.text:
         raise InputError("--tokens and --text belong to two checkpoints; the grid brings its own text")
@@ -365,7 +365,7 @@ def _dtypes(options: Namespace) -> list[DType]:
 
 
 def _convert_state(options: Namespace) -> int:
-    from parity.state import CROSSING_PARTS, convert_state
+    from parity.runs.state import CROSSING_PARTS, convert_state
 
     others = {"--dtype": options.dtype, "--unrolled": options.unrolled, "--report": options.report}
     given = [flag for flag, value in others.items() if value]
@@ -470,7 +470,7 @@ def _verify(options: Namespace) -> int:
 
 
 def _inspect(options: Namespace) -> int:
-    from parity.inspect import inspect, print_inspection, print_verification, verify_files
+    from parity.checkpoints.inspect import inspect, print_inspection, print_verification, verify_files
 
     with local_checkpoint(options.path) as path:
         verified = verify_files(path) if options.verify else {}
@@ -487,10 +487,10 @@ def _inspect(options: Namespace) -> int:
 
 
 def _record(options: Namespace) -> int:
-    from parity.formats import open_checkpoint
-    from parity.record import record_checkpoint
-    from parity.records import refuse_record
-    from parity.tokens import tokens_for
+    from gpt_core.formats import open_checkpoint
+    from parity.records.file import refuse_record
+    from parity.records.recording import record_checkpoint
+    from parity.records.tokens import tokens_for
     from parity.workers import framework_environment
 
     refuse_record(options.out, force=options.force)
@@ -522,8 +522,14 @@ def _record(options: Namespace) -> int:
 
 
 def _compare(options: Namespace) -> int:
-    from parity.offline import compare_records, open_checkpoint_record, print_comparison, record_pairs, write_json
-    from parity.report import print_verdict, report
+    from parity.records.offline import (
+        compare_records,
+        open_checkpoint_record,
+        print_comparison,
+        record_pairs,
+        write_json,
+    )
+    from parity.reports.report import print_verdict, report
 
     _require_report_folder(options)
     started = time.perf_counter()

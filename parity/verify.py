@@ -16,19 +16,19 @@ import numpy as np
 from gpt_core.errors import InputError
 from gpt_core.formats import format_of, is_hugging_face, open_checkpoint
 from gpt_core.precision import DType
-from gpt_core.weights import weights_source
+from gpt_core.storage.weights import weights_source
 from parity.check import Outcome, Progress, dtype_groups
+from parity.checkpoints.convert import convert
 from parity.checks import CheckResult
 from parity.checks.peer import check_decode, check_runs, greedy
 from parity.checks.weights import check_export
-from parity.compare import Array
-from parity.convert import convert
-from parity.products import library_noise
-from parity.record import next_tokens
+from parity.comparison.measures import Array
+from parity.grid.variants import Case, attention_variants, next_token_batch, sharp_weights, text_tokens
+from parity.records.recording import next_tokens
+from parity.records.tokens import tokens_for
 from parity.sides import FRAMEWORKS, TRANSFORMERS, side_of
+from parity.sides.products import library_noise
 from parity.sides.runs import Batch
-from parity.tokens import tokens_for
-from parity.variants import Case, attention_variants, next_token_batch, sharp_weights, text_tokens
 from parity.workers import Emit, Job, framework_environment, run_side_by_side
 
 NEW_TOKENS = 64
@@ -53,7 +53,7 @@ def verify_folder(
         dtypes: What to compute in, out of `DTYPES`.
         advance: Called with 1 for each dtype done.
         against: A checkpoint that the folder was exported from: its weights must be the folder's, bit by bit.
-        tokens: A .npy file of token ids; see `parity.tokens`.
+        tokens: A .npy file of token ids; see `parity.records.tokens`.
         text: A text file for the folder's tokenizer.
         new_tokens: How many tokens to generate greedily; with learned positions, as many as the context leaves.
         trust_remote_code: Whether transformers may run modelling code that lies in the folder.

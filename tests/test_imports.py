@@ -77,7 +77,7 @@ def test_every_module_imports_without_the_other_framework(package: str, blocked:
     assert not roots & set(blocked)
 
 
-PARITY = ["parity", "parity.cli", "parity.convert", "parity.compare", *modules_of("parity/formats")]
+PARITY = ["parity", "parity.cli", "parity.checkpoints.convert", "parity.comparison.measures"]
 
 
 @pytest.mark.parametrize("blocked", [(), (*JAX, *TORCH)], ids=["both there", "neither there"])

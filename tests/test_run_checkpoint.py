@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from gpt_core.errors import InputError
-from gpt_core.file_hashes import HASHES_FILE
-from gpt_core.run_config import RunConfig
-from gpt_core.runs import StepRecord, checkpoint_folder, saved_steps
+from gpt_core.files.hashes import HASHES_FILE
+from gpt_core.runs.config import RunConfig
+from gpt_core.runs.folder import StepRecord, checkpoint_folder, saved_steps
 
 CONFIG = RunConfig.from_dict(
     {

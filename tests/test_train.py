@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt_core.runs import saved_steps
-from gpt_core.tokenizer import tokenizer_of
-from gpt_core.tracking import read_metrics
-from gpt_core.training import Journal
+from gpt_core.runs.folder import saved_steps
+from gpt_core.runs.tracking import read_metrics
+from gpt_core.runs.training import Journal
+from gpt_core.text.tokenizer import tokenizer_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -228,7 +228,7 @@ def test_a_run_that_is_stopped_and_then_finds_the_disk_full_goes_on_bit_for_bit(
 def test_a_process_that_gets_sigterm_ends_well(framework: str, config: Path, tmp_path: Path) -> None:
     program = (
         "import os, runpy, signal, sys\n"
-        "from gpt_core.training import Journal\n"
+        "from gpt_core.runs.training import Journal\n"
         "Journal.evaluated = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
         "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)\n"
     )

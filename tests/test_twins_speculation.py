@@ -6,9 +6,9 @@ import pytest
 from numpy_gpt import VARIANTS, random_weights
 
 from gpt_core.config import ModelConfig
-from gpt_core.generation import SamplingConfig
 from gpt_core.parameters import Parameter
 from gpt_core.precision import Precision
+from gpt_core.text.generation import SamplingConfig
 
 FP64 = Precision("float64", "float64")
 PROMPTS = [[1, 2, 3, 4, 5], [28], [9, 8]]

@@ -5,15 +5,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from gpt_core.checkpoint_config import WEIGHTS_FILE, read_checkpoint_config, refuse_twin, write_checkpoint_config
-from gpt_core.files import atomic_directory
-from gpt_core.formats.replaceable import kept_checkpoint
+from gpt_core.checkpoints.replaceable import kept_checkpoint
+from gpt_core.files.writing import atomic_directory
 from gpt_core.formats.safetensors_torch import SPOKE
 from gpt_core.precision import Precision
-from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
-from gpt_core.tensor_info import TensorInfo
-from gpt_core.tokenizer import Tokenizer
-from gpt_core.weights import require_keys, slots
+from gpt_core.storage.checkpoint_config import (
+    WEIGHTS_FILE,
+    read_checkpoint_config,
+    refuse_twin,
+    write_checkpoint_config,
+)
+from gpt_core.storage.safetensors_file import SafetensorsReader, write_safetensors
+from gpt_core.storage.tensor_info import TensorInfo
+from gpt_core.storage.weights import require_keys, slots
+from gpt_core.text.tokenizer import Tokenizer
 from torch_gpt.arrays import to_numpy
 from torch_gpt.attention import Implementation
 from torch_gpt.dtypes import torch_dtype

@@ -6,7 +6,7 @@ import torch
 
 from gpt_core.flops import peak_flops
 from gpt_core.precision import DType
-from gpt_core.training import host_peak_memory
+from gpt_core.runs.training import host_peak_memory
 from torch_gpt.distributed import process_count
 from torch_gpt.dtypes import torch_dtype
 from torch_gpt.products import linear

@@ -1,6 +1,6 @@
 """Writing text: prompts at once, then token by token through a cache. `jax_gpt/generate.py` is its twin.
 
-Random numbers come from `gpt_core.generation`, so that both twins draw the same tokens for the same seed.
+Random numbers come from `gpt_core.text.generation`, so that both twins draw the same tokens for the same seed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 
-from gpt_core.generation import DRAW_TOKEN, SamplingConfig, cache_slots, pack_prompts, uniforms
+from gpt_core.text.generation import DRAW_TOKEN, SamplingConfig, cache_slots, pack_prompts, uniforms
 from torch_gpt.decode import Cache, Weights, prefill, prepare, step
 from torch_gpt.model import GPT
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt_core.data.batches import Batch
 from gpt_core.data.order import host_rows
 from gpt_core.errors import InputError
-from gpt_core.run_config import RunConfig, TorchConfig
+from gpt_core.runs.config import RunConfig, TorchConfig
 from torch_gpt.distributed import process_count, process_index
 from torch_gpt.loss import chunked_loss, summed_loss
 from torch_gpt.model import GPT

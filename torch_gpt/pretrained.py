@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gpt_core.checkpoints.pretrained import Saving, open_pretrained
 from gpt_core.formats.safetensors_torch import SPOKE
 from gpt_core.precision import Precision
-from gpt_core.pretrained import Saving, open_pretrained
-from gpt_core.tensor_info import Array
-from gpt_core.weights import DType, Source, slots, source_of
+from gpt_core.storage.tensor_info import Array
+from gpt_core.storage.weights import DType, Source, slots, source_of
 from torch_gpt.arrays import from_numpy, to_numpy
 from torch_gpt.attention import Implementation
 from torch_gpt.dtypes import torch_dtype

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import GradScaler
 
-from gpt_core.checkpoint_config import CHECKPOINTS, WEIGHTS_FILE
 from gpt_core.errors import InputError
-from gpt_core.file_hashes import write_hashes
-from gpt_core.files import anything, atomic_directory, clear_leftovers
-from gpt_core.reading import parse_json
-from gpt_core.run_config import TrainConfig
-from gpt_core.runs import (
+from gpt_core.files.hashes import write_hashes
+from gpt_core.files.reading import parse_json
+from gpt_core.files.writing import anything, atomic_directory, clear_leftovers
+from gpt_core.runs.config import TrainConfig
+from gpt_core.runs.folder import (
     RECORD_FILE,
     StepRecord,
     checkpoint_folder,
@@ -32,7 +31,8 @@ from gpt_core.runs import (
     set_aside,
     validation_loss,
 )
-from gpt_core.safetensors_file import (
+from gpt_core.storage.checkpoint_config import CHECKPOINTS, WEIGHTS_FILE
+from gpt_core.storage.safetensors_file import (
     FIRST_MOMENT,
     OPTIMIZER_FILE,
     SECOND_MOMENT,
@@ -40,7 +40,7 @@ from gpt_core.safetensors_file import (
     SafetensorsReader,
     write_safetensors,
 )
-from gpt_core.tensor_info import TensorInfo
+from gpt_core.storage.tensor_info import TensorInfo
 from torch_gpt.arrays import from_numpy, to_numpy
 from torch_gpt.distributed import all_agree, is_primary, process_count, process_index, wait_for_all
 from torch_gpt.parallel import gather, like

@@ -6,7 +6,7 @@ A round: the draft writes k tokens one by one, the target gives its probabilitie
 k + 1 tokens, which costs little more than one of a single token as long as reading the weights is all the work. The
 tokens before the first that it rejects are kept, and one of its own comes behind them. Rows advance apart.
 
-A random number belongs to the seed, the row and the token's place in the text (`gpt_core.generation.uniforms`). A place
+A random number belongs to the seed, the row and the token's place in the text (`uniforms` in `generation.py`). A place
 that is proposed a second time, since one before it was rejected, sees the same numbers again; nothing that was kept
 depends on them, so the text is distributed as the target's own.
 """
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 
-from gpt_core.generation import (
+from gpt_core.text.generation import (
     DRAW_ACCEPT,
     DRAW_DRAFT,
     DRAW_TOKEN,

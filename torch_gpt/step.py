@@ -11,7 +11,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.checkpoint import checkpoint
 
-from gpt_core.run_config import RunConfig, chunk_of_loss
+from gpt_core.runs.config import RunConfig, chunk_of_loss
 from torch_gpt.distributed import process_count, process_index
 from torch_gpt.dtypes import torch_dtype
 from torch_gpt.model import GPT, BlockStep, initialiser

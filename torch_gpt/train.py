@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from gpt_core.checkpoint_config import read_checkpoint_config
 from gpt_core.data.loader import training_batches
-from gpt_core.run_config import RunConfig
-from gpt_core.runs import held_run, open_run, resume_notices
-from gpt_core.tokenizer import rows_without_tokens, tokenizer_for
-from gpt_core.tracking import Tracker
-from gpt_core.training import (
+from gpt_core.runs.config import RunConfig
+from gpt_core.runs.folder import held_run, open_run, resume_notices
+from gpt_core.runs.tracking import Tracker
+from gpt_core.runs.training import (
     Journal,
     StopRequest,
     check_data,
@@ -24,6 +22,8 @@ from gpt_core.training import (
     evaluation_text,
     perplexity,
 )
+from gpt_core.storage.checkpoint_config import read_checkpoint_config
+from gpt_core.text.tokenizer import rows_without_tokens, tokenizer_for
 from torch_gpt.attention import pick
 from torch_gpt.checkpoint import load
 from torch_gpt.device import peak_memory, total_peak_flops

@@ -26,11 +26,11 @@ from gpt_core.data.prepared import INDEX_FILE, Index, Shard, Tokens, file_sha256
 from gpt_core.data.records import Reader
 from gpt_core.data.sources import File, find_files
 from gpt_core.errors import InputError
-from gpt_core.files import atomic_file, held_name, refuse_existing, remove, replace_directory, temporary_name
+from gpt_core.files.reading import read_json
+from gpt_core.files.writing import atomic_file, held_name, refuse_existing, remove, replace_directory, temporary_name
 from gpt_core.interrupts import uninterrupted
-from gpt_core.reading import read_json
 from gpt_core.sections import from_record, is_whole
-from gpt_core.tokenizer import Tokenizer, gpt2_tokenizer
+from gpt_core.text.tokenizer import Tokenizer, gpt2_tokenizer
 
 SHARD_BYTES = 64 << 20  # of text; about 32 MB of tokens
 _PIECE_BYTES = 1 << 20  # of text: what one worker takes at a time

@@ -20,7 +20,7 @@ from jaxtyping import Integer
 from gpt_core.config import LARGEST_VOCABULARY
 from gpt_core.data.order import Split
 from gpt_core.errors import InputError, shown
-from gpt_core.reading import exists, is_version, open_file, parse_json, read_text, require_npy
+from gpt_core.files.reading import exists, is_version, open_file, parse_json, read_text, require_npy
 from gpt_core.sections import from_record
 
 INDEX_FILE, VERSION = "index.json", 1

@@ -14,7 +14,7 @@ from gpt_core.data.config import OnError
 from gpt_core.data.sources import File
 from gpt_core.data.stdlib import topics
 from gpt_core.errors import InputError
-from gpt_core.reading import parse_json
+from gpt_core.files.reading import parse_json
 
 # A plain text file up to this many bytes is one document. A longer one is cut after the first blank line beyond it (or
 # after any line, beyond twice as many), so that no document is huge and a single long file still has two splits.

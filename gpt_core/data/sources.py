@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from gpt_core.data.stdlib import prose, python_files
 from gpt_core.errors import InputError
-from gpt_core.reading import exists
+from gpt_core.files.reading import exists
 
 Format = Literal["text", "jsonl", "csv", "tsv", "parquet", "dataset", "topics"]
 

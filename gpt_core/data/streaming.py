@@ -26,7 +26,7 @@ from gpt_core.data.records import Reader
 from gpt_core.data.sources import File, find_files
 from gpt_core.errors import InputError
 from gpt_core.sections import from_record
-from gpt_core.tokenizer import gpt2_tokenizer
+from gpt_core.text.tokenizer import gpt2_tokenizer
 
 # With this many files for each stream whole files are dealt, so that no file is read by two; with fewer, records.
 _FILES_A_STREAM = 16

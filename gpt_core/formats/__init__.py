@@ -1,4 +1,4 @@
-"""The spokes: each module knows one format of checkpoints, and the hub (`gpt_core.weights`) knows none.
+"""The spokes: each module knows one format of checkpoints, and the hub (`gpt_core.storage.weights`) knows none.
 
 Adding a format adds one module and one line in `FORMATS`.
 """
@@ -7,8 +7,8 @@ import importlib
 from pathlib import Path
 
 from gpt_core.errors import InputError
+from gpt_core.files.reading import exists, is_folder
 from gpt_core.formats.base import Checkpoint, Format
-from gpt_core.reading import exists, is_folder
 
 FORMATS = {
     "jax": "gpt_core.formats.orbax_jax",

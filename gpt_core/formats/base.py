@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from gpt_core.adaptation import Adaptation
 from gpt_core.config import ModelConfig
 from gpt_core.parameters import Parameter
-from gpt_core.tensor_info import Array, TensorInfo
-from gpt_core.tokenizer import Tokenizer
-from gpt_core.weights import DType, Source
+from gpt_core.storage.adaptation import Adaptation
+from gpt_core.storage.tensor_info import Array, TensorInfo
+from gpt_core.storage.weights import DType, Source
+from gpt_core.text.tokenizer import Tokenizer
 
 
 class Checkpoint(Protocol):

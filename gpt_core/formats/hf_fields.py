@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt_core.checkpoint_config import CONFIG_FILE
 from gpt_core.errors import InputError
+from gpt_core.files.reading import read_json
 from gpt_core.formats.bookkeeping import BOOKKEEPING, FIXED
-from gpt_core.reading import read_json
+from gpt_core.storage.checkpoint_config import CONFIG_FILE
 
 HUGGING_FACE_TYPES = frozenset({"gpt2", "gpt_bigcode", "gpt_neo", "starcoder2", "twingpt_remote"})
 """What `model_type` says in the folders that our spokes for transformers read."""

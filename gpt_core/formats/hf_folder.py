@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt_core.checkpoint_config import CONFIG_FILE, config_home
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
-from gpt_core.files import atomic_file
+from gpt_core.files.reading import read_json
+from gpt_core.files.writing import atomic_file
 from gpt_core.formats.hf_fields import HUGGING_FACE_TYPES, model_type_of
 from gpt_core.parameters import parameter_count
-from gpt_core.reading import read_json
-from gpt_core.tokenizer import Tokenizer
-from gpt_core.tokenizer_rules import END_OF_TEXT, TOKENIZER_CONFIG, TOKENIZER_FILE, tokenizer_files
+from gpt_core.storage.checkpoint_config import CONFIG_FILE, config_home
+from gpt_core.text.tokenizer import Tokenizer
+from gpt_core.text.tokenizer_rules import END_OF_TEXT, TOKENIZER_CONFIG, TOKENIZER_FILE, tokenizer_files
 
 GENERATION_CONFIG = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

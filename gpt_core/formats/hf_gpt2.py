@@ -6,7 +6,6 @@ with fewer key/value heads is written with these repeated.
 
 from typing import Any
 
-from gpt_core.adaptation import Adaptation, adapt
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats.hf_fields import Fields
@@ -18,7 +17,8 @@ from gpt_core.formats.hugging_face import (
     require_learned,
     require_whole_heads,
 )
-from gpt_core.weights import Spoke
+from gpt_core.storage.adaptation import Adaptation, adapt
+from gpt_core.storage.weights import Spoke
 
 _C_ATTN = "transformer.h.{layer}.attn.c_attn"
 

@@ -6,7 +6,6 @@ key and the one value; without, the three lie side by side within each head.
 
 from typing import Any
 
-from gpt_core.adaptation import Adaptation, adapt
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats import hf_gpt2
@@ -19,7 +18,8 @@ from gpt_core.formats.hugging_face import (
     require_learned,
     require_whole_heads,
 )
-from gpt_core.weights import Spoke
+from gpt_core.storage.adaptation import Adaptation, adapt
+from gpt_core.storage.weights import Spoke
 
 _C_ATTN = "transformer.h.{layer}.attn.c_attn"
 

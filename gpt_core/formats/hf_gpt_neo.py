@@ -7,7 +7,6 @@ does.
 
 from typing import Any
 
-from gpt_core.adaptation import Adaptation, adapt
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats import hf_gpt2
@@ -19,7 +18,8 @@ from gpt_core.formats.hugging_face import (
     require_learned,
     require_whole_heads,
 )
-from gpt_core.weights import Spoke
+from gpt_core.storage.adaptation import Adaptation, adapt
+from gpt_core.storage.weights import Spoke
 
 _ATTENTION = "transformer.h.{layer}.attn.attention"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt_core.errors import InputError
-from gpt_core.reading import exists, read_json
-from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
-from gpt_core.tensor_info import Array, TensorInfo
+from gpt_core.files.reading import exists, read_json
+from gpt_core.storage.safetensors_file import SafetensorsReader, write_safetensors
+from gpt_core.storage.tensor_info import Array, TensorInfo
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -6,12 +6,12 @@ switch, `use_bias`, stands for all biases.
 
 from typing import Any
 
-from gpt_core.adaptation import Adaptation, adapt
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats.hf_fields import Fields
 from gpt_core.formats.hugging_face import Architecture, HuggingFaceFormat, default_scale, full_mask
-from gpt_core.weights import Spoke
+from gpt_core.storage.adaptation import Adaptation, adapt
+from gpt_core.storage.weights import Spoke
 
 _LAYER = "model.layers.{layer}"
 

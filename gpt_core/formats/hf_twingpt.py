@@ -8,13 +8,13 @@ them.
 from pathlib import Path
 from typing import Any
 
-from gpt_core.adaptation import Adaptation, adapt
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats import hf_gpt_neo
 from gpt_core.formats.hf_fields import Fields
 from gpt_core.formats.hugging_face import Architecture, HuggingFaceFormat
-from gpt_core.weights import Spoke
+from gpt_core.storage.adaptation import Adaptation, adapt
+from gpt_core.storage.weights import Spoke
 
 _ATTENTION = "transformer.h.{layer}.attn.attention"
 _CODE = Path(__file__).parent / "remote_code"

@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from gpt_core.adaptation import Adaptation
-from gpt_core.checkpoint_config import CONFIG_FILE
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
+from gpt_core.files.reading import read_json
 from gpt_core.formats.hf_fields import Fields, model_type_of
 from gpt_core.formats.hf_folder import token_ids, write_generation_config, write_tokenizer
 from gpt_core.formats.hf_shards import ShardsReader, write_shards
 from gpt_core.parameters import Parameter
-from gpt_core.reading import read_json
-from gpt_core.tensor_info import Array, TensorInfo
-from gpt_core.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
-from gpt_core.weights import (
+from gpt_core.storage.adaptation import Adaptation
+from gpt_core.storage.checkpoint_config import CONFIG_FILE
+from gpt_core.storage.tensor_info import Array, TensorInfo
+from gpt_core.storage.weights import (
     WRAPPERS,
     DType,
     Slot,
@@ -36,6 +35,7 @@ from gpt_core.weights import (
     source_of,
     wrapper_of,
 )
+from gpt_core.text.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
 
 MAX_SHARD_SIZE = 5_000_000_000
 _HEAD = "lm_head.weight"

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from gpt_core.adaptation import unchanged
-from gpt_core.checkpoint_config import PARAMS_FOLDER, read_checkpoint_config, write_checkpoint_config
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
-from gpt_core.orbax_file import OrbaxReader, write_orbax
 from gpt_core.parameters import Parameter, parameter_table
-from gpt_core.tensor_info import FLOATS, Array, TensorInfo
-from gpt_core.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
-from gpt_core.weights import DType, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
+from gpt_core.storage.adaptation import unchanged
+from gpt_core.storage.checkpoint_config import PARAMS_FOLDER, read_checkpoint_config, write_checkpoint_config
+from gpt_core.storage.orbax_file import OrbaxReader, write_orbax
+from gpt_core.storage.tensor_info import FLOATS, Array, TensorInfo
+from gpt_core.storage.weights import DType, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
+from gpt_core.text.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
 
 
 def spoke(config: ModelConfig, *, scan_layers: bool = True) -> Spoke:

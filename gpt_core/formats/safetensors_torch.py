@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from gpt_core.adaptation import unchanged
-from gpt_core.checkpoint_config import WEIGHTS_FILE, read_checkpoint_config, write_checkpoint_config
 from gpt_core.config import ModelConfig
 from gpt_core.formats.hf_fields import HUGGING_FACE_TYPES, model_type_of
 from gpt_core.parameters import Parameter
-from gpt_core.safetensors_file import SafetensorsReader, write_safetensors
-from gpt_core.tensor_info import Array, TensorInfo
-from gpt_core.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
-from gpt_core.weights import DType, Source, parameter_dtypes, require_keys, slots, source_of
+from gpt_core.storage.adaptation import unchanged
+from gpt_core.storage.checkpoint_config import WEIGHTS_FILE, read_checkpoint_config, write_checkpoint_config
+from gpt_core.storage.safetensors_file import SafetensorsReader, write_safetensors
+from gpt_core.storage.tensor_info import Array, TensorInfo
+from gpt_core.storage.weights import DType, Source, parameter_dtypes, require_keys, slots, source_of
+from gpt_core.text.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
 
 SPOKE = {
     "token_embedding": ("token_embedding", "vocab embed"),

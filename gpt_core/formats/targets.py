@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from gpt_core.adaptation import Adaptation
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats import FORMATS, format_of
 from gpt_core.formats.hugging_face import full_mask
+from gpt_core.storage.adaptation import Adaptation
 
 HUGGING_FACE = "hf"
 """Not a format of its own: the native architecture that fits."""

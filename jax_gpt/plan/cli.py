@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from gpt_core.cli import CHECK_FAILED, SUCCESS, parser, print_json
-from gpt_core.run_cli import add_run_arguments, train_config
+from gpt_core.commands.train import add_run_arguments, train_config
 from jax_gpt.plan.topology import parse_topology
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from gpt_core.run_config import RunConfig
+from gpt_core.runs.config import RunConfig
 from jax_gpt.plan.hlo import Program
 from jax_gpt.sharding import ROWS
 from jax_gpt.step import create_program

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from gpt_core.errors import InputError
 from gpt_core.flops import peak_flops, training_flops_per_token
 from gpt_core.parameters import parameter_count
-from gpt_core.run_config import Remat, RunConfig, chunk_of_loss
-from gpt_core.training import check_dtype
+from gpt_core.runs.config import Remat, RunConfig, chunk_of_loss
+from gpt_core.runs.training import check_dtype
 from jax_gpt.plan import theory
 from jax_gpt.plan.compiled import Buffer, Compiled, compile_step
 from jax_gpt.plan.prediction import Traffic, step_seconds, traffic

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from gpt_core.parameters import Parameter, parameter_table
-from gpt_core.run_config import RunConfig, chunk_of_loss
+from gpt_core.runs.config import RunConfig, chunk_of_loss
 from jax_gpt.attention import Implementation, pick
 from jax_gpt.banded import band_of
 from jax_gpt.plan.hlo import Kernel

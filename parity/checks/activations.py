@@ -7,10 +7,10 @@ import numpy as np
 
 from parity.checks import CheckResult
 from parity.checks.noise import judge
-from parity.compare import Array, difference
-from parity.divergence import Divergence
-from parity.products import Libraries
-from parity.tolerances import tolerance
+from parity.comparison.divergence import Divergence
+from parity.comparison.measures import Array, difference
+from parity.comparison.tolerances import tolerance
+from parity.sides.products import Libraries
 
 
 def check_activations(

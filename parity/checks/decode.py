@@ -7,10 +7,10 @@ import numpy as np
 
 from parity.checks import CheckResult
 from parity.checks.noise import noise_against
-from parity.compare import Array, difference
-from parity.products import Libraries
+from parity.comparison.measures import Array, difference
+from parity.comparison.tolerances import tolerance
+from parity.sides.products import Libraries
 from parity.sides.runs import CachedRun, RaggedText
-from parity.tolerances import tolerance
 
 
 def check_decode(

@@ -6,9 +6,9 @@ import numpy as np
 
 from gpt_core.config import ModelConfig
 from parity.checks import CheckResult
-from parity.compare import Array, difference
-from parity.null_leaves import null_leaves
-from parity.tolerances import GRADIENT_FLOOR, NULL_LEAF, tolerance
+from parity.comparison.measures import Array, difference
+from parity.comparison.null_leaves import null_leaves
+from parity.comparison.tolerances import GRADIENT_FLOOR, NULL_LEAF, tolerance
 
 
 def check_gradients(
@@ -21,8 +21,8 @@ def check_gradients(
 ) -> CheckResult:
     """Compare the gradients of two sides; the first is compared with the second as reference.
 
-    A leaf that is zero in theory is held to zero on both sides instead (`parity.null_leaves`); fp64 only, since
-    fp32 leaves the rounding of its terms there.
+    A leaf that is zero in theory is held to zero on both sides instead (`parity.comparison.null_leaves`); fp64 only,
+    since fp32 leaves the rounding of its terms there.
 
     Args:
         variant: Name of the case.

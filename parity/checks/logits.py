@@ -7,9 +7,9 @@ import numpy as np
 
 from parity.checks import CheckResult
 from parity.checks.noise import noise_against
-from parity.compare import Array, difference, logits_measures
-from parity.products import Libraries
-from parity.tolerances import tolerance
+from parity.comparison.measures import Array, difference, logits_measures
+from parity.comparison.tolerances import tolerance
+from parity.sides.products import Libraries
 
 
 def check_logits(

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from parity.checks import CheckResult
-from parity.compare import difference
-from parity.tolerances import tolerance
+from parity.comparison.measures import difference
+from parity.comparison.tolerances import tolerance
 
 
 def check_loss(variant: str, dtype: str, losses: Mapping[str, float]) -> CheckResult:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from parity.compare import Array, difference
-from parity.products import Libraries
-from parity.tolerances import NOISE_RATIO, noise_allowed
+from parity.comparison.measures import Array, difference
+from parity.comparison.tolerances import NOISE_RATIO, noise_allowed
+from parity.sides.products import Libraries
 
 
 def noise_against(

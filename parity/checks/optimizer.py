@@ -7,10 +7,10 @@ import numpy as np
 from gpt_core.config import ModelConfig
 from parity.checks import CheckResult
 from parity.checks.gradients import leaf_errors
-from parity.compare import Array, difference
-from parity.null_leaves import null_leaves
+from parity.comparison.measures import Array, difference
+from parity.comparison.null_leaves import null_leaves
+from parity.comparison.tolerances import tolerance
 from parity.sides.runs import Training
-from parity.tolerances import tolerance
 
 
 def check_optimizer(

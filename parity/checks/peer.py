@@ -13,11 +13,11 @@ from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
 from parity.checks.loss import check_loss
 from parity.checks.noise import allowance, excuse
-from parity.compare import Array, difference
-from parity.divergence import first_divergence
-from parity.products import Libraries
+from parity.comparison.divergence import first_divergence
+from parity.comparison.measures import Array, difference
+from parity.comparison.tolerances import PEER_NOISE_RATIO, tolerance
+from parity.sides.products import Libraries
 from parity.sides.runs import Run
-from parity.tolerances import PEER_NOISE_RATIO, tolerance
 
 PEER = "transformers"
 

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from gpt_core.config import ModelConfig
+from gpt_core.formats import format_of, open_checkpoint
+from gpt_core.formats.base import Checkpoint
 from gpt_core.formats.targets import REMOTE_CODE, choose_target
 from gpt_core.parameters import parameter_table
+from gpt_core.storage.weights import weights_source
+from parity.checkpoints.convert import convert
 from parity.checks import CheckResult
-from parity.compare import Array, difference
-from parity.convert import convert
-from parity.formats import Checkpoint, format_of, open_checkpoint
-from parity.tolerances import tolerance
-from parity.weights import weights_source
+from parity.comparison.measures import Array, difference
+from parity.comparison.tolerances import tolerance
 
 
 def check_weights(

@@ -12,9 +12,11 @@ from flax import nnx
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats.orbax_jax import spoke
-from gpt_core.generation import DRAW_TOKEN, SamplingConfig, cache_slots, uniforms
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
+from gpt_core.storage.tensor_info import Array
+from gpt_core.storage.weights import Source, Weights, decode
+from gpt_core.text.generation import DRAW_TOKEN, SamplingConfig, cache_slots, uniforms
 from jax_gpt import decode as decoding
 from jax_gpt.attention import Implementation, attention
 from jax_gpt.generate import choose
@@ -22,7 +24,6 @@ from jax_gpt.loss import token_loss
 from jax_gpt.model import GPT, Taps, initialiser
 from jax_gpt.optimizer import create_optimizer, update
 from parity.sides.runs import Batch, Batches, CachedRun, RaggedText, Run, Training
-from parity.weights import Array, Source, Weights, decode
 
 
 def build(

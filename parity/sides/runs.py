@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gpt_core.generation import SamplingConfig
-from parity.compare import Array
-from parity.weights import Weights
+from gpt_core.storage.weights import Weights
+from gpt_core.text.generation import SamplingConfig
+from parity.comparison.measures import Array
 
 
 @dataclass(frozen=True)

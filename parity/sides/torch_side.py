@@ -8,11 +8,12 @@ import torch
 
 from gpt_core.config import ModelConfig
 from gpt_core.formats.safetensors_torch import SPOKE
-from gpt_core.generation import SamplingConfig, cache_slots
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
+from gpt_core.storage.tensor_info import Array
+from gpt_core.storage.weights import Source, Weights, decode, slots
+from gpt_core.text.generation import SamplingConfig, cache_slots
 from parity.sides.runs import Batch, Batches, CachedRun, RaggedText, Run, Training
-from parity.weights import Array, Source, Weights, decode, slots
 from torch_gpt import decode as decoding
 from torch_gpt import loss as loss_module
 from torch_gpt import optimizer as optimization

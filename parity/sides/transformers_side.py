@@ -12,15 +12,15 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from gpt_core.checkpoint_config import CONFIG_FILE
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
 from gpt_core.formats.hf_folder import GENERATION_CONFIG, TOKEN_IDS, read_object
 from gpt_core.formats.hugging_face import Architecture, HuggingFaceCheckpoint
 from gpt_core.precision import DType
-from gpt_core.weights import Weights, decode, slots
-from parity.compare import Array
+from gpt_core.storage.checkpoint_config import CONFIG_FILE
+from gpt_core.storage.weights import Weights, decode, slots
+from parity.comparison.measures import Array
 from parity.sides.runs import Batch, Run
 from torch_gpt.arrays import to_numpy
 from torch_gpt.dtypes import torch_dtype

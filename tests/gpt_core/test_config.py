@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from gpt_core.checkpoint_config import read_checkpoint_config, write_checkpoint_config
 from gpt_core.config import ModelConfig, config_directory, differing_fields, preset_names
 from gpt_core.errors import InputError
 from gpt_core.parameters import parameter_count
+from gpt_core.storage.checkpoint_config import read_checkpoint_config, write_checkpoint_config
 
 COUNT = "a whole number of at least 1"
 POSITIVE = "a positive number"

@@ -17,7 +17,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from gpt_core.run_config import RunConfig  # noqa: E402
+from gpt_core.runs.config import RunConfig  # noqa: E402
 from jax_gpt.loss import token_loss  # noqa: E402
 from jax_gpt.model import GPT, initialiser  # noqa: E402
 from jax_gpt.sharding import create_mesh, place_batch  # noqa: E402

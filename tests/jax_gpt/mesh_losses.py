@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax  # noqa: E402  # the flags come first
 import numpy as np  # noqa: E402
 
-from gpt_core.run_config import RunConfig  # noqa: E402
+from gpt_core.runs.config import RunConfig  # noqa: E402
 from jax_gpt.sharding import check_divides, create_mesh, local_rows, place_batch  # noqa: E402
 from jax_gpt.step import create_program  # noqa: E402
 

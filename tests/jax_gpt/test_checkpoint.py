@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 from numpy_gpt import CONFIGS, random_tokens, random_weights
 
-from gpt_core.checkpoint_config import write_checkpoint_config
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter
 from gpt_core.precision import Precision
-from gpt_core.tokenizer import gpt2_tokenizer, tokenizer_of
+from gpt_core.storage.checkpoint_config import write_checkpoint_config
+from gpt_core.text.tokenizer import gpt2_tokenizer, tokenizer_of
 from jax_gpt.checkpoint import load, save
 from jax_gpt.model import GPT
 

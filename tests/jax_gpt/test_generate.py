@@ -9,8 +9,8 @@ from flax import nnx
 from numpy_gpt import VARIANTS, WINDOW, random_tokens, random_weights
 
 from gpt_core.config import ModelConfig
-from gpt_core.generation import SamplingConfig, cache_slots
 from gpt_core.precision import Precision
+from gpt_core.text.generation import SamplingConfig, cache_slots
 from jax_gpt import decode
 from jax_gpt.generate import distribution, draw, generate, stream
 from jax_gpt.model import GPT

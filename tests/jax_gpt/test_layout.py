@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.custom_partitioning import custom_partitioning
 
 from gpt_core.errors import InputError
-from gpt_core.run_config import RunConfig
+from gpt_core.runs.config import RunConfig
 from jax_gpt import attention
 from jax_gpt.layout import Layout, ring
 from jax_gpt.sharding import create_mesh

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import orbax.checkpoint as ocp
 import pytest
 
-from gpt_core.run_config import TrainConfig
+from gpt_core.runs.config import TrainConfig
 from jax_gpt.run_checkpoint import RunCheckpoints
 
 OF_ORBAX = str(Path(ocp.__file__).parent / "_src/serialization/serialization.py")

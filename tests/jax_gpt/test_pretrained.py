@@ -46,7 +46,7 @@ def test_weights_are_cast_to_the_precision_that_is_asked_for(model, tmp_path):
 
 
 def open_hash(folder):
-    from gpt_core.hashing import hash_weights
+    from gpt_core.checkpoints.hashing import hash_weights
 
     return hash_weights(open_checkpoint(folder))
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.parameters import parameter_table
-from gpt_core.run_config import MeshConfig, RunConfig
+from gpt_core.runs.config import MeshConfig, RunConfig
 from jax_gpt.sharding import check_divides, create_mesh, partition
 
 MODEL: dict[str, Any] = {

@@ -12,8 +12,8 @@ from text_statistics import distance, text_probabilities
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
-from gpt_core.generation import DRAW_ACCEPT, DRAW_TOKEN, SamplingConfig
 from gpt_core.precision import DType, Precision
+from gpt_core.text.generation import DRAW_ACCEPT, DRAW_TOKEN, SamplingConfig
 from jax_gpt import speculate
 from jax_gpt.generate import distribution, draw, generate
 from jax_gpt.model import GPT

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_core.orbax_file import OrbaxReader
-from gpt_core.runs import saved_steps
-from gpt_core.tracking import read_metrics
+from gpt_core.runs.folder import saved_steps
+from gpt_core.runs.tracking import read_metrics
+from gpt_core.storage.orbax_file import OrbaxReader
 from jax_gpt.cli import main
 
 ROOT = Path(__file__).parents[2]

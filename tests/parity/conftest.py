@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from gpt_core.config import ModelConfig
+from gpt_core.formats import format_of
 from gpt_core.parameters import parameter_table
-from gpt_core.tokenizer import Tokenizer
+from gpt_core.storage.weights import weights_source
+from gpt_core.text.tokenizer import Tokenizer
 from parity.cli import main
-from parity.formats import format_of
-from parity.weights import weights_source
 from parity.workers import Job
 
 Weights = dict[str, np.ndarray[Any, Any]]

@@ -18,7 +18,7 @@ from torch import nn
 
 from gpt_core.errors import InputError
 from parity.api import OUTPUT, Names, Record, compare, load_record, record_nnx, record_torch
-from parity.records import write_record
+from parity.records.file import write_record
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "compare_convnets.py"

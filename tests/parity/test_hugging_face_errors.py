@@ -10,7 +10,7 @@ from hugging_face import SAMPLES, save
 
 from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
-from parity.convert import convert
+from parity.checkpoints.convert import convert
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +347,7 @@ class TestHubNames:
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
         monkeypatch.chdir(tmp_path)
-        from gpt_core.pretrained import open_pretrained
+        from gpt_core.checkpoints.pretrained import open_pretrained
 
         assert open_pretrained("somebody/some-model").format == "hf-gpt2"
         assert asked["name"] == "somebody/some-model"
@@ -360,7 +360,7 @@ class TestHubNames:
         monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
         monkeypatch.chdir(tmp_path)
         (tmp_path / "runs").mkdir()
-        from gpt_core.pretrained import open_pretrained
+        from gpt_core.checkpoints.pretrained import open_pretrained
 
         with pytest.raises(InputError, match="no such file or folder"):
             open_pretrained(name)
@@ -368,7 +368,7 @@ class TestHubNames:
     def test_a_repository_without_safetensors(self, monkeypatch, tmp_path):
         import huggingface_hub
 
-        from gpt_core.pretrained import open_pretrained
+        from gpt_core.checkpoints.pretrained import open_pretrained
 
         (tmp_path / "fetched").mkdir()
         monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "fetched"))
@@ -404,7 +404,7 @@ def test_flags_that_do_not_fit_are_named(flags, message, folder_of, tmp_path, pa
 
 def test_an_export_that_reads_back_wrong_is_not_kept(folder_of, tmp_path, monkeypatch):
     """The last step before the name: a disk that turned one number is noticed."""
-    from gpt_core import safetensors_file
+    from gpt_core.storage import safetensors_file
 
     folder = folder_of("gpt2")
     original = safetensors_file.SafetensorsReader.read

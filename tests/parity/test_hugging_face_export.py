@@ -15,9 +15,9 @@ import pytest
 from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
 from gpt_core.formats.targets import choose_target
-from gpt_core.tokenizer import gpt2_tokenizer
+from gpt_core.text.tokenizer import gpt2_tokenizer
+from parity.checkpoints.convert import convert
 from parity.checks.peer import greedy
-from parity.convert import convert
 
 PROMPT, NEW = 11, 32  # more than ten windows in all
 ROOM = {name: replace(config, context_length=96) for name, config in numpy_gpt.CONFIGS.items()}
@@ -94,7 +94,7 @@ def prompt():
 def exports(tmp_path_factory):
     """Name -> what converting it said; the folders lie under the fixture's root by name."""
     from gpt_core.formats import format_of
-    from gpt_core.weights import weights_source
+    from gpt_core.storage.weights import weights_source
 
     root = tmp_path_factory.mktemp("exports")
     done = {}
@@ -122,7 +122,7 @@ def loaded(exports, prompt, tmp_path_factory):
 
 
 def torch_logits(name):
-    from gpt_core.weights import weights_source
+    from gpt_core.storage.weights import weights_source
     from parity.sides import torch_side
 
     return torch_side.logits_function(torch_side.build(CONFIGS[name], weights_source(weights_of(name)), "float32"))
@@ -236,7 +236,7 @@ class TestRefused:
 def with_tokenizer(name, root, **options):
     """An exported folder with GPT-2's tokenizer, and the config of its model."""
     from gpt_core.formats import format_of
-    from gpt_core.weights import weights_source
+    from gpt_core.storage.weights import weights_source
 
     small = {"embed_dim": 12, "n_heads": 2, "n_kv_heads": 1 if "mqa" in name else 2, "head_dim": 6, "mlp_dim": 48}
     config = replace(ROOM[name], vocab_size=50257, n_layers=1, **small)
@@ -307,7 +307,7 @@ class TestFolder:
         assert content["eos_token_id"] == 50256
 
     def test_the_card_names_variant_parity_and_hash(self, served):
-        from gpt_core.hashing import hash_weights
+        from gpt_core.checkpoints.hashing import hash_weights
 
         card = (served[0] / "README.md").read_text()
         assert "learned-mqa-full" in card
@@ -381,7 +381,7 @@ class TestTokenizer:
 
     @staticmethod
     def files(folder):
-        from gpt_core.tokenizer_rules import TOKENIZER_FILES
+        from gpt_core.text.tokenizer_rules import TOKENIZER_FILES
 
         names = [*TOKENIZER_FILES, "generation_config.json"]
         return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
@@ -443,8 +443,8 @@ def test_the_card_of_a_run_names_the_run(tmp_path, exports):
     """The step of a training run: its record is read, whoever wrote the weights."""
     import shutil
 
-    from gpt_core.run_config import RunConfig
-    from gpt_core.runs import RECORD_FILE, StepRecord, open_run
+    from gpt_core.runs.config import RunConfig
+    from gpt_core.runs.folder import RECORD_FILE, StepRecord, open_run
 
     config = CONFIGS["rope-gqa-full"]
     run = tmp_path / "my-run"
@@ -468,7 +468,7 @@ def test_another_engine_reads_the_export_and_agrees(name, tmp_path):
     import ctranslate2
 
     from gpt_core.formats import format_of
-    from gpt_core.weights import weights_source
+    from gpt_core.storage.weights import weights_source
 
     config = replace(
         CONFIGS[name], vocab_size=50257, pad_vocab_size_multiple=1, head_dim=8, embed_dim=48, attention_scale=None

@@ -9,7 +9,7 @@ from hugging_face import SAMPLES, save, tokens
 from gpt_core.formats import open_checkpoint
 from gpt_core.parameters import parameter_table
 from gpt_core.precision import Precision
-from parity.convert import convert
+from parity.checkpoints.convert import convert
 
 REASONABLE = 1e-5  # fp32 error of a model of two layers, relative to its largest logit
 

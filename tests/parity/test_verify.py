@@ -10,9 +10,9 @@ from hugging_face import SAMPLES, save, tokens
 
 from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
+from parity.checkpoints.convert import convert
 from parity.checks.peer import check_decode, check_runs, greedy
-from parity.convert import convert
-from parity.products import LibraryNoise
+from parity.sides.products import LibraryNoise
 from parity.sides.runs import Batch
 
 
@@ -316,7 +316,7 @@ def test_code_that_lies_in_a_folder_runs_only_when_it_is_trusted(tmp_path, ids, 
     import numpy_gpt
 
     from gpt_core.formats import format_of
-    from gpt_core.weights import weights_source
+    from gpt_core.storage.weights import weights_source
 
     config = replace(numpy_gpt.CONFIGS["learned-gqa-window"], vocab_size=96, context_length=40)
     weights = {name: array.astype(np.float32) for name, array in numpy_gpt.random_weights(config).items()}

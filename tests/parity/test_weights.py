@@ -12,7 +12,16 @@ from gpt_core.errors import InputError
 from gpt_core.formats import orbax_jax
 from gpt_core.formats.safetensors_torch import SPOKE
 from gpt_core.parameters import parameter_table
-from parity.weights import Spoke, cast, decode, parameter_dtypes, require_keys, slots, source_of, weights_source
+from gpt_core.storage.weights import (
+    Spoke,
+    cast,
+    decode,
+    parameter_dtypes,
+    require_keys,
+    slots,
+    source_of,
+    weights_source,
+)
 
 Array = np.ndarray[Any, Any]
 

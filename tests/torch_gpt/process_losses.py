@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import torch_gpt.train  # noqa: F401  once, before the processes part
-from gpt_core.run_config import RunConfig
+from gpt_core.runs.config import RunConfig
 from torch_gpt.cli import main
 from torch_gpt.distributed import connect, is_primary, process_count
 from torch_gpt.parallel import gather, like, place_batch

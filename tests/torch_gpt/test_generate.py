@@ -7,8 +7,8 @@ import torch
 from numpy_gpt import VARIANTS, WINDOW, random_tokens, random_weights
 
 from gpt_core.config import ModelConfig
-from gpt_core.generation import SamplingConfig, cache_slots
 from gpt_core.precision import Precision
+from gpt_core.text.generation import SamplingConfig, cache_slots
 from torch_gpt import decode
 from torch_gpt.generate import distribution, draw, generate, stream
 from torch_gpt.model import GPT

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from torch.distributed import TCPStore
 
-from gpt_core.tracking import read_metrics
+from gpt_core.runs.tracking import read_metrics
 from torch_gpt.cli import main
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import yaml
 from jax.sharding import AbstractMesh
 
 from gpt_core.errors import InputError
-from gpt_core.run_config import RunConfig
+from gpt_core.runs.config import RunConfig
 from jax_gpt.cli import main
 from jax_gpt.plan import plan as planning
 from jax_gpt.plan import theory
@@ -307,7 +307,7 @@ def test_a_step_is_compiled_for_slices_and_its_costs_are_read(
 
 WITH_EFFORTS = """
 import json, sys
-from gpt_core.run_config import RunConfig
+from gpt_core.runs.config import RunConfig
 from jax_gpt.plan import compiled, plan
 from jax_gpt.plan.topology import parse_topology
 from jax_gpt.sharding import create_mesh

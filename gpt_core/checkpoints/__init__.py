@@ -1,0 +1,1 @@
+"""Whole checkpoints: by path or hub name, in and out of every format, and what may be replaced by one."""

@@ -1,0 +1,1 @@
+"""Training runs: their config, folder, numbers, end, and sweeps of them."""

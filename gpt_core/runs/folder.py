@@ -1,0 +1,480 @@
+"""The folder of a training run: its files, its checkpoints, and which of them are kept.
+
+RUN/config.yaml     the run, every field            RUN/metrics.jsonl, summary.json, loss.png
+RUN/config.json     the model, as in any checkpoint, with the tokenizer beside it
+RUN/checkpoints/STEP/                               weights, optimizer and the record of one step
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import yaml
+
+from gpt_core.errors import InputError, shown
+from gpt_core.files.hashes import check_hashes
+from gpt_core.files.lease import Lease
+from gpt_core.files.reading import exists, is_file, read_json, read_yaml
+from gpt_core.files.writing import atomic_file, held_folder, remove
+from gpt_core.interrupts import uninterrupted
+from gpt_core.runs.config import RunConfig
+from gpt_core.runs.summary import CURVE_FILE, SUMMARY_FILE
+from gpt_core.runs.tracking import METRICS_FILE
+from gpt_core.sections import from_record
+from gpt_core.storage.checkpoint_config import CHECKPOINTS, CONFIG_FILE, write_checkpoint_config
+from gpt_core.text.tokenizer import Tokenizer
+from gpt_core.text.tokenizer_rules import TOKENIZER_FILES
+
+Framework = Literal["jax", "torch"]
+Found = TypeVar("Found")
+
+RUN_FILE = "config.yaml"
+RECORD_FILE = "record/record.json"  # within a checkpoint; Orbax gives every part a folder
+DAMAGED = "damaged"
+_FILES = {
+    *(RUN_FILE, CONFIG_FILE, CHECKPOINTS, DAMAGED, METRICS_FILE, SUMMARY_FILE, CURVE_FILE, *TOKENIZER_FILES),
+    *("wandb", "wandb-id.txt", "tensorboard"),
+}
+"""Names of what a trainer writes into a run's folder."""
+
+# What may change when a run goes on. Anything else would make it another run.
+_FREE_SECTIONS = {"tracking", "torch"}
+_FREE_FIELDS = {
+    "jax": {"mesh", "remat", "attention", "loss_chunk"},
+    "data": {"verify", "prefetch", "source", "prepared"},  # where the text lies; what it is, the data's state holds
+    "train": {"steps", "accumulation", "log_every", "evaluate_every", "evaluation_batches", "checkpoint_every"}
+    | {"keep_last", "keep_best", "keep_every", "max_skipped"},
+}
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a checkpoint holds beside arrays: where the run stands.
+
+    Args:
+        step: Updates made.
+        tokens: Tokens trained on.
+        data: State of the data, merged over all hosts.
+        seed: Of weights and dropout.
+        skipped: Steps skipped so far because something was not finite.
+        validation_loss: Of this step, in nats a token; None where none was measured.
+        framework: Which trainer wrote it.
+        environment: Versions it was written with.
+    """
+
+    step: int
+    tokens: int
+    data: dict[str, Any]
+    seed: int
+    skipped: int
+    validation_loss: float | None
+    framework: str
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; `from_dict` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any, source: str) -> Self:
+        """Read a record.
+
+        Raises:
+            InputError: it is of another program or version, or damaged.
+        """
+        return from_record(cls, values, "record", source)
+
+
+@contextmanager
+def held_run(
+    run: Path, *, primary: bool = True, agree: Callable[[bool], bool] = lambda yes: yes
+) -> Iterator[Callable[[], None]]:
+    """Hold a run's folder while it is trained; one that is refused before it saves anything is left as it was.
+
+    Args:
+        run: The folder; made where it is missing.
+        primary: Whether this process writes; the others only learn whether it can.
+        agree: Whether every process says yes.
+
+    Yields:
+        To be called before anything is saved: an InputError where another process has taken the folder over.
+
+    Raises:
+        InputError: another process trains here, or the folder cannot be written.
+    """
+    with ExitStack() as stack:
+        holds: list[tuple[Lease, bool]] = []
+        together(
+            lambda: holds.append(stack.enter_context(held_folder(run))) if primary else None,
+            agree,
+            f"{run}: cannot be written; process 0 says why",
+        )
+        if not holds:
+            yield lambda: together(lambda: None, agree, f"{run}: process 0 has lost it to another")
+            return
+        [held] = holds
+        steps, file = saved_steps(run), run / RUN_FILE
+        config = file.read_bytes() if file.is_file() else None
+        try:
+            yield lambda: together(held[0].require, agree, f"{run}: process 0 has lost it to another")
+        except (InputError, KeyboardInterrupt):
+            with uninterrupted(), suppress(InputError, OSError):
+                held[0].require()  # what lies there is ours
+                if saved_steps(run) == steps:
+                    _put_back(run, config, empty=held[1])
+            raise
+
+
+def together(action: Callable[[], object], agree: Callable[[bool], bool], otherwise: str) -> None:
+    """Do something that may be refused in one process: then it is refused in all.
+
+    Args:
+        action: What this process does.
+        agree: Whether every process says yes.
+        otherwise: What those say in which it was not refused.
+
+    Raises:
+        InputError: of this process, or `otherwise`.
+    """
+    failure: InputError | None = None
+    try:
+        action()
+    except InputError as error:
+        failure = error
+    if not agree(failure is None):
+        raise failure or InputError(otherwise)
+
+
+def _put_back(run: Path, config: bytes | None, *, empty: bool) -> None:
+    for path in run.iterdir() if empty else ():
+        if path.name in _FILES:  # a person may have put something there meanwhile
+            remove(path)
+    if config is not None:
+        with atomic_file(run / RUN_FILE) as temporary:
+            temporary.write_bytes(config)
+
+
+def open_run(
+    run: Path,
+    config: RunConfig,
+    framework: Framework,
+    tokenizer: Tokenizer | None,
+    *,
+    primary: bool = True,
+    agree: Callable[[bool], bool] = lambda yes: yes,
+) -> RunConfig | None:
+    """Make a run's folder, or check that the one there is of the same run, so that it can go on.
+
+    Args:
+        run: The folder.
+        config: What is to run.
+        framework: Which trainer asks.
+        tokenizer: Written beside the model's config, so that checkpoints can be used with text.
+        primary: Whether this process writes; the others only check.
+        agree: Whether every process says yes.
+
+    Returns:
+        The config that the run there had until now; None for a new one.
+
+    Raises:
+        InputError: the folder holds another run (the fields that differ are named), one of the other framework, or
+            something that is no run.
+    """
+    found: list[RunConfig] = []
+
+    def check() -> None:
+        if (run / RUN_FILE).exists():
+            found.append(_check_same_run(run / RUN_FILE, config, framework))
+        elif run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
+            raise InputError(f"{run}: is not empty and holds no run (no {RUN_FILE}); choose another folder with --out")
+
+    # All have looked before one writes, and none goes on where it could not.
+    together(check, agree, f"{run}: was refused in another process, which says why")
+    together(
+        lambda: write_run(run, config, framework, tokenizer) if primary else None,
+        agree,
+        f"{run}: cannot be written; process 0 says why",
+    )
+    return found[0] if found else None
+
+
+def write_run(run: Path, config: RunConfig, framework: Framework, tokenizer: Tokenizer | None) -> None:
+    """Write what every run's folder holds; one that is there has been checked.
+
+    Args:
+        run: The folder.
+        config: What is to run.
+        framework: Which trainer.
+        tokenizer: Written beside the model's config, so that checkpoints can be used with text.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    # First of all: whatever a process that was killed here leaves behind is recognised as this run.
+    with atomic_file(run / RUN_FILE) as temporary:
+        content = {"framework": framework, "run": config.to_dict()}
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    try:
+        write_checkpoint_config(run, config.model)
+        if tokenizer is not None:
+            tokenizer.save(run)
+    except OSError as error:
+        raise InputError(f"{run}: cannot be written: {error.strerror or error}") from None
+
+
+def read_run(run: Path) -> tuple[RunConfig, str]:
+    """The config of a run's folder, and the framework that trains it.
+
+    Raises:
+        InputError: it is no run, or its config is damaged.
+    """
+    file = run / RUN_FILE
+    if not is_file(file):
+        raise InputError(f"{run}: holds no training run (no {RUN_FILE})")
+    content = read_yaml(file)
+    framework = content.get("framework")
+    if framework not in get_args(Framework):
+        raise InputError(f"{file}: framework = {shown(framework)} must be one of: {', '.join(get_args(Framework))}")
+    return RunConfig.from_dict(content.get("run"), source=str(file)), str(framework)
+
+
+def _check_same_run(file: Path, config: RunConfig, framework: Framework) -> RunConfig:
+    saved, saved_framework = read_run(file.parent)
+    if saved_framework != framework:
+        raise InputError(
+            f"{file.parent}: this run is trained in {saved_framework}; `parity convert --state {file.parent} NEW_RUN "
+            f"--to {framework}` makes one that {framework} goes on with"
+        )
+    differing = differing_run_fields(saved, config)
+    if differing:
+        raise InputError(
+            f"{file.parent}: holds a run with another config, it differs in {differing}; go on with the saved values, "
+            f"or choose another folder with --out"
+        )
+    made = max(saved_steps(file.parent), default=0)
+    if config.train.steps < made:
+        raise InputError(
+            f"{file.parent}: train.steps = {config.train.steps}, and this run has made {made} steps already; give at "
+            f"least {made}, or choose another folder with --out"
+        )
+    return saved
+
+
+def differing_run_fields(saved: RunConfig, ours: RunConfig) -> str:
+    """Fields that must not change within a run and do: "model.n_heads 12 against 16"; "" when there is none."""
+    a, b = saved.to_dict(), ours.to_dict()
+    return ", ".join(
+        f"{section}.{name} {a[section][name]} against {b[section][name]}"
+        for section in a
+        if section not in _FREE_SECTIONS
+        for name in a[section]
+        if name not in _FREE_FIELDS.get(section, set()) and a[section][name] != b[section][name]
+        if name != "decay_steps" or not _schedule_may_end(saved, ours)
+    )
+
+
+def _schedule_may_end(saved: RunConfig, ours: RunConfig) -> bool:
+    """Whether our `optimizer.decay_steps` is as free as `train.steps`, which it followed, or says the same step."""
+    return saved.optimizer.decay_steps is None or _schedule_end(saved) == _schedule_end(ours)
+
+
+def _schedule_end(config: RunConfig) -> int:
+    return config.optimizer.decay_steps or config.train.steps
+
+
+def resume_notices(saved: RunConfig | None, config: RunConfig, step: int) -> list[str]:
+    """What a person should know of fields that may change when a run goes on, and that change what it computes.
+
+    Args:
+        saved: The config that the run had until now, None for a new one.
+        config: The config that it goes on with.
+        step: Updates made so far.
+    """
+    if saved is None or step == 0:
+        return []
+    notices = []
+    rate, old_rate = (f"{run.rate(step):.4g}" for run in (config, saved))
+    if step < config.train.steps and rate != old_rate:
+        end, old_end = map(_schedule_end, (config, saved))
+        notices.append(
+            f"step {step + 1} has the learning rate {rate}, not {old_rate}: the schedule ends at step {end} now, where "
+            f"it ended at {old_end}; --optimizer.decay_steps {old_end} keeps the old one"
+        )
+    if saved.train.evaluation_batches != config.train.evaluation_batches:
+        before, now = (
+            "the whole validation text" if count is None else f"{count} batches of the validation text"
+            for count in (saved.train.evaluation_batches, config.train.evaluation_batches)
+        )
+        notices.append(
+            f"train.evaluation_batches: validation losses are of {now} from here on, of {before} until now; keep_best "
+            f"and @best compare them as if they were alike"
+        )
+    return notices
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps with a complete checkpoint, in order."""
+    folder = run / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / CHECKPOINTS / str(step)
+
+
+def read_record(checkpoint: Path) -> StepRecord:
+    """The record of a checkpoint.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    file = checkpoint / RECORD_FILE
+    return StepRecord.from_dict(read_json(file), str(file))
+
+
+def validation_loss(run: Path, step: int) -> float | None:
+    """Of a checkpoint; None where none was measured, or where its record cannot be read (yet)."""
+    try:
+        return read_record(checkpoint_folder(run, step)).validation_loss
+    except InputError:
+        return None
+
+
+def newest_readable(
+    run: Path,
+    read: Callable[[int], Found],
+    agree: Callable[[bool], bool] = lambda yes: yes,
+    share: tuple[int, int] = (0, 1),
+) -> tuple[Found | None, dict[int, str]]:
+    """Read the newest checkpoint that is whole.
+
+    The hashes of its files say whether it is. One of an earlier version has none: it is damaged when it cannot be read.
+
+    Args:
+        run: Folder of the run.
+        read: Reads the checkpoint of a step; raises an InputError where that cannot be done.
+        agree: Whether every process says yes; a checkpoint that one of them cannot read is damaged for all.
+        share: Which process this is, from 0, and of how many: each of them reads its share of the files' hashes.
+
+    Returns:
+        What was read, None when there is no checkpoint; and the steps of damaged ones with the reason of each.
+
+    Raises:
+        InputError: there are checkpoints and all are damaged, or one whose files are intact cannot be read.
+    """
+    reasons: dict[int, str] = {}
+    for step in reversed(saved_steps(run)):
+        checkpoint = checkpoint_folder(run, step)
+        hashed, reason = _agreed(partial(check_hashes, checkpoint, *share), agree)
+        if reason is None:
+            found, reason = _agreed(partial(read, step), agree)
+            if reason is None:
+                return found, reasons
+            if hashed:
+                raise InputError(f"{checkpoint}: its files are as they were written, and cannot be read: {reason}")
+        reasons[step] = reason
+    if reasons:
+        raise InputError(
+            f"{run / CHECKPOINTS}: no checkpoint can be read: {listed(reasons)}; move the run's folder away to start "
+            f"again"
+        )
+    return None, {}
+
+
+def _agreed(read: Callable[[], Found], agree: Callable[[bool], bool]) -> tuple[Found | None, str | None]:
+    """What was read; or why it could not be, here or in another process."""
+    found, reason = None, None
+    try:
+        found = read()
+    except InputError as error:
+        reason = str(error).splitlines()[0]
+    if agree(reason is None):
+        return found, None
+    return None, reason or "another process could not read it"
+
+
+def set_aside(run: Path, steps: Iterable[int]) -> None:
+    """Move damaged checkpoints to `RUN/damaged/`, so that the run can save these steps again.
+
+    What was moved there before stays: the second of step 8 becomes `8.1`.
+    """
+    folder = run / DAMAGED
+    folder.mkdir(exist_ok=True)
+    for step in steps:
+        names = chain([str(step)], (f"{step}.{number}" for number in count(1)))
+        target = next(path for path in map(folder.joinpath, names) if not path.exists())
+        checkpoint_folder(run, step).rename(target)
+
+
+def listed(reasons: Mapping[int, str]) -> str:
+    """Steps and why they cannot be read, for messages."""
+    return ", ".join(f"step {step} ({reason})" for step, reason in reasons.items())
+
+
+def not_written(run: Path, error: Exception) -> InputError:
+    """What to say when a checkpoint could not be written."""
+    complete = saved_steps(run)
+    state = f"the checkpoint of step {complete[-1]} is complete" if complete else "there is none before it"
+    reason = str(error).splitlines()[0]
+    return InputError(
+        f"{run / CHECKPOINTS}: a checkpoint cannot be written: {reason}; {state}. Make room, and the same command goes "
+        f"on from there"
+    )
+
+
+def kept_steps(losses: Mapping[int, float | None], *, last: int, best: int, every: int | None) -> set[int]:
+    """Which checkpoints stay: the newest, the best, and those at regular intervals.
+
+    Args:
+        losses: Validation loss of every checkpoint by step, None where none was measured.
+        last: How many of the newest.
+        best: How many of the lowest loss; of equal ones the newer.
+        every: All at multiples of this many steps, if given.
+    """
+    newest = sorted(losses)[-last:]
+    measured = {step: loss for step, loss in losses.items() if loss is not None}
+    lowest = sorted(measured, key=lambda step: (measured[step], -step))[:best]
+    regular = [step for step in losses if every is not None and step % every == 0]
+    return {*newest, *lowest, *regular}
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """The folder of a checkpoint by name: `RUN`, `RUN@STEP`, `RUN@best`, `RUN@last`; any other path is given back.
+
+    `RUN` alone is `RUN@last`. The best is that of the lowest validation loss.
+
+    Raises:
+        InputError: the run has no checkpoint, or not this one; those there are named.
+    """
+    text, _, which = str(name).rpartition("@") if "@" in Path(name).name else (str(name), "", "last")
+    run = Path(text)
+    if not is_file(run / RUN_FILE):
+        if "@" in Path(name).name and not exists(Path(name)):
+            raise InputError(f"{run}: holds no training run (no {RUN_FILE}), so there is no {name}")
+        return Path(name)
+    steps = saved_steps(run)
+    if not steps:
+        raise InputError(f"{run}: has no complete checkpoint yet")
+    step = _choose(run, which, steps)
+    return checkpoint_folder(run, step)
+
+
+def _choose(run: Path, which: str, steps: Sequence[int]) -> int:
+    if which == "last":
+        return steps[-1]
+    if which == "best":
+        losses = {step: read_record(checkpoint_folder(run, step)).validation_loss for step in steps}
+        measured = {step: loss for step, loss in losses.items() if loss is not None}
+        if not measured:
+            raise InputError(f"{run}: no checkpoint has a validation loss, so none is the best; use @last")
+        return min(measured, key=lambda step: (measured[step], -step))
+    if which in map(str, steps):
+        return int(which)
+    raise InputError(f"{run}: has no checkpoint @{which}; there are: {', '.join(map(str, steps))}, best, last")

@@ -1,0 +1,1 @@
+"""Checkpoints by name, from format to format, and what lies in them."""

@@ -1,0 +1,1 @@
+"""Planted faults, to prove that the checks can fail."""

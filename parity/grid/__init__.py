@@ -1,0 +1,1 @@
+"""The grid of variants: its cases, both twins of each, every check, every fault."""

@@ -1,0 +1,136 @@
+"""Planting every fault where it must bite, and seeing that the very check that guards against it fails."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from parity.checks import CheckResult
+from parity.checks.activations import check_activations
+from parity.checks.decode import check_decode
+from parity.checks.gradients import check_gradients
+from parity.checks.logits import check_logits
+from parity.checks.loss import check_loss
+from parity.checks.optimizer import check_optimizer
+from parity.comparison.measures import Array
+from parity.comparison.tolerances import TOLERANCE
+from parity.faults.catalogue import FAULTS, Fault, planted
+from parity.grid.subject import ADAMW, OPTIMIZER_STEPS, Subject
+from parity.sides.products import Libraries
+
+_IN_EVERY_VARIANT = ("logits", "decode")
+# Faults behind attention do not depend on its variant: the default run plants them in these alone.
+_ENOUGH_FOR_THE_REST = ("learned-mha-full", "rope-gqa-window")
+
+
+@dataclass(frozen=True)
+class FaultRun:
+    """One fault in one variant.
+
+    Args:
+        fault: Its name.
+        variant: Where it was planted.
+        caught: Whether the check failed, as it must.
+        margin: Error over tolerance.
+        margin_float32: Error over the fp32 tolerance, for checks that have one.
+        found_site: Where the first-divergence search pointed; "" when it was not asked.
+        hint: What the search took it for.
+    """
+
+    fault: str
+    variant: str
+    caught: bool
+    margin: float
+    margin_float32: float | None
+    found_site: str
+    hint: str
+
+
+def fault_runs(subject: Subject) -> Iterator[FaultRun]:
+    """Plant every fault that bites in a case: those of the noise floor in fp32, all others in fp64."""
+    if "+" in subject.case.variant and not subject.full:
+        return
+    for fault in FAULTS:
+        right_dtype = subject.dtype == ("float32" if fault.caught_by == "noise" else "float64")
+        somewhere = fault.caught_by in _IN_EVERY_VARIANT or subject.full or subject.case.variant in _ENOUGH_FOR_THE_REST
+        if right_dtype and somewhere and fault.bites(subject.config):
+            yield run_fault(fault, subject)
+
+
+def run_fault(fault: Fault, subject: Subject) -> FaultRun:
+    """Plant one fault in a PyTorch twin of its own and run the check that must catch it."""
+    model = subject.definition()
+    # Made before the fault is planted: the truth and what the libraries can do must be free of it.
+    truth = subject.truth.sites if fault.caught_by == "noise" else None
+    libraries = subject.libraries
+    with planted(fault, model):
+        result, site, hint = _caught_by(fault, subject, model, truth, libraries)
+    bound = TOLERANCE.get((fault.caught_by, "float32"))
+    if fault.caught_by == "noise":
+        margin, margin32 = result.measures["noise_ratio"] / result.measures["noise_allowed"], None
+    else:
+        margin = result.relative_error / result.tolerance
+        margin32 = None if bound is None else result.relative_error / bound
+    # By the error itself, and not by another reason for which the check may fail.
+    caught = not result.passed and margin > 1 and (margin32 is None or margin32 > 1)
+    return FaultRun(fault.name, subject.case.variant, caught, margin, margin32, site, hint)
+
+
+def _caught_by(
+    fault: Fault, subject: Subject, model: Any, truth: Mapping[str, Array] | None, libraries: Libraries | None
+) -> tuple[CheckResult, str, str]:
+    variant, dtype, reference = subject.case.variant, subject.dtype, subject.jax_run
+    if fault.caught_by == "optimizer":
+        trainings = {"jax": subject.jax_training, "torch": subject.train_torch(OPTIMIZER_STEPS, model)}
+        result = check_optimizer(variant, dtype, subject.config, subject.weights, trainings, ADAMW.clip_norm)
+        return result, "", ""
+    run = subject.torch.run(model, subject.tokens, subject.batch, gradients=fault.caught_by == "gradients")
+    if fault.caught_by == "loss":
+        return check_loss(variant, dtype, {"jax": reference.loss, "torch": run.loss}), "", ""
+    if fault.caught_by == "decode":
+        cached = {"jax": subject.jax_cached, "torch": subject.torch.run_cached(model, subject.text, {})}
+        uncached = {"jax": reference.logits, "torch": run.logits}
+        return check_decode(variant, dtype, subject.text, cached, uncached), "", ""
+    if fault.caught_by == "gradients":
+        gradients = {"jax": reference.gradients, "torch": run.gradients}
+        result = check_gradients(variant, dtype, subject.config, gradients)
+        return result, result.measures.get("site", ""), ""
+    if fault.caught_by == "noise":
+        sites = {"jax": reference.sites, "torch": run.sites}
+        return check_activations(variant, dtype, sites, truth, libraries=libraries), "", ""
+    logits = {"jax": reference.logits, "torch": run.logits}
+    result = check_logits(variant, dtype, logits, probabilities=False)
+    if not fault.site:
+        return result, "", ""
+    divergence = subject.divergence(model, run)
+    return result, divergence.site if divergence else "", divergence.hint if divergence else ""
+
+
+def summarise(runs: Sequence[FaultRun]) -> list[dict[str, Any]]:
+    """The `faults` of `report.json`: one row a fault, over all variants in which it was planted; margins are the least.
+
+    A fault that was planted nowhere (no selected variant has what it needs) has no row.
+    """
+    rows = []
+    for fault in FAULTS:
+        ours = [run for run in runs if run.fault == fault.name]
+        if not ours:
+            continue
+        wrong_site = [run for run in ours if fault.site and run.found_site != fault.site]
+        margins32 = [run.margin_float32 for run in ours if run.margin_float32 is not None]
+        rows.append(
+            {
+                "name": fault.name,
+                "imitates": fault.imitates,
+                "caught": all(run.caught for run in ours),
+                "caught_by": fault.caught_by,
+                "margin": min(run.margin for run in ours),
+                "margin_float32": min(margins32) if margins32 else None,
+                "expected_site": fault.site,
+                "found_site": (wrong_site or ours)[0].found_site,
+                "site_right": not wrong_site,
+                "hint": next((run.hint for run in ours if run.hint), ""),
+                "variants": [run.variant for run in ours],
+                "missed_in": [run.variant for run in ours if not run.caught],
+            }
+        )
+    return rows

@@ -1,0 +1,155 @@
+"""The grid: twelve attention variants and a few further cases, small but sharp, on real text.
+
+Sizes are chosen so that a mistake moves the logits by O(1): two batches, a sequence of more than two windows that
+is no multiple of one, a number of kv heads that is neither 1 nor the number of heads, and a padded vocabulary. The
+vocabulary is the first 5,000 pieces of GPT-2's (all of it in one case), so that
+most of the time goes to attention and not to the head.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from math import sqrt
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt_core.config import ModelConfig, Position
+from gpt_core.data.stdlib import prose
+from gpt_core.errors import InputError
+from gpt_core.parameters import parameter_table
+from gpt_core.storage.weights import Weights
+from gpt_core.text.tokenizer import gpt2_tokenizer
+from parity.sides.runs import Batch, Batches, RaggedText
+
+BATCH, TIME, WINDOW = 2, 37, 13
+PROMPTS = (1, 6, 20)  # tokens of each prompt that is decoded from: the least, below the window, beyond it
+NEW_TOKENS = TIME - min(PROMPTS)  # that are written behind each: over four windows in all
+
+_BASE = ModelConfig(
+    vocab_size=5000,
+    pad_vocab_size_multiple=64,
+    context_length=64,
+    n_layers=3,
+    n_heads=6,
+    embed_dim=48,
+)
+_POSITIONS: tuple[Position, ...] = ("learned", "rope")
+_KV_HEADS = {"mha": 6, "gqa": 2, "mqa": 1}
+_MASKS = {"full": None, "window": WINDOW}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the grid.
+
+    Args:
+        variant: Its name.
+        config: The model.
+        scan_layers: Whether the JAX twin scans over stacked blocks.
+    """
+
+    variant: str
+    config: ModelConfig
+    scan_layers: bool = True
+
+
+def attention_variants() -> list[Case]:
+    """The twelve: position x heads x mask."""
+    return [
+        Case(
+            f"{position}-{heads}-{mask}",
+            replace(_BASE, position=position, n_kv_heads=_KV_HEADS[heads], sliding_window=_MASKS[mask]),
+        )
+        for position, heads, mask in product(_POSITIONS, _KV_HEADS, _MASKS)
+    ]
+
+
+def further_cases() -> list[Case]:
+    """One case for each choice beside attention, on variants that have the most to get wrong."""
+    twelve = {case.variant: case.config for case in attention_variants()}
+    rope, learned = twelve["rope-gqa-window"], twelve["learned-gqa-window"]
+    return [
+        Case("rope-gqa-window+no-bias", replace(rope, bias=False, qkv_bias=False)),
+        Case("learned-gqa-window+no-qkv-bias", replace(learned, qkv_bias=False)),
+        Case("rope-gqa-window+untied", replace(rope, tied_embeddings=False)),
+        Case("rope-gqa-window+unpadded-vocabulary", replace(rope, pad_vocab_size_multiple=1)),
+        Case("learned-gqa-window+padded-vocabulary", replace(learned, vocab_size=50257, pad_vocab_size_multiple=1000)),
+        Case("rope-gqa-window+unrolled", rope, scan_layers=False),
+        Case("learned-mha-full+unrolled", twelve["learned-mha-full"], scan_layers=False),
+    ]
+
+
+def grid() -> list[Case]:
+    """Every case of the default run."""
+    return [*attention_variants(), *further_cases()]
+
+
+def select(names: list[str]) -> list[Case]:
+    """The cases of these names; all of them when there are none.
+
+    Raises:
+        InputError: a name is unknown; the message lists the known.
+    """
+    known = {case.variant: case for case in grid()}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"unknown variant {', '.join(map(repr, unknown))}; known are: {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names)] if names else list(known.values())
+
+
+def sharp_weights(config: ModelConfig, seed: int = 0) -> Weights:
+    """fp64 weights under which every part of the model matters.
+
+    Matrices and embeddings are N(0, 1.6 / sqrt(embed)), so that attention is sharp; biases and norm scales are away
+    from the 0 and 1 at which they could be forgotten. Each parameter is drawn from a stream of its own.
+    """
+    weights: Weights = {}
+    for name, parameter in parameter_table(config).items():
+        random = np.random.default_rng([seed, parameter.stream])
+        if parameter.decay:
+            weights[name] = random.normal(0.0, 1.6 / sqrt(config.embed_dim), parameter.shape)
+        else:
+            sign = random.choice([-1.0, 1.0], parameter.shape)
+            weights[name] = parameter.mean + sign * random.uniform(0.1, 0.5, parameter.shape)
+    return weights
+
+
+def text_tokens(vocab_size: int, batch: int = BATCH, time: int = TIME) -> npt.NDArray[np.int64]:
+    """Real text through the GPT-2 BPE: `[batch, time]`, rows from different places.
+
+    Args:
+        vocab_size: Passages are chosen all of whose ids are below it. (GPT-2's ids are ordered by how early a piece
+            was merged, so passages of ordinary words stay below a few thousand.)
+        batch: Rows.
+        time: Tokens a row.
+    """
+    passages = _passages(vocab_size, time)
+    return passages[np.linspace(0, len(passages) - 1, batch, dtype=np.int64)]
+
+
+@lru_cache(maxsize=4)
+def _passages(vocab_size: int, time: int) -> npt.NDArray[np.int64]:
+    ids = np.asarray(gpt2_tokenizer().encode(prose()), np.int64)
+    passages = np.lib.stride_tricks.sliding_window_view(ids, time)[::5]
+    ordinary = passages[(passages < vocab_size).all(axis=1)]
+    return np.asarray([row for row in ordinary if len(set(row.tolist())) > time // 2])  # no tables or rules
+
+
+def text_batches(vocab_size: int, steps: int) -> Batches:
+    """Real text for some steps of training, another passage in every row."""
+    rows = text_tokens(vocab_size, batch=BATCH * steps).reshape(steps, BATCH, TIME)
+    return [(tokens, next_token_batch(tokens)) for tokens in rows]
+
+
+def next_token_batch(tokens: npt.NDArray[np.int64]) -> Batch:
+    """Targets one to the left, with an uneven mask: the last position has no target, and some are left out."""
+    mask = np.ones(tokens.shape, np.bool_)
+    mask[:, -1] = False
+    mask[0, 3:8] = False
+    return Batch(targets=np.roll(tokens, -1, axis=1), mask=mask)
+
+
+def ragged_text(tokens: npt.NDArray[np.int64]) -> RaggedText:
+    """Prompts of different length from these rows, and the rest of each row behind them."""
+    return RaggedText(tokens, rows=tuple(row % len(tokens) for row in range(len(PROMPTS))), lengths=PROMPTS)
