@@ -13,7 +13,8 @@ from parity.checks.loss import check_loss
 from parity.checks.optimizer import check_optimizer
 from parity.comparison.measures import Array
 from parity.comparison.tolerances import TOLERANCE
-from parity.faults.catalogue import FAULTS, Fault, planted
+from parity.faults.catalogue import FAULTS, planted
+from parity.faults.fault import Fault
 from parity.grid.subject import ADAMW, OPTIMIZER_STEPS, Subject
 from parity.sides.products import Libraries
 

@@ -31,7 +31,8 @@ from parity.comparison.divergence import Divergence, first_divergence
 from parity.comparison.hints import explain
 from parity.comparison.measures import Array
 from parity.comparison.tolerances import tolerance
-from parity.faults.catalogue import Fault, fault_named, planted
+from parity.faults.catalogue import fault_named, planted
+from parity.faults.fault import Fault
 from parity.grid.variants import (
     NEW_TOKENS,
     Case,
