@@ -18,8 +18,8 @@ from parity.checks.logits import check_logits
 from parity.checks.weights import check_export, check_weights
 from parity.comparison.measures import Array
 from parity.grid.planting import FaultRun, summarise
-from parity.grid.subject import GridOptions
 from parity.grid.variants import select
+from parity.grid.worker import GridOptions
 from parity.records.tokens import require_fitting, tokens_for
 from parity.sides import TRANSFORMERS
 from parity.sides.products import LibraryNoise
@@ -58,7 +58,7 @@ def check_grid(options: GridOptions, advance: Progress) -> Outcome:
         shares = [(groups[0], names[:-_LAST]), (groups[1], names), (groups[0], names[-_LAST:])]
     jobs = [
         Job(
-            "parity.grid.subject:worker",
+            "parity.grid.worker:worker",
             {"options": replace(options, dtypes=group, variants=share)},
             framework_environment(group[0], workers=len(groups), quick_compile=not options.full),
         )

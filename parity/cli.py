@@ -329,7 +329,8 @@ def _require_reference(options: Namespace, where: str) -> None:
 
 def _check_the_grid(options: Namespace) -> tuple[list[CheckResult], dict[str, Any]]:
     from parity.check import check_grid
-    from parity.grid.subject import Attention, GridOptions
+    from parity.grid.subject import Attention
+    from parity.grid.worker import GridOptions
 
     if options.tokens or options.text:
         raise InputError("--tokens and --text belong to two checkpoints; the grid brings its own text")

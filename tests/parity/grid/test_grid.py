@@ -7,8 +7,9 @@ import pytest
 
 from parity.check import check_grid
 from parity.faults.catalogue import FAULTS, fault_named
-from parity.grid.subject import Attention, GridOptions, Subject
+from parity.grid.subject import Attention, Subject
 from parity.grid.variants import WINDOW, attention_variants, grid, select, sharp_weights, text_tokens
+from parity.grid.worker import GridOptions
 from parity.sides.runs import RaggedText
 
 VARIANTS = {case.variant: case for case in attention_variants()}
@@ -42,7 +43,7 @@ def visible(fault, variant) -> bool:
 @pytest.fixture
 def in_this_process(in_this_process, monkeypatch):
     """What jobs build once for a case is kept for the next test."""
-    monkeypatch.setattr("parity.grid.subject.Subject", subject)
+    monkeypatch.setattr("parity.grid.worker.Subject", subject)
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from parity.grid.subject import Attention, Subject, checks
+from parity.grid.cases import checks
+from parity.grid.subject import Attention, Subject
 from parity.grid.variants import select
 from parity.sides import FRAMEWORKS, side_of
 
@@ -69,7 +70,7 @@ def test_the_implementation_that_is_named_is_the_one_that_runs(framework, global
 )
 def test_what_cannot_run_here_is_refused_before_anything_runs(jax, torch, dtypes, message, alone, parity, monkeypatch):
     monkeypatch.setattr("jax_gpt.attention.current_platform", lambda: "cpu")
-    monkeypatch.setattr("parity.grid.subject.Subject", None)
+    monkeypatch.setattr("parity.grid.worker.Subject", None)
     called = check(parity, jax, torch, "--dtype", *dtypes)
     assert called.code == 2
     assert message in called.err
