@@ -28,7 +28,15 @@ import gpt_core
 ROOT = Path(gpt_core.__file__).parents[1]
 # What commands import when they need it, ours and others'.
 LAZY = ("accelerate", "flax.nnx", "fsspec.implementations.local", "matplotlib.pyplot", "optax", "optuna", "rich.table")
-LAZY += ("orbax.checkpoint", "pyarrow.parquet", "tensorstore", "transformers", "jax_gpt.checkpoint", "jax_gpt.generate")
+LAZY += (
+    "orbax.checkpoint",
+    "pyarrow.parquet",
+    "tensorstore",
+    "torch._dynamo",
+    "transformers",
+    "jax_gpt.checkpoint",
+    "jax_gpt.generate",
+)
 LAZY += ("jax_gpt.train", "torch_gpt.checkpoint", "torch_gpt.generate", "torch_gpt.train", "parity.comparison.measures")
 LAZY += ("parity.checkpoints.convert", "parity.reports.report", "parity.runs.state", "parity.verify")
 
@@ -69,7 +77,7 @@ def import_everything(scratch: Path) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
-    for name in ("HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+    for name in ("HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         os.environ[name] = str(scratch / name.lower())
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
