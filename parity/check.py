@@ -27,7 +27,7 @@ from parity.workers import Job, framework_environment, run_side_by_side
 
 Outcome = tuple[list[CheckResult], dict[str, Any]]
 Progress = Callable[[int], None]
-_LAST = 3  # cases of fp64 that take as long as its process takes longer than that of the other dtypes
+_LAST = 2  # cases of fp64 that take as long as its process takes longer than that of the other dtypes
 
 
 def dtype_groups(dtypes: list[DType]) -> list[list[DType]]:
