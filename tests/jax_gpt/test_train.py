@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -75,12 +76,18 @@ def test_arrays_that_fail_together_are_said_once(before: str, well: int, config:
     assert [line for line in said if not line.startswith(expected)] == []
 
 
+def free_port() -> int:
+    """Below those that the system picks from: none that another program is given meanwhile."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+    raise OSError("no port is free")
+
+
 def pod(processes: int, devices: int, arguments: list[str], gathered: object = "-", dies: int = 0) -> list[str]:
     """Run processes to their end; the last of them kills itself when step `dies` is saved. What each said."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        coordinator = f"localhost:{probe.getsockname()[1]}"
-    together = ["--coordinator", coordinator, "--processes", str(processes)] if processes > 1 else []
+    together = ["--coordinator", f"localhost:{free_port()}", "--processes", str(processes)] if processes > 1 else []
     started = []
     for number in range(processes):
         of_process = [str(dies if number == processes - 1 else 0), *arguments, *together]
