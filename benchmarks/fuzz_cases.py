@@ -441,7 +441,8 @@ class Maker:
             words += [flag.name, value] if apart else [f"{flag.name}={value}"]
         else:
             words += chance.choice([[f"{flag.name}={value}"], [flag.name, value], [f"{flag.name}x"], [flag.name] * 2])
-        if any(word in {"--force", "/"} or word.endswith("=/") for word in words):  # nothing of this machine's
+        # Nothing of this machine's; and PyTorch's compiler takes longer than a case may.
+        if any(word in {"--force", "/", "--compile"} or word.endswith("=/") for word in words):
             return None
         return line, words, "", _specials
 
@@ -677,7 +678,7 @@ _BROKEN_YAML: dict[str, Callable[[str], str | bytes]] = {
     "10 MB in a line": lambda text: text + "# " + "x" * 10_000_000 + "\n",
     "a key of 100,000 letters": lambda text: text + "k" * 100_000 + ": 1\n",
     "5,000 digits as a key": lambda text: text + "9" * 5000 + ": 1\n",
-    "cut": lambda text: text[: len(text) // 2],
+    "cut in a quotation": lambda text: text[: len(text) // 2] + '\n"',
 }
 _BROKEN_JSON: dict[str, Callable[[str], str | bytes]] = {
     "empty": lambda text: "",
@@ -837,8 +838,9 @@ def _damage(fixtures: Path, path: str, chance: Chance) -> tuple[str, Spoil]:
     if what == "gone":
         return "removed", lambda folder: (folder / path).unlink()
     if what == "other":
-        others = [name for name in FIXTURES if (fixtures / name).is_file() and (fixtures / name).stat().st_size < 1e7]
-        other = chance.choice(others)
+        small = [name for name in FIXTURES if (fixtures / name).is_file() and (fixtures / name).stat().st_size < 1e7]
+        # Nor one config for another: a run of all defaults is one that a person may mean, and takes for ever.
+        other = chance.choice([name for name in small if Path(name).suffix != ".yaml" or not path.endswith(".yaml")])
         return f"is {other}", lambda folder: shutil.copyfile(fixtures / other, folder / path) and None
     if what == "special":
         other = chance.choice(["folder", "loop", "fifo", "zero", "full", "null", "socket", "dangling"])
