@@ -19,6 +19,7 @@ from flax import nnx
 
 from gpt_core.errors import InputError
 from gpt_core.files.hashes import is_exhaustion, write_hashes
+from gpt_core.files.reading import read_json
 from gpt_core.runs.config import TrainConfig
 from gpt_core.runs.folder import (
     RECORD_FILE,
@@ -29,6 +30,7 @@ from gpt_core.runs.folder import (
     newest_readable,
     not_written,
     read_record,
+    saved_steps,
     set_aside,
     validation_loss,
 )
@@ -57,17 +59,20 @@ class RunCheckpoints:
         self._background = ThreadPoolExecutor(1)
         self._hashing: Future[None] | None = None
         record_file = Path(RECORD_FILE)
-        self._manager = ocp.CheckpointManager(
-            (run / CHECKPOINTS).absolute(),
-            item_handlers={
-                PARAMS_FOLDER: ocp.StandardCheckpointHandler(),
-                _OPTIMIZER: ocp.StandardCheckpointHandler(),
-                record_file.parent.name: ocp.JsonCheckpointHandler(filename=record_file.name),
-            },
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Kept(run, config), cleanup_tmp_directories=True, create=True
-            ),
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                (run / CHECKPOINTS).absolute(),
+                item_handlers={
+                    PARAMS_FOLDER: ocp.StandardCheckpointHandler(),
+                    _OPTIMIZER: ocp.StandardCheckpointHandler(),
+                    record_file.parent.name: ocp.JsonCheckpointHandler(filename=record_file.name),
+                },
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=_Kept(run, config), cleanup_tmp_directories=True, create=True
+                ),
+            )
+        except RecursionError:  # Orbax reads the metadata of every checkpoint, however deep its brackets go
+            raise InputError(f"{_too_deep(run)}: cannot be read, its brackets go too deep; move it away") from None
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, StepRecord] | None:
         """The newest checkpoint that can be read, on the devices that `abstract` says; None when there is none.
@@ -163,10 +168,20 @@ class RunCheckpoints:
             raise not_written(self._run, error) from error
 
 
+def _too_deep(run: Path) -> Path:
+    """The checkpoint whose metadata our own reader, which has bounds, refuses too."""
+    for step in saved_steps(run):
+        try:
+            read_json(checkpoint_folder(run, step) / "_CHECKPOINT_METADATA")
+        except InputError:
+            return checkpoint_folder(run, step)
+    return run / CHECKPOINTS
+
+
 def _of_files(error: BaseException) -> bool:
     """Whether files can be the reason, and not memory, threads, file handles, devices or another host."""
     return not any(
-        isinstance(cause, MemoryError | RuntimeError)
+        (isinstance(cause, MemoryError | RuntimeError) and not isinstance(cause, RecursionError))
         or is_exhaustion(cause)
         or str(cause).startswith("RESOURCE_EXHAUSTED")  # TensorStore's, a ValueError
         for cause in _causes(error)

@@ -15,6 +15,7 @@ from gpt_core.checkpoints.replaceable import kept_checkpoint
 from gpt_core.cli import CHECK_FAILED, SUCCESS, parser, print_json, progress, run, say, status
 from gpt_core.commands.train import add_run_arguments, run_config
 from gpt_core.errors import InputError, one_line
+from gpt_core.files.reading import real_path
 from gpt_core.files.writing import atomic_directory, refuse_existing
 from gpt_core.formats import FORMATS, is_hugging_face
 from gpt_core.formats.targets import HUGGING_FACE, TARGETS
@@ -420,7 +421,7 @@ def _convert(options: Namespace) -> int:
             dtype=options.dtype,
             force=options.force,
             allow_remote_code=options.allow_remote_code,
-            name=options.destination.resolve().name,
+            name=real_path(options.destination).name,
             parity=parity_result(options.report) if options.report else "",
             advance=lambda parts: bar.advance(task, parts),
             **extra,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpt_core.errors import InputError
+from gpt_core.files.reading import real_path
 from gpt_core.formats import format_of, is_hugging_face, open_checkpoint
 from gpt_core.precision import DType
 from gpt_core.storage.weights import weights_source
@@ -73,7 +74,7 @@ def verify_folder(
     ids = tokens_for(folder, checkpoint.config, tokens, text)
     if ids.shape[1] < 2:
         raise InputError("rows of one token have no next token to predict; give longer ones")
-    results = [] if against is None else [check_export(folder.resolve().name, open_checkpoint(against), checkpoint)]
+    results = [] if against is None else [check_export(real_path(folder).name, open_checkpoint(against), checkpoint)]
     shared = {"path": folder, "tokens": ids, "new_tokens": new_tokens, "trust_remote_code": trust_remote_code}
     jobs = [
         Job(
@@ -170,7 +171,7 @@ def folder_worker(
         emit(
             list(
                 peer_checks(
-                    path.resolve().name,
+                    real_path(path).name,
                     path,
                     dtype,
                     tokens,

@@ -168,6 +168,17 @@ def test_a_damaged_file_moves_the_checkpoint_aside_and_the_one_before_is_taken(
     assert [path.name for path in (run / "damaged").iterdir()] == ["8"]
 
 
+@pytest.mark.parametrize("hashed", [True, False])
+def test_metadata_that_orbax_cannot_survive_names_its_checkpoint(
+    hashed: bool, twins: dict[str, Twin], copies: Callable[..., Path]
+) -> None:
+    run = copies("jax", hashed=hashed)
+    (checkpoint_folder(run, 4) / "_CHECKPOINT_METADATA").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"checkpoints/4: cannot be read, its brackets go too deep"):
+        restore(twins["jax"], run)
+    assert saved_steps(run) == [4, 8]
+
+
 @pytest.mark.parametrize("kind", ["missing", "empty", "cut"])
 @pytest.mark.parametrize(("framework", "pattern"), [(name, file) for name, files in FILES.items() for file in files])
 def test_without_hashes_damage_is_what_cannot_be_read(

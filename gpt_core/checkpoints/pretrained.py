@@ -18,6 +18,7 @@ from gpt_core.checkpoints.hub import local_folder
 from gpt_core.checkpoints.replaceable import kept_checkpoint
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
+from gpt_core.files.reading import real_path
 from gpt_core.files.writing import atomic_directory, sync_directory
 from gpt_core.formats import format_of, is_hugging_face, open_checkpoint
 from gpt_core.formats.base import Checkpoint
@@ -186,7 +187,7 @@ class Saving:
             self.config,
             source,
             dtypes,
-            Origin(Path(path).resolve().name),
+            Origin(real_path(path).name),
             to,
             tokenizer=tokenizer,
             allow_remote_code=allow_remote_code,

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from gpt_core.files.reading import real_path
 from gpt_core.formats.hf_folder import CARD_FILE, GENERATION_CONFIG
 from gpt_core.runs.folder import RUN_FILE
 from gpt_core.storage.checkpoint_config import CHECKPOINTS, CONFIG_FILE, PARAMS_FOLDER
@@ -25,7 +26,7 @@ _ORBAX_FOLDERS = r"d|ocdbt\.process_\d+|array_metadatas"
 
 def kept_checkpoint(folder: Path) -> str:
     """Why a folder must not be replaced by a checkpoint; "" where it is one, or empty."""
-    place = folder.resolve()
+    place = real_path(folder)
     runs = [run for run in (place, *place.parents[:2]) if (run / RUN_FILE).is_file()]
     if (place / CHECKPOINTS).exists() or place in runs:
         return "is a training run"

@@ -6,6 +6,7 @@ asks, and what cannot be read ends in one line that names it.
 
 import errno
 import json
+import os
 import re
 import stat
 import tokenize
@@ -43,6 +44,11 @@ def unreadable(path: str | Path, error: OSError | ValueError) -> InputError:
     """What to say of a path that the system refuses."""
     reason = _REASONS.get(error.errno or 0, error.strerror) if isinstance(error, OSError) else None
     return InputError(f"{path}: {reason or f'cannot be read: {error}'}")
+
+
+def real_path(path: str | Path) -> Path:
+    """Where a path leads; of links that go in circles, the rest stays as it is (`Path.resolve` fails there)."""
+    return Path(os.path.realpath(path))
 
 
 def _mode(path: Path) -> int | None:

@@ -255,6 +255,7 @@ def _check_same_run(file: Path, config: RunConfig, framework: Framework) -> RunC
             f"{file.parent}: holds a run with another config, it differs in {differing}; go on with the saved values, "
             f"or choose another folder with --out"
         )
+    _require_free_names(file.parent / CHECKPOINTS)
     made = max(saved_steps(file.parent), default=0)
     if config.train.steps < made:
         raise InputError(
@@ -262,6 +263,13 @@ def _check_same_run(file: Path, config: RunConfig, framework: Framework) -> RunC
             f"least {made}, or choose another folder with --out"
         )
     return saved
+
+
+def _require_free_names(checkpoints: Path) -> None:
+    """Steps are saved in folders, so nothing else may have the name of one: better known now than when it is saved."""
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        if path.name.isdecimal() and not path.is_dir():
+            raise InputError(f"{path}: is no folder, and has the name of a step's checkpoint; move it away")
 
 
 def differing_run_fields(saved: RunConfig, ours: RunConfig) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 
 from gpt_core.errors import InputError, shown
-from gpt_core.files.reading import LARGEST_JSON, exists, open_file, parse_json, read_json, unreadable
+from gpt_core.files.reading import LARGEST_JSON, exists, open_file, parse_json, read_json, real_path, unreadable
 from gpt_core.files.threads import for_each
 from gpt_core.interrupts import uninterrupted
 from gpt_core.storage.tensor_info import Array, TensorInfo, contiguous, mapped
@@ -48,7 +48,7 @@ def write_orbax(
         InputError: the name cannot be written by TensorStore.
         OSError: the disk is full, or writing failed otherwise.
     """
-    place = folder.resolve()  # TensorStore refuses "..", and relative paths
+    place = real_path(folder)  # TensorStore refuses "..", and relative paths
     require_plain(place)
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
     tree = {}
@@ -149,7 +149,7 @@ class OrbaxReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        require_plain(folder.resolve())
+        require_plain(real_path(folder))
         self.path = folder
         metadata, paths = _read_tree(folder)
         names = [".".join(path) for path in paths]
@@ -157,7 +157,7 @@ class OrbaxReader:
         """Name of every array -> what the checkpoint calls it."""
         # An uncompressed chunk is memory-mapped: only the pages that are asked for are read.
         context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_mode": {"mode": "memmap"}})
-        base = {"driver": "file", "path": f"{folder.resolve()}/"}
+        base = {"driver": "file", "path": f"{real_path(folder)}/"}
         use_ocdbt = bool(metadata.get("use_ocdbt", exists(folder / "manifest.ocdbt")))
         place = {"driver": "ocdbt", "base": base} if use_ocdbt else base
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"

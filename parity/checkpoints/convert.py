@@ -11,6 +11,7 @@ import numpy as np
 from gpt_core.checkpoints.hashing import parts
 from gpt_core.checkpoints.pretrained import Origin, write_pretrained
 from gpt_core.errors import InputError
+from gpt_core.files.reading import real_path
 from gpt_core.files.writing import require_apart
 from gpt_core.formats import open_checkpoint
 from gpt_core.parameters import parameter_count
@@ -130,13 +131,13 @@ def conversion_parts(path: Path) -> int:
 
 
 def _name(source: Path) -> str:
-    folder = source.resolve()
+    folder = real_path(source)
     return f"{config_home(folder).name}, step {folder.name}" if folder.parent.name == CHECKPOINTS else folder.name
 
 
 def _training(source: Path) -> str:
     """One line on the training run that a checkpoint belongs to; "" where it belongs to none."""
-    folder = source.resolve()
+    folder = real_path(source)
     if not (folder / RECORD_FILE).is_file():
         return ""
     record, (config, framework) = read_record(folder), read_run(config_home(folder))

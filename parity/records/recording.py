@@ -8,6 +8,7 @@ import numpy as np
 
 from gpt_core.checkpoints.hashing import hash_weights, unpadded
 from gpt_core.errors import InputError
+from gpt_core.files.reading import real_path
 from gpt_core.formats import open_checkpoint
 from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType
@@ -92,7 +93,7 @@ def record_checkpoint(
         "kind": "checkpoint",
         "framework": framework,
         "dtype": dtype,
-        "checkpoint": path.resolve().name,
+        "checkpoint": real_path(path).name,
         "checkpoint_format": checkpoint.format,
         "config": config.to_dict(),
         "environment": machine() | side_of(framework).describe(),

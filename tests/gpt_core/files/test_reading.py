@@ -21,6 +21,7 @@ from gpt_core.files.reading import (
     parse_json,
     read_json,
     read_yaml,
+    real_path,
     require_npy,
 )
 from gpt_core.formats.hf_folder import parity_result
@@ -256,3 +257,11 @@ def test_what_is_no_report_of_checks_gives_no_line_for_a_card(content: str, tmp_
         parity_result(tmp_path / "report.json")
     (tmp_path / "report.json").write_text('{"passed": true, "cases": [{"passed": true}]}')
     assert parity_result(tmp_path / "report.json") == "passed: 1 of 1 checks"
+
+
+def test_where_links_lead_is_known_or_left_open_and_no_error(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    assert real_path(tmp_path / "link/below") == tmp_path / "there/below"
+    assert real_path(tmp_path / "loop/below").name == "below"

@@ -385,6 +385,16 @@ def test_fewer_steps_than_a_run_has_made_are_refused(primary: bool, run: Path) -
     open_run(run, changed("train", steps=100), "jax", None, primary=primary)
 
 
+@pytest.mark.parametrize("kind", ["a file", "a link to nothing"])
+def test_a_step_whose_name_is_taken_is_refused_before_the_first_step(kind: str, run: Path) -> None:
+    place = run / "checkpoints/200"
+    place.write_text("") if kind == "a file" else place.symlink_to("nowhere")
+    before = (run / RUN_FILE).read_text()
+    with pytest.raises(InputError, match=r"checkpoints/200: is no folder, and has the name of a step's checkpoint"):
+        open_run(run, changed("train", steps=300), "jax", None)
+    assert (run / RUN_FILE).read_text() == before
+
+
 def test_a_run_of_the_other_framework_is_refused_with_what_to_do(run: Path) -> None:
     with pytest.raises(InputError, match=r"is trained in jax; .*parity convert --state"):
         open_run(run, CONFIG, "torch", None)
