@@ -69,7 +69,7 @@ def run(main_parser: ArgumentParser, commands: Mapping[str, Command], arguments:
     """
     try:
         with interruptible(silence):
-            parsed = main_parser.parse_args(arguments)
+            parsed = _parsed(main_parser, sys.argv[1:] if arguments is None else arguments)
             try:
                 return commands[parsed.subcommand](parsed[parsed.subcommand])
             except ModuleNotFoundError as error:
@@ -99,6 +99,14 @@ def run(main_parser: ArgumentParser, commands: Mapping[str, Command], arguments:
     except Exception:
         traceback.print_exc()
         return OUR_FAULT
+
+
+def _parsed(main_parser: ArgumentParser, words: list[str]) -> Namespace:
+    try:
+        return main_parser.parse_args(words)
+    except UnicodeEncodeError:  # of PyYAML, which reads the values of most flags
+        wrong = next(word for word in words if word.encode(errors="ignore").decode() != word)
+        raise InputError(f"{wrong!a}: is no text in UTF-8") from None
 
 
 def _end(code: int, kind: str, reason: object) -> int:

@@ -23,7 +23,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from gpt_core.cli import SUCCESS, parser, print_json, progress
+from gpt_core.cli import SUCCESS, parser, print_json, progress, say
 from gpt_core.errors import InputError, RunFailedError, one_line, shown
 from gpt_core.files.lease import wait_until_free
 from gpt_core.files.reading import read_json
@@ -349,5 +349,5 @@ def sweep_command(options: Namespace, launch: Sequence[str]) -> int:
         print_json(read_json(out / STATE_FILE))
         return SUCCESS
     Console().print(result_table(trials, sweep))
-    print(f"best: {out / best_first(trials, sweep.goal)[0].name}; all: {out / STATE_FILE}")
+    say(f"best: {out / best_first(trials, sweep.goal)[0].name}; all: {out / STATE_FILE}")
     return SUCCESS

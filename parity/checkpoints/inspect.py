@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gpt_core.cli import say
 from gpt_core.errors import InputError, one_line
 from gpt_core.files.hashes import HASHES_FILE, damaged_files, read_hashes
 from gpt_core.formats import open_checkpoint
@@ -73,7 +74,7 @@ def verify_files(path: Path) -> dict[str, Any]:
 def print_verification(found: dict[str, Any]) -> None:
     """The damaged files, one a line; or that there are none."""
     for name, reason in found["damaged_files"].items():
-        print(f"{name} {reason}")
+        say(f"{name} {reason}")
     if not found["damaged_files"]:
         print(f"all {found['verified_files']} files are as they were written")
 

@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 
 from gpt_core import cli
+from gpt_core.commands.train import train_parser
 from gpt_core.errors import InputError
 
 
@@ -120,6 +121,14 @@ def test_a_wrong_flag_is_one_line_without_usage(
     assert errors.startswith("error: ")
     assert said in errors
     assert errors.count("\n") == 1
+
+
+def test_a_flag_with_bytes_that_are_no_text_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    top = cli.parser("A program.", "  prog go", prog="prog")
+    top.add_subcommands(required=True, dest="subcommand").add_subcommand("train", train_parser("prog"))
+    words = ["train", "--config", "tiny-cpu", "--model", "\udcff"]  # how Python holds a byte that is no UTF-8
+    assert cli.run(top, {"train": lambda options: 0}, words) == 2
+    assert capsys.readouterr().err == "error: '\\udcff': is no text in UTF-8\n"
 
 
 def test_a_defect_of_ours_is_not_hidden_nor_taken_for_a_failed_check(capsys: pytest.CaptureFixture[str]) -> None:

@@ -535,6 +535,13 @@ def test_the_command_prints_a_table_best_first(trainer: Trainer, capsys: pytest.
     assert "failed: the loss was not finite" in errors
 
 
+def test_a_name_that_would_colour_a_terminal_is_shown_as_it_is(
+    trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(trainer, str(trainer.file()), "--out", str(trainer.out.with_name("\x1b[31mred"))) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_the_commands_json_is_alone_on_standard_output(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(trainer, str(trainer.file()), "--out", str(trainer.out), "--set", "train.steps=3", "--json") == 0
     assert json.loads(capsys.readouterr().out) == trainer.state()
