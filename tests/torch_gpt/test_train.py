@@ -103,7 +103,8 @@ def test_processes_leave_their_group_before_the_interpreter_ends() -> None:
     script = (
         "import atexit; from torch import distributed\n"
         "atexit.register(lambda: print(distributed.is_initialized()))\n"  # the first registered is the last called
-        "from torch_gpt.distributed import connect; connect(); distributed.barrier(); print(distributed.is_initialized())"
+        "from torch_gpt.distributed import connect; connect(); distributed.barrier()\n"
+        "print(distributed.is_initialized())"
     )
     command, streams = [sys.executable, "-c", script], {"stdout": subprocess.PIPE, "text": True}
     with rendezvous() as variables:
