@@ -1,5 +1,6 @@
 """The judge of fp32: how far each side is from the fp64 truth, beside what its library can do."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +15,15 @@ def noise_against(
     """Each side's RMS error against the fp64 truth, their ratio and its bound; and what of it fails in fp32, or ""."""
     noise = {name: difference(side, truth).rms for name, side in sides.items()}
     quieter, noisier = sorted(noise, key=lambda name: noise[name])
-    ratio = noise[noisier] / noise[quieter] if noise[quieter] else 1.0
-    judged, reason = judge(ratio, noisier, quieter, dtype, libraries)
+    judged, reason = judge(_ratio(noise[noisier], noise[quieter]), noisier, quieter, dtype, libraries)
     return {f"{name}_rms_error": value for name, value in noise.items()} | judged, reason
+
+
+def _ratio(noisier: float, quieter: float) -> float:
+    """1 where both are exact, infinite where one alone is."""
+    if noisier == quieter:
+        return 1.0
+    return noisier / quieter if quieter else math.inf
 
 
 def judge(

@@ -9,6 +9,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.parameters import parameter_table
 from parity.checks.activations import check_activations
 from parity.checks.gradients import backward_verdict, check_gradients, leaf_errors
+from parity.checks.logits import check_logits
 from parity.checks.optimizer import check_optimizer
 from parity.checks.training import check_training
 from parity.comparison.null_leaves import null_leaves
@@ -154,7 +155,11 @@ def test_one_side_that_is_exact_where_the_other_is_not_fails_on_either_side():
     truth = {"logits": np.random.default_rng(0).normal(size=(4, 50))}
     near = {"logits": truth["logits"] * (1 + 1e-8)}
     for sides in ({"jax": truth, "torch": near}, {"jax": near, "torch": truth}):
-        result = check_activations("v", "float32", sides, truth)
-        assert result.measures["noise_ratio"] == np.inf
-        assert not result.passed
+        of_logits = {name: side["logits"] for name, side in sides.items()}
+        for result in (
+            check_activations("v", "float32", sides, truth),
+            check_logits("v", "float32", of_logits, truth["logits"]),
+        ):
+            assert result.measures["noise_ratio"] == np.inf
+            assert not result.passed
     assert check_activations("v", "float32", {"jax": truth, "torch": truth}, truth).measures["noise_ratio"] == 1
