@@ -6,7 +6,7 @@ sliding-window causal mask (Beltagy et al., 2020; Jiang et al., 2023).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -219,12 +219,26 @@ def find_config(path_or_preset: str | Path) -> Path:
     Raises:
         InputError: neither exists; the message lists the presets.
     """
-    path = Path(path_or_preset)
+    return find_shipped(path_or_preset, _preset_files(), "preset")
+
+
+def find_shipped(path_or_name: str | Path, files: Sequence[Path], kind: str) -> Path:
+    """Resolve a path of a YAML file, or the name of one that is shipped.
+
+    Args:
+        path_or_name: A path ends in .yaml or .yml.
+        files: That are shipped; their names are those of the files without the ending.
+        kind: Of the files, for the message.
+
+    Raises:
+        InputError: it is neither; the message lists the names.
+    """
+    path = Path(path_or_name)
     if path.suffix in {".yaml", ".yml"}:
         if exists(path):
             return path
         raise InputError(f"{path}: no such file")
-    for candidate in _preset_files():
-        if candidate.stem == str(path_or_preset):
-            return candidate
-    raise InputError(f"unknown preset {str(path_or_preset)!r}; known are: {', '.join(preset_names())}")
+    named = {file.stem: file for file in files}
+    if str(path_or_name) in named:
+        return named[str(path_or_name)]
+    raise InputError(f"unknown {kind} {str(path_or_name)!r}; known are: {', '.join(sorted(named))}")

@@ -7,9 +7,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-from gpt_core.config import SWEEPS, config_directory
+from gpt_core.config import SWEEPS, config_directory, find_shipped
 from gpt_core.errors import InputError, shown
-from gpt_core.files.reading import exists, read_yaml
+from gpt_core.files.reading import read_yaml
 from gpt_core.runs.config import RunConfig
 from gpt_core.sections import is_number, is_whole, require_flag_count
 
@@ -337,7 +337,11 @@ def check_setting(name: str, source: str) -> None:
 
 def sweep_names() -> list[str]:
     """Names that `find_sweep` knows without a path."""
-    return sorted(path.stem for path in (config_directory() / SWEEPS).glob("*.yaml"))
+    return sorted(path.stem for path in _sweep_files())
+
+
+def _sweep_files() -> list[Path]:
+    return list((config_directory() / SWEEPS).glob("*.yaml"))
 
 
 def find_sweep(path_or_name: str | Path) -> Path:
@@ -346,11 +350,4 @@ def find_sweep(path_or_name: str | Path) -> Path:
     Raises:
         InputError: neither exists; the message lists the sweeps.
     """
-    path = Path(path_or_name)
-    if path.suffix in {".yaml", ".yml"}:
-        if exists(path):
-            return path
-        raise InputError(f"{path}: no such file")
-    if str(path_or_name) in sweep_names():
-        return config_directory() / SWEEPS / f"{path_or_name}.yaml"
-    raise InputError(f"unknown sweep {str(path_or_name)!r}; known are: {', '.join(sweep_names())}")
+    return find_shipped(path_or_name, _sweep_files(), "sweep")

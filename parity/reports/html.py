@@ -7,13 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from gpt_core.files.writing import atomic_file
 from parity.reports import summary
 from parity.reports.figure_style import themes
 from parity.reports.overview_figures import heat_map, noise_floor
+from parity.reports.rendering import render
 from parity.reports.variant_figures import variant_figures
 
 _WORDS = ("headline", "missed", "noise_lines", "place", "rerun", "rerun_fault", "why")
@@ -45,20 +45,12 @@ def write_html(content: dict[str, Any], destination: Path) -> None:
         InputError: the file cannot be written.
     """
     drawn = _drawn(content)
-    environment = Environment(
-        loader=PackageLoader("parity.reports"),
+    page = render(
+        "report.html.jinja",
+        content,
+        _WORDS,
+        {"margin_width": _margin_width},
         autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update({name: getattr(summary, name) for name in _WORDS})
-    environment.filters.update(short=summary.short, margin_width=_margin_width)
-    page = environment.get_template("report.html.jinja").render(
-        report=content,
-        faults=content.get("faults", []),
-        failed=summary.failed_cases(content),
-        missed_faults=summary.missed_faults(content),
         tallies=_tallies(content),
         figures=_FIGURES,
         drawn=drawn,

@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from gpt_core.files.writing import atomic_file
 from parity.reports import summary
+from parity.reports.rendering import render
 
 _MOST_LINES = 20
 _WORDS = ("fault_line", "headline", "noise_lines", "rerun", "rerun_fault", "why")
@@ -35,20 +34,12 @@ def write_markdown(content: dict[str, Any], destination: Path) -> None:
             return f"**{share}**, {error}"
         return f"{share}, {'bitwise' if summary.share_of_bound(shown) == 0 else error}"
 
-    environment = Environment(  # Markdown, not HTML: `_cell` keeps what is written into it plain
-        loader=PackageLoader("parity.reports"),
-        autoescape=False,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update({name: getattr(summary, name) for name in _WORDS})
-    environment.filters.update(cell=_cell, short=summary.short)
-    text = environment.get_template("report.md.jinja").render(
-        report=content,
-        faults=content.get("faults", []),
-        failed=summary.failed_cases(content),
-        missed_faults=summary.missed_faults(content),
+    text = render(
+        "report.md.jinja",
+        content,
+        _WORDS,
+        {"cell": _cell},
+        autoescape=False,  # Markdown, not HTML: `_cell` keeps what is written into it plain
         checks=summary.checks_of(content["cases"]),
         dtypes=summary.dtypes_of(content),
         tally=tally,
