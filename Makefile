@@ -9,12 +9,12 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install parity train bench test test-all lint types imports format clean
+.PHONY: help install parity train bench gpu-wheels test test-all lint types imports format clean
 
 help: ## List the targets
 	@echo "Usage: make TARGET [PYTHON=python3.12] [ARGS='...']"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP) ## Make .venv with both frameworks and the developers' tools
 
@@ -38,6 +38,12 @@ train: $(STAMP) ## Train a small model on the interpreter's own library; writes 
 
 bench: $(STAMP) ## Measure what is promised about speed; writes runs/bench/ (ARGS="--only attention decoding")
 	$(BIN)/python benchmarks/bench.py --out runs/bench $(ARGS)
+
+gpu-wheels: $(STAMP) ## Collect in .gpu-wheels/ what benchmarks/gpu_box.py needs on a GPU machine without a network
+	rm -rf .gpu-wheels
+	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d .gpu-wheels -r benchmarks/gpu-wheels.txt
+	@du -sm .gpu-wheels | awk '{print $$1 " MiB in .gpu-wheels"; exit $$1 > 64}'
 
 test: $(STAMP) ## Run the tests, but for the slowest (ARGS="-k window", WORKERS=2)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --budgets test -m "not slow" $(ARGS)

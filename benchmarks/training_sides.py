@@ -17,7 +17,10 @@ def batch(number: int, rows: int, length: int, vocab: int = VOCAB) -> npt.NDArra
     return np.random.default_rng(number).integers(0, vocab, (rows, length + 1)).astype(np.int64)
 
 
-def _config(framework: str, rows: int, length: int, dtype: str, model: dict[str, Any], options: dict[str, Any]) -> Any:
+def run_config(
+    framework: str, rows: int, length: int, dtype: str, model: dict[str, Any], options: dict[str, Any]
+) -> Any:
+    """Of a run; `options` are those of the framework's section."""
     from gpt_core.runs.config import RunConfig
 
     return RunConfig.from_dict(
@@ -37,7 +40,7 @@ def jax_step(rows: int, length: int, dtype: str, model: dict[str, Any] | None = 
     from jax_gpt.sharding import create_mesh, place_batch
     from jax_gpt.step import create_program
 
-    config = _config("jax", rows, length, dtype, model or {}, options)
+    config = run_config("jax", rows, length, dtype, model or {}, options)
     mesh = create_mesh(config.jax.mesh)
     program = create_program(config, mesh)
     state = program.create()
@@ -61,7 +64,7 @@ def torch_step(rows: int, length: int, dtype: str, model: dict[str, Any] | None 
     from torch_gpt.step import create_program
 
     keep_freed_memory()  # as `torch-gpt train` does
-    config = _config("torch", rows, length, dtype, model or {}, options)
+    config = run_config("torch", rows, length, dtype, model or {}, options)
     program = create_program(config, connect())
     state = program.state
 
@@ -74,33 +77,33 @@ def torch_step(rows: int, length: int, dtype: str, model: dict[str, Any] | None 
     return step
 
 
-def hugging_face_gpt2_step(rows: int, length: int, dtype: str, *, compiled: bool) -> Step:
-    """`GPT2LMHeadModel` of 124M, attention through `scaled_dot_product_attention`, dropout off."""
+def hugging_face_gpt2_step(rows: int, length: int, dtype: str, *, compiled: bool, **model: Any) -> Step:
+    """`GPT2LMHeadModel` of 124M or other sizes, attention through `scaled_dot_product_attention`, dropout off."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(vocab_size=VOCAB, n_positions=max(length, 1024), attn_implementation="sdpa", **dropout)
+    sizes = {"vocab_size": VOCAB, "n_positions": max(length, 1024)} | model
+    config = GPT2Config(attn_implementation="sdpa", **dropout, **sizes)
     return _hugging_face_step(GPT2LMHeadModel(config), rows, length, dtype, compiled=compiled)
 
 
 def hugging_face_starcoder2_step(
-    rows: int, length: int, dtype: str, *, heads: int, kv_heads: int, window: int, compiled: bool
+    rows: int, length: int, dtype: str, *, heads: int, kv_heads: int, window: int, compiled: bool, **sizes: Any
 ) -> Step:
     """As our step, with the peer's model."""
-    model = starcoder2(length, heads=heads, kv_heads=kv_heads, window=window)
+    model = starcoder2(length, heads=heads, kv_heads=kv_heads, window=window, **sizes)
     model.config.use_cache = False
     return _hugging_face_step(model, rows, length, dtype, compiled=compiled)
 
 
-def starcoder2(length: int, *, heads: int, kv_heads: int, window: int) -> Any:
-    """`Starcoder2ForCausalLM` in the shape of GPT-2 124M with a sliding window: the same function as ours."""
+def starcoder2(length: int, *, heads: int, kv_heads: int, window: int, **sizes: Any) -> Any:
+    """`Starcoder2ForCausalLM` in the shape of GPT-2 124M, or of other `sizes`, with a sliding window: the same function
+    as ours.
+    """
     from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
+    shape = {"vocab_size": VOCAB, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
     config = Starcoder2Config(
-        vocab_size=VOCAB,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=length,
@@ -110,6 +113,7 @@ def starcoder2(length: int, *, heads: int, kv_heads: int, window: int) -> Any:
         residual_dropout=0.0,
         attention_dropout=0.0,
         attn_implementation="sdpa",
+        **shape | sizes,
     )
     return Starcoder2ForCausalLM(config)
 
@@ -123,7 +127,7 @@ def _hugging_face_step(model: Any, rows: int, length: int, dtype: str, *, compil
     forward = torch.compile(model) if compiled else model
 
     def step(number: int) -> float:
-        ids = torch.from_numpy(batch(number, rows, length)).to(device)
+        ids = torch.from_numpy(batch(number, rows, length, model.config.vocab_size)).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             # `shift_labels` is the next token of every position, so that all of them count, as in ours.
             loss = forward(input_ids=ids[:, :-1], labels=ids[:, :-1], shift_labels=ids[:, 1:].contiguous()).loss

@@ -64,6 +64,9 @@ def in_turns(sides: Mapping[str, Side], *, rounds: int, steps: int = 1, warm: in
         rounds: Turns of each side.
         steps: Of a turn; with more than one the first is not counted, since it pays for cold caches.
         warm: Steps before the first turn, which compile.
+
+    Returns:
+        What was found of each side, but for those that died: they have said why on standard error.
     """
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
@@ -74,14 +77,14 @@ def in_turns(sides: Mapping[str, Side], *, rounds: int, steps: int = 1, warm: in
         process.start()
         theirs.close()
         processes.append(process)
-        pipes[name].send(range(warm))
-        pipes[name].recv()
-    answers: dict[str, list[Any]] = {name: [] for name in sides}
-    for round_number in range(rounds):
-        first = warm + round_number * steps
-        for name, pipe in pipes.items():
-            pipe.send(range(first, first + steps))
-            answers[name].append(pipe.recv())
+    answers: dict[str, list[Any]] = {}
+    for turn in (range(warm), *(range(first, first + steps) for first in range(warm, warm + rounds * steps, steps))):
+        for name in list(pipes):
+            try:
+                pipes[name].send(turn)
+                answers.setdefault(name, []).append(pipes[name].recv())
+            except (EOFError, OSError):
+                del pipes[name], answers[name]
     for pipe in pipes.values():
         pipe.send(None)
     for process in processes:
@@ -89,13 +92,16 @@ def in_turns(sides: Mapping[str, Side], *, rounds: int, steps: int = 1, warm: in
     cold = 1 if steps > 1 else 0
     return {
         name: Timing(tuple(s for seconds, _, _ in turns for s in seconds[cold:]), turns[-1][1], turns[-1][2])
-        for name, turns in answers.items()
+        for name, (_, *turns) in answers.items()
     }
 
 
 def one_after_another(sides: Mapping[str, Side], *, rounds: int, warm: int = 1) -> dict[str, Timing]:
     """As `in_turns`, for sides of which only one fits into memory."""
-    return {name: in_turns({name: side}, rounds=rounds, warm=warm)[name] for name, side in sides.items()}
+    found: dict[str, Timing] = {}
+    for name, side in sides.items():
+        found |= in_turns({name: side}, rounds=rounds, warm=warm)
+    return found
 
 
 def _serve(side: Side, pipe: Connection) -> None:

@@ -59,11 +59,12 @@ def forward_flops_per_token(config: ModelConfig, context_length: int) -> float:
     """
     blocks = sum(row.size for name, row in parameter_table(config).items() if name.startswith("blocks.") and row.decay)
     weights = blocks + config.vocab_size * config.embed_dim
-    pairs = config.n_heads * config.head_dim * _mean_visible_keys(context_length, config.sliding_window)
+    pairs = config.n_heads * config.head_dim * mean_visible_keys(context_length, config.sliding_window)
     return 2.0 * weights + 4.0 * config.n_layers * pairs
 
 
-def _mean_visible_keys(context_length: int, window: int | None) -> float:
+def mean_visible_keys(context_length: int, window: int | None) -> float:
+    """Keys that a query sees inside the causal mask and the window, the mean over a row."""
     # The first `full` queries see 1, 2, ..., full keys, all later ones a whole window.
     full = min(window or context_length, context_length)
     return (full * (full + 1) / 2 + (context_length - full) * full) / context_length
