@@ -63,9 +63,12 @@ def main(arguments: Sequence[str] | None = None, questions: Mapping[str, Questio
     if options.plan:
         print(plan(questions))
         return 0
-    options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "results.json"
-    found: dict[str, Record] = json.loads(results.read_text()) if results.exists() else {}
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        found: dict[str, Record] = json.loads(results.read_text()) if results.exists() else {}
+    except (OSError, ValueError) as error:
+        parser.error(f"{results}: {error}; name another folder with --out")
     end = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as site:
         environment = _environment(Path(site), dry_run=options.dry_run)
@@ -191,4 +194,7 @@ def _installed(package: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what was answered is kept: call again to go on")

@@ -116,6 +116,16 @@ def test_a_wrong_flag_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_result_is_named_and_kept(tmp_path: Path) -> None:
+    damaged = tmp_path / "out" / "results.json"
+    damaged.parent.mkdir()
+    damaged.write_text('{"a": ')
+    done = box(tmp_path)
+    assert done.returncode == 2
+    assert str(damaged) in done.stderr.splitlines()[-1]
+    assert damaged.read_text() == '{"a": '
+
+
 def test_the_plan_fits_into_twelve_minutes() -> None:
     assert sum(question.minutes for question in QUESTIONS.values()) <= 12
     lines = plan(QUESTIONS).splitlines()
