@@ -18,7 +18,10 @@ from jaxtyping import Bool, Float, Int
 from gpt_core.config import ModelConfig
 from gpt_core.precision import Precision
 from gpt_core.rotary import rotary_angles
-from jax_gpt.model import GPT, Taps
+from jax_gpt.layers import finish_logits, gelu, layer_norm
+from jax_gpt.model import GPT
+from jax_gpt.rotary import turn
+from jax_gpt.taps import Taps
 
 FEW = 16  # new tokens of all rows together, up to which each is written, and cores share products, in a way of its own
 
@@ -190,7 +193,7 @@ def step(
         x = x + weights.position_embedding[jnp.minimum(positions, len(weights.position_embedding) - 1)]
     keys, values = [], []
     for layer, key, value in zip(weights.layers, cache.key, cache.value, strict=True):
-        normed = normalise(x, layer.attention_norm, config, precision)
+        normed = layer_norm(x, *layer.attention_norm, config.norm_eps, precision)
         heads = multiply(normed, layer.inward, precision)
         heads = heads.reshape(*heads.shape[:2], -1, config.head_dim)  # [batch, new, heads and kv_heads, head_dim]
         if weights.rotary is not None:
@@ -200,14 +203,13 @@ def step(
         value = write(value, new_value, positions, axis=1)
         mixed = attend(query, key, value, visible, config, precision)
         x = x + multiply(mixed, layer.output, precision)
-        normed = normalise(x, layer.mlp_norm, config, precision)
-        hidden = jax.nn.gelu(multiply(normed, layer.up, precision), approximate=True)
+        normed = layer_norm(x, *layer.mlp_norm, config.norm_eps, precision)
+        hidden = gelu(multiply(normed, layer.up, precision))
         x = x + multiply(hidden, layer.down, precision)
         keys.append(key)
         values.append(value)
-    logits = multiply(normalise(x, weights.final_norm, config, precision), weights.head, precision)
-    logits = logits[..., : config.vocab_size].astype(precision.wide_dtype)
-    return logits, Cache(tuple(keys), tuple(values))
+    logits = multiply(layer_norm(x, *weights.final_norm, config.norm_eps, precision), weights.head, precision)
+    return finish_logits(logits, config, precision), Cache(tuple(keys), tuple(values))
 
 
 def slot_positions(last: Int[jax.Array, " batch"], slots: int) -> Int[jax.Array, "batch slots"]:
@@ -275,20 +277,7 @@ def rotate_at(
     """Queries and keys with their positions rotated in; the values behind them as they are."""
     turned, values = jnp.split(x, [config.n_heads + config.n_kv_heads], axis=2)
     cosine, sine = (table[positions][:, :, None] for table in rotary)  # [batch, new, 1, head_dim / 2]
-    first, second = jnp.split(turned.astype(cosine.dtype), 2, axis=-1)
-    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return jnp.concatenate([rotated.astype(x.dtype), values], axis=2)
-
-
-def normalise(
-    x: Float[jax.Array, "batch new embed"], norm: Norm, config: ModelConfig, precision: Precision
-) -> Float[jax.Array, "batch new embed"]:
-    """LayerNorm, as in the model."""
-    x = x.astype(precision.wide_dtype)
-    centred = x - x.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(variance + config.norm_eps) * norm.scale + norm.bias
-    return normed.astype(precision.compute_dtype)
+    return jnp.concatenate([turn(turned, cosine, sine), values], axis=2)
 
 
 def multiply(

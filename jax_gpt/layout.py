@@ -15,9 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, block_table, parameter_table
 from gpt_core.runs.config import RunConfig
-from jax_gpt.model import BlockStep, Layer, Taps
+from jax_gpt.scan import BlockStep, Layer
 from jax_gpt.sharding import partition
 from jax_gpt.state_paths import table_row
+from jax_gpt.taps import Taps
 
 _SENT_ALONG = ("data", "fsdp_outer", "fsdp_inner")
 _ROWS = PartitionSpec(_SENT_ALONG)

@@ -6,7 +6,7 @@ Casts follow `Precision`: parameters are cast where they are used; norm statisti
 softmax are in `wide_dtype`, everything else in `compute_dtype`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,121 +18,11 @@ from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, block_table, parameter_table
 from gpt_core.precision import Precision
-from gpt_core.rotary import rotary_angles
-from gpt_core.sites import block_sites
-from jax_gpt.attention import Implementation, attention
+from jax_gpt.attention import Implementation
+from jax_gpt.layers import MLP, Attention, Create, LayerNorm, Linear, Table, dropout, finish_logits
 from jax_gpt.pretrained import Pretrained
-
-Create = Callable[[Parameter], jax.Array]
-Table = Mapping[str, Parameter]
-Taps = dict[str, jax.Array]
-Layer = tuple[nnx.State, jax.Array | None]  # one block's parameters and dropout key
-BlockStep = Callable[[jax.Array, Layer], tuple[jax.Array, Taps]]
-
-
-class LayerNorm(nnx.Module):
-    """Normalise over the last axis, then scale and shift (Ba et al., 2016); the variance takes two passes."""
-
-    def __init__(self, name: str, table: Table, create: Create, config: ModelConfig, precision: Precision) -> None:
-        self.scale = nnx.Param(create(table[f"{name}.scale"]))  # [embed]
-        self.bias = nnx.Param(create(table[f"{name}.bias"]))  # [embed]
-        self.eps = config.norm_eps
-        self.precision = precision
-
-    def __call__(self, x: Float[jax.Array, "*batch embed"]) -> Float[jax.Array, "*batch embed"]:
-        wide = jnp.dtype(self.precision.wide_dtype)
-        x = x.astype(wide)
-        centred = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.eps)
-        scaled = normed * self.scale[...].astype(wide) + self.bias[...].astype(wide)
-        return scaled.astype(self.precision.compute_dtype)
-
-
-class Linear(nnx.Module):
-    """Contract the last axes of x with the first ones of the kernel; a bias where the table has one."""
-
-    def __init__(self, name: str, table: Table, create: Create, precision: Precision, inputs: int = 1) -> None:
-        self.kernel = nnx.Param(create(table[f"{name}.kernel"]))  # [*inputs, *outputs]
-        bias = table.get(f"{name}.bias")
-        self.bias = None if bias is None else nnx.Param(create(bias))  # [*outputs]
-        self.inputs = inputs
-        self.precision = precision
-
-    def __call__(self, x: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
-        compute = jnp.dtype(self.precision.compute_dtype)
-        y = jnp.tensordot(x, self.kernel[...].astype(compute), axes=self.inputs)
-        return y if self.bias is None else y + self.bias[...].astype(compute)
-
-
-class Attention(nnx.Module):
-    """Grouped-query self-attention: multi-head and multi-query are its two ends."""
-
-    def __init__(
-        self,
-        name: str,
-        table: Table,
-        create: Create,
-        config: ModelConfig,
-        precision: Precision,
-        implementation: Implementation,
-    ) -> None:
-        self.query = Linear(f"{name}.query", table, create, precision)
-        self.key = Linear(f"{name}.key", table, create, precision)
-        self.value = Linear(f"{name}.value", table, create, precision)
-        self.output = Linear(f"{name}.output", table, create, precision, inputs=2)
-        self.config = config
-        self.precision = precision
-        self.implementation: Implementation = implementation
-
-    def __call__(
-        self, x: Float[jax.Array, "batch time embed"], taps: Taps | None = None
-    ) -> Float[jax.Array, "batch time embed"]:
-        query = tap(taps, "attention.query", self.query(x))  # [batch, time, heads, head_dim]
-        key = tap(taps, "attention.key", self.key(x))  # [batch, time, kv_heads, head_dim]
-        value = tap(taps, "attention.value", self.value(x))  # [batch, time, kv_heads, head_dim]
-        if self.config.position == "rope":
-            query = tap(taps, "attention.rotated_query", self.rotated(query))
-            key = tap(taps, "attention.rotated_key", self.rotated(key))
-        mixed = self.mix(query, key, value)
-        tap(taps, "attention.mixed", mixed)  # [batch, time, heads, head_dim]
-        return tap(taps, "attention.output", self.output(mixed))
-
-    def rotated(
-        self, x: Float[jax.Array, "batch time heads head_dim"]
-    ) -> Float[jax.Array, "batch time heads head_dim"]:
-        """Queries or keys with their positions rotated in."""
-        return rotate(x, self.config, self.precision)
-
-    def mix(
-        self,
-        query: Float[jax.Array, "batch time heads head_dim"],
-        key: Float[jax.Array, "batch time kv_heads head_dim"],
-        value: Float[jax.Array, "batch time kv_heads head_dim"],
-    ) -> Float[jax.Array, "batch time heads head_dim"]:
-        """Attention as the config wants it."""
-        return attention(
-            query,
-            key,
-            value,
-            window=self.config.sliding_window,
-            scale=self.config.attention_scale,
-            implementation=self.implementation,
-        )
-
-
-class MLP(nnx.Module):
-    """embed -> mlp -> embed with the tanh GELU (Hendrycks and Gimpel, 2016)."""
-
-    def __init__(self, name: str, table: Table, create: Create, precision: Precision) -> None:
-        self.up = Linear(f"{name}.up", table, create, precision)
-        self.down = Linear(f"{name}.down", table, create, precision)
-
-    def __call__(
-        self, x: Float[jax.Array, "batch time embed"], taps: Taps | None = None
-    ) -> Float[jax.Array, "batch time embed"]:
-        hidden = tap(taps, "mlp.hidden", jax.nn.gelu(self.up(x), approximate=True))  # [batch, time, mlp]
-        return tap(taps, "mlp.output", self.down(hidden))
+from jax_gpt.scan import BlockStep, block_step, scan_blocks
+from jax_gpt.taps import Taps, collect, tap
 
 
 class Block(nnx.Module):
@@ -251,27 +141,14 @@ class GPT(Pretrained, nnx.Module):
     def run_blocks(
         self, x: Float[jax.Array, "batch time embed"], taps: Taps | None, dropout_key: jax.Array | None
     ) -> Float[jax.Array, "batch time embed"]:
-        """All blocks, scanned or unrolled."""
-        n_layers = self.config.n_layers
-        keys = None if dropout_key is None else jax.random.split(dropout_key, n_layers)
-        graph, stacked = nnx.split(self.blocks if self.scan_layers else self.blocks[0])
-
-        def step(x: jax.Array, layer: Layer) -> tuple[jax.Array, Taps]:
-            parameters, key = layer
-            layer_taps: Taps | None = None if taps is None else {}
-            x = nnx.merge(graph, parameters)(x, layer_taps, key)
-            return x, layer_taps or {}
-
-        run_block = self.around_block(step)
-        if not self.scan_layers:
-            for layer, block in enumerate(self.blocks):
-                x, layer_taps = run_block(x, (nnx.state(block), None if keys is None else keys[layer]))
-                collect(taps, layer, layer_taps)
-            return x
-        x, stacked_taps = jax.lax.scan(run_block, x, (stacked, keys), length=n_layers)
-        sites = () if taps is None else block_sites(self.config)  # the scan gives dictionaries back in another order
-        for layer in range(n_layers):
-            collect(taps, layer, {site: stacked_taps[site][layer] for site in sites})
+        """All blocks, scanned or one after the other."""
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.n_layers)
+        if self.scan_layers:
+            return scan_blocks(self.blocks, x, taps, keys, self.config, self.around_block)
+        run_block = self.around_block(block_step(nnx.split(self.blocks[0])[0], taps is not None))
+        for layer, block in enumerate(self.blocks):
+            x, layer_taps = run_block(x, (nnx.state(block), None if keys is None else keys[layer]))
+            collect(taps, layer, layer_taps)
         return x
 
     def unembed(self, x: Float[jax.Array, "batch time embed"]) -> Float[jax.Array, "batch time vocab"]:
@@ -281,40 +158,7 @@ class GPT(Pretrained, nnx.Module):
             logits = jnp.einsum("bte,ve->btv", x, table)
         else:
             logits = self.head(x)
-        return logits[..., : self.config.vocab_size].astype(self.precision.wide_dtype)
-
-
-def rotate(
-    x: Float[jax.Array, "batch time heads head_dim"], config: ModelConfig, precision: Precision
-) -> Float[jax.Array, "batch time heads head_dim"]:
-    """Rotary positions, half-split: dimension d is paired with d + head_dim / 2 (Su et al., 2021)."""
-    wide = precision.wide_dtype
-    tables = rotary_angles(config.head_dim, config.rope_theta, x.shape[1], wide)
-    cosine, sine = (jnp.asarray(table)[:, None] for table in tables)  # [time, 1, head_dim / 2]
-    first, second = jnp.split(x.astype(wide), 2, axis=-1)  # [batch, time, heads, head_dim / 2]
-    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return rotated.astype(x.dtype)
-
-
-def dropout(x: Float[jax.Array, "..."], rate: float, key: jax.Array | None) -> Float[jax.Array, "..."]:
-    """Zero entries at `rate` and scale up the rest; the identity without a key."""
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
-def tap(taps: Taps | None, site: str, value: jax.Array) -> jax.Array:
-    """Note a named intermediate where somebody asked for it; returns it as it is."""
-    if taps is not None:
-        taps[site] = value
-    return value
-
-
-def collect(taps: Taps | None, layer: int, layer_taps: Taps | None) -> None:
-    """Move one block's intermediates into the model's, under their full path."""
-    if taps is not None and layer_taps is not None:
-        taps.update({f"blocks.{layer}.{site}": value for site, value in layer_taps.items()})
+        return finish_logits(logits, self.config, self.precision)
 
 
 def initialiser(seed: int, precision: Precision = Precision()) -> Create:

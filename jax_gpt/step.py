@@ -13,8 +13,9 @@ from jax.sharding import Mesh, PartitionSpec
 from gpt_core.runs.config import Remat, RunConfig, chunk_of_loss
 from jax_gpt.layout import Layout
 from jax_gpt.loss import chunked_loss
-from jax_gpt.model import GPT, BlockStep, initialiser
+from jax_gpt.model import GPT, initialiser
 from jax_gpt.optimizer import create_optimizer, update
+from jax_gpt.scan import BlockStep
 from jax_gpt.sharding import ROWS, state_shardings
 
 Batch = Mapping[str, jax.Array]

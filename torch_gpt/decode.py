@@ -16,8 +16,11 @@ from gpt_core.config import ModelConfig
 from gpt_core.precision import Precision
 from gpt_core.rotary import rotary_angles
 from torch_gpt.dtypes import torch_dtype
-from torch_gpt.model import GPT, Taps
+from torch_gpt.layers import finish_logits, gelu, layer_norm
+from torch_gpt.model import GPT
 from torch_gpt.products import linear
+from torch_gpt.rotary import turn
+from torch_gpt.taps import Taps
 
 FEW = 8  # rows of a product, up to which the compiled form sums products
 
@@ -194,7 +197,7 @@ def _block(
     config: ModelConfig,
     precision: Precision,
 ) -> torch.Tensor:
-    normed = normalise(x, layer.attention_norm, config, precision)
+    normed = layer_norm(x, *layer.attention_norm, config.norm_eps, precision)
     heads = multiply(normed, layer.inward, precision)
     heads = heads.unflatten(-1, (-1, config.head_dim))  # [batch, new, heads and kv_heads, head_dim]
     if turns is not None:
@@ -204,14 +207,14 @@ def _block(
     write(value, new_value, positions)
     mixed = attend(query, key, value, visible, config, precision)
     x = x + multiply(mixed, layer.output, precision)
-    normed = normalise(x, layer.mlp_norm, config, precision)
-    hidden = F.gelu(multiply(normed, layer.up, precision), approximate="tanh")
+    normed = layer_norm(x, *layer.mlp_norm, config.norm_eps, precision)
+    hidden = gelu(multiply(normed, layer.up, precision))
     return x + multiply(hidden, layer.down, precision)
 
 
 def _head(x: torch.Tensor, norm: Norm, head: Matrix, config: ModelConfig, precision: Precision) -> torch.Tensor:
-    logits = multiply(normalise(x, norm, config, precision), head, precision)
-    return logits[..., : config.vocab_size].to(torch_dtype(precision.wide_dtype))
+    logits = multiply(layer_norm(x, *norm, config.norm_eps, precision), head, precision)
+    return finish_logits(logits, config, precision)
 
 
 def slot_positions(last: Int[torch.Tensor, " batch"], slots: int) -> Int[torch.Tensor, "batch slots"]:
@@ -261,19 +264,7 @@ def rotate_at(
 ) -> Float[torch.Tensor, "batch new heads head_dim"]:
     """Queries and keys with their positions rotated in; the values behind them as they are."""
     turned, values = x.split([config.n_heads + config.n_kv_heads, config.n_kv_heads], dim=2)
-    cosine, sine = turns  # [batch, new, 1, head_dim / 2]
-    first, second = turned.to(cosine.dtype).chunk(2, dim=-1)
-    rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-    return torch.cat([rotated.to(x.dtype), values], dim=2)
-
-
-def normalise(
-    x: Float[torch.Tensor, "batch new embed"], norm: Norm, config: ModelConfig, precision: Precision
-) -> Float[torch.Tensor, "batch new embed"]:
-    """LayerNorm, as in the model."""
-    wide = x.to(torch_dtype(precision.wide_dtype))
-    scaled = F.layer_norm(wide, norm.scale.shape, norm.scale, norm.bias, config.norm_eps)
-    return scaled.to(torch_dtype(precision.compute_dtype))
+    return torch.cat([turn(turned, *turns), values], dim=2)
 
 
 def multiply(

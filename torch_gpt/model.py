@@ -6,8 +6,7 @@ are cast where they are used; norm statistics, rotary angles, scores and softmax
 else in `compute_dtype`.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,126 +17,15 @@ from torch import nn
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, block_table, parameter_table
-from gpt_core.precision import DType, Precision
-from gpt_core.rotary import rotary_angles
-from torch_gpt.attention import Implementation, attention
+from gpt_core.precision import Precision
+from torch_gpt.attention import Implementation
 from torch_gpt.dtypes import torch_dtype
+from torch_gpt.layers import MLP, Attention, Create, LayerNorm, Linear, Table, dropout, finish_logits
 from torch_gpt.pretrained import Pretrained
 from torch_gpt.products import linear
+from torch_gpt.taps import Taps, collect, tap
 
-Create = Callable[[Parameter], torch.Tensor]
-Table = Mapping[str, Parameter]
-Taps = dict[str, torch.Tensor]
 BlockStep = Callable[[torch.Tensor, Taps | None], torch.Tensor]
-
-
-class LayerNorm(nn.Module):
-    """Normalise over the last axis, then scale and shift (Ba et al., 2016)."""
-
-    def __init__(self, name: str, table: Table, create: Create, config: ModelConfig, precision: Precision) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(create(table[f"{name}.scale"]))  # [embed]
-        self.bias = nn.Parameter(create(table[f"{name}.bias"]))  # [embed]
-        self.eps = config.norm_eps
-        self.precision = precision
-
-    def forward(self, x: Float[torch.Tensor, "*batch embed"]) -> Float[torch.Tensor, "*batch embed"]:
-        wide = torch_dtype(self.precision.wide_dtype)
-        scale, bias = self.weight.to(wide), self.bias.to(wide)
-        scaled = F.layer_norm(x.to(wide), scale.shape, scale, bias, self.eps)
-        return scaled.to(torch_dtype(self.precision.compute_dtype))
-
-
-class Linear(nn.Module):
-    """A linear layer over the last axis of x, its weight `[outputs, inputs]`; a bias where the table has one."""
-
-    def __init__(self, name: str, table: Table, create: Create, precision: Precision, inputs: int = 1) -> None:
-        super().__init__()
-        kernel = create(table[f"{name}.kernel"])  # [*inputs, *outputs]
-        self.weight = nn.Parameter(kernel.reshape(math.prod(kernel.shape[:inputs]), -1).T.contiguous())
-        bias = table.get(f"{name}.bias")
-        self.bias = None if bias is None else nn.Parameter(create(bias).flatten())  # [outputs]
-        self.precision = precision
-
-    def forward(self, x: Float[torch.Tensor, "*batch inputs"]) -> Float[torch.Tensor, "*batch outputs"]:
-        compute = torch_dtype(self.precision.compute_dtype)
-        bias = None if self.bias is None else self.bias.to(compute)
-        return linear(x, self.weight.to(compute), bias)
-
-
-class Attention(nn.Module):
-    """Grouped-query self-attention: multi-head and multi-query are its two ends."""
-
-    def __init__(
-        self,
-        name: str,
-        table: Table,
-        create: Create,
-        config: ModelConfig,
-        precision: Precision,
-        implementation: Implementation,
-    ) -> None:
-        super().__init__()
-        self.query = Linear(f"{name}.query", table, create, precision)
-        self.key = Linear(f"{name}.key", table, create, precision)
-        self.value = Linear(f"{name}.value", table, create, precision)
-        self.output = Linear(f"{name}.output", table, create, precision, inputs=2)
-        self.config = config
-        self.precision = precision
-        self.implementation: Implementation = implementation
-
-    def forward(
-        self, x: Float[torch.Tensor, "batch time embed"], taps: Taps | None = None
-    ) -> Float[torch.Tensor, "batch time embed"]:
-        head_dim = self.config.head_dim
-        query = tap(
-            taps, "attention.query", self.query(x).unflatten(-1, (-1, head_dim))
-        )  # [batch, time, heads, head_dim]
-        key = tap(taps, "attention.key", self.key(x).unflatten(-1, (-1, head_dim)))  # [batch, time, kv_heads, head_dim]
-        value = tap(taps, "attention.value", self.value(x).unflatten(-1, (-1, head_dim)))
-        if self.config.position == "rope":
-            query = tap(taps, "attention.rotated_query", self.rotated(query))
-            key = tap(taps, "attention.rotated_key", self.rotated(key))
-        mixed = self.mix(query, key, value)
-        tap(taps, "attention.mixed", mixed)  # [batch, time, heads, head_dim]
-        return tap(taps, "attention.output", self.output(mixed.flatten(2)))
-
-    def rotated(
-        self, x: Float[torch.Tensor, "batch time heads head_dim"]
-    ) -> Float[torch.Tensor, "batch time heads head_dim"]:
-        """Queries or keys with their positions rotated in."""
-        return rotate(x, self.config, self.precision)
-
-    def mix(
-        self,
-        query: Float[torch.Tensor, "batch time heads head_dim"],
-        key: Float[torch.Tensor, "batch time kv_heads head_dim"],
-        value: Float[torch.Tensor, "batch time kv_heads head_dim"],
-    ) -> Float[torch.Tensor, "batch time heads head_dim"]:
-        """Attention as the config wants it."""
-        return attention(
-            query,
-            key,
-            value,
-            window=self.config.sliding_window,
-            scale=self.config.attention_scale,
-            implementation=self.implementation,
-        )
-
-
-class MLP(nn.Module):
-    """embed -> mlp -> embed with the tanh GELU (Hendrycks and Gimpel, 2016)."""
-
-    def __init__(self, name: str, table: Table, create: Create, precision: Precision) -> None:
-        super().__init__()
-        self.up = Linear(f"{name}.up", table, create, precision)
-        self.down = Linear(f"{name}.down", table, create, precision)
-
-    def forward(
-        self, x: Float[torch.Tensor, "batch time embed"], taps: Taps | None = None
-    ) -> Float[torch.Tensor, "batch time embed"]:
-        hidden = tap(taps, "mlp.hidden", F.gelu(self.up(x), approximate="tanh"))  # [batch, time, mlp]
-        return tap(taps, "mlp.output", self.down(hidden))
 
 
 class Block(nn.Module):
@@ -258,46 +146,7 @@ class GPT(Pretrained, nn.Module):
         if not head:
             head = (self.token_embedding,) if self.config.tied_embeddings else tuple(self.head.parameters())
         logits = linear(x, *(parameter.to(x.dtype) for parameter in head))
-        return logits[..., : self.config.vocab_size].to(torch_dtype(self.precision.wide_dtype))
-
-
-def rotate(
-    x: Float[torch.Tensor, "batch time heads head_dim"], config: ModelConfig, precision: Precision
-) -> Float[torch.Tensor, "batch time heads head_dim"]:
-    """Rotary positions, half-split: dimension d is paired with d + head_dim / 2 (Su et al., 2021)."""
-    wide = precision.wide_dtype
-    cosine, sine = _angles(config.head_dim, config.rope_theta, x.shape[1], wide, x.device)  # [time, 1, head_dim / 2]
-    first, second = x.to(torch_dtype(wide)).chunk(2, dim=-1)  # [batch, time, heads, head_dim / 2]
-    rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-    return rotated.to(x.dtype)
-
-
-def _angles(head_dim: int, theta: float, time: int, dtype: DType, device: torch.device) -> tuple[torch.Tensor, ...]:
-    tables = rotary_angles(head_dim, theta, time, dtype)
-    return tuple(torch.tensor(table, device=device)[:, None] for table in tables)
-
-
-# As `torch.compiler.assume_constant_result` does, or the compiler would translate NumPy's fp64 arithmetic; called here,
-# it would import the whole compiler: a second and more at every start.
-_angles._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def dropout(x: Float[torch.Tensor, "..."], rate: float, training: bool) -> Float[torch.Tensor, "..."]:
-    """Zero entries at `rate` and scale up the rest; the identity in evaluation."""
-    return F.dropout(x, rate, training)
-
-
-def tap(taps: Taps | None, site: str, value: torch.Tensor) -> torch.Tensor:
-    """Note a named intermediate where somebody asked for it; returns it as it is."""
-    if taps is not None:
-        taps[site] = value
-    return value
-
-
-def collect(taps: Taps | None, layer: int, layer_taps: Taps | None) -> None:
-    """Move one block's intermediates into the model's, under their full path."""
-    if taps is not None and layer_taps is not None:
-        taps.update({f"blocks.{layer}.{site}": value for site, value in layer_taps.items()})
+        return finish_logits(logits, self.config, self.precision)
 
 
 def initialiser(seed: int, precision: Precision = Precision()) -> Create:

@@ -83,7 +83,7 @@ FAULTS = (
         "RoPE pairs (2d, 2d+1), as in GPT-J and Meta's Llama files, for half-split pairs",
         "logits",
         with_rope,
-        replacing("torch_gpt.model.rotate", interleaved),
+        replacing("torch_gpt.layers.rotate", interleaved),
         "blocks.0.attention.rotated_query",
     ),
     Fault(
@@ -91,7 +91,7 @@ FAULTS = (
         "the sign of the sine flipped: positions run backwards",
         "logits",
         with_rope,
-        replacing("torch_gpt.model.rotate", backwards),
+        replacing("torch_gpt.layers.rotate", backwards),
         "blocks.0.attention.rotated_query",
     ),
     Fault(
@@ -116,7 +116,7 @@ FAULTS = (
         "kv heads expanded by tile for repeat_interleave",
         "logits",
         with_groups,
-        replacing("torch_gpt.model.attention", tiled_heads),
+        replacing("torch_gpt.layers.attention", tiled_heads),
         "blocks.0.attention.mixed",
     ),
     Fault(

@@ -21,8 +21,9 @@ from jax_gpt import decode as decoding
 from jax_gpt.attention import Implementation, attention
 from jax_gpt.generate import choose
 from jax_gpt.loss import token_loss
-from jax_gpt.model import GPT, Taps, initialiser
+from jax_gpt.model import GPT, initialiser
 from jax_gpt.optimizer import create_optimizer, update
+from jax_gpt.taps import Taps
 from parity.sides.runs import Batch, Batches, CachedRun, RaggedText, Run, Training
 
 

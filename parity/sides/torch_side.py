@@ -21,7 +21,8 @@ from torch_gpt.arrays import from_numpy, to_numpy
 from torch_gpt.attention import Implementation, attention
 from torch_gpt.dtypes import torch_dtype
 from torch_gpt.generate import generate
-from torch_gpt.model import GPT, Taps, initialiser
+from torch_gpt.model import GPT, initialiser
+from torch_gpt.taps import Taps
 
 
 def build(config: ModelConfig, source: Source, dtype: DType, *, implementation: Implementation = "reference") -> GPT:

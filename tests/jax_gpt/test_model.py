@@ -16,7 +16,10 @@ from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, block_table, parameter_table
 from gpt_core.precision import Precision
 from gpt_core.sites import model_sites
-from jax_gpt.model import GPT, LayerNorm, Taps, dropout, initialiser, rotate
+from jax_gpt.layers import LayerNorm, dropout
+from jax_gpt.model import GPT, initialiser
+from jax_gpt.rotary import rotate
+from jax_gpt.taps import Taps
 
 FP64 = Precision.of("float64")
 FORMS = pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])

@@ -13,7 +13,10 @@ from gpt_core.parameters import Parameter, block_table, parameter_table
 from gpt_core.precision import Precision
 from gpt_core.rotary import rotary_angles
 from gpt_core.sites import model_sites
-from torch_gpt.model import GPT, LayerNorm, Taps, _angles, dropout, initialiser, rotate
+from torch_gpt.layers import LayerNorm, dropout
+from torch_gpt.model import GPT, initialiser
+from torch_gpt.rotary import _angles, rotate
+from torch_gpt.taps import Taps
 
 FP64 = Precision.of("float64")
 
