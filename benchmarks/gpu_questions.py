@@ -82,8 +82,8 @@ def training(sizes: Sizes, _: Path) -> Iterator[Row]:
     shape, model = (sizes.rows, sizes.length, sizes.dtype), dict(sizes.model)
     sides: dict[str, Side] = {
         "JAX": partial(_jax, "", shape, model),
-        "PyTorch": partial(_torch, shape, model),
-        HUGGING_FACE: partial(hugging_face_gpt2_step, *shape, compiled=sizes.compiled_peers, **sizes.hugging_face),
+        "PyTorch": partial(_torch, shape, model, sizes.compiled),
+        HUGGING_FACE: partial(hugging_face_gpt2_step, *shape, compiled=sizes.compiled, **sizes.hugging_face),
         "JAX, unrolled, the public record's flags": partial(_jax, RECORD_FLAGS, shape, model, scan_layers=False),
     }
     found = in_turns(sides, rounds=sizes.rounds, steps=sizes.steps, warm=3)
@@ -107,10 +107,10 @@ def window(sizes: Sizes, _: Path) -> Iterator[Row]:
     names = {"n_layers": "num_hidden_layers", "embed_dim": "hidden_size", "vocab_size": "vocab_size"}
     peer_sizes = {names[field]: value for field, value in sizes.model.items() if field in names}
     heads = {"heads": sizes.heads, "kv_heads": sizes.heads // 3, "window": sizes.window}
-    peer = partial(hugging_face_starcoder2_step, *shape, compiled=sizes.compiled_peers)
+    peer = partial(hugging_face_starcoder2_step, *shape, compiled=sizes.compiled)
     sides: dict[str, Side] = {
         "JAX": partial(_jax, "", shape, model),
-        "PyTorch": partial(_torch, shape, model),
+        "PyTorch": partial(_torch, shape, model, sizes.compiled),
         HUGGING_FACE: partial(peer, **heads, **peer_sizes),
     }
     found = in_turns(sides, rounds=sizes.rounds, steps=sizes.steps, warm=3)
@@ -127,10 +127,10 @@ def _jax(flags: str, shape: tuple[Any, ...], model: dict[str, Any], **options: A
     return jax_step(*shape, model, **options)
 
 
-def _torch(shape: tuple[Any, ...], model: dict[str, Any]) -> Any:
+def _torch(shape: tuple[Any, ...], model: dict[str, Any], compiled: bool) -> Any:
     from training_sides import torch_step
 
-    return torch_step(*shape, model, compile=True)
+    return torch_step(*shape, model, compile=compiled)
 
 
 def decode(sizes: Sizes, _: Path) -> Iterator[Row]:

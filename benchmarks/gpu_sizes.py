@@ -24,7 +24,7 @@ class Sizes:
         steps: Of a turn.
         copied: Bytes of the copy that measures the memory's speed.
         multiplied: Rows of the square matrices that measure the speed of products.
-        compiled_peers: Whether the peers' models are compiled.
+        compiled: Whether PyTorch's models are compiled where that is not the question.
     """
 
     dtype: str = "bfloat16"
@@ -41,7 +41,7 @@ class Sizes:
     steps: int = 6
     copied: int = 2**32
     multiplied: int = 8192
-    compiled_peers: bool = True
+    compiled: bool = True
 
     @property
     def heads(self) -> int:
@@ -66,11 +66,11 @@ TOY = Sizes(
     window=8,
     window_rows=1,
     window_length=64,
-    batches=(1, 2, 3),
+    batches=(1, 2),
     new=4,
     rounds=2,
     steps=2,
     copied=2**20,
     multiplied=64,
-    compiled_peers=False,
+    compiled=False,
 )

@@ -52,7 +52,7 @@ def answer_torch(what: str, sizes: Sizes, folder: Path) -> Iterator[Row]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    step = torch_step(sizes.rows, sizes.length, sizes.dtype, dict(sizes.model), compile=True)
+    step = torch_step(sizes.rows, sizes.length, sizes.dtype, dict(sizes.model), compile=sizes.compiled)
     for number in range(3):
         step(number)
     on_gpu = torch.cuda.is_available()
