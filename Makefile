@@ -26,7 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "make: TwinGPT needs Python 3.11 or newer; '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1)." \
 	       "Name another: make install PYTHON=python3.12" >&2; exit 2; }
 	@if [ -f $@ ] && $(BIN)/python -c ''; then rm -f $@; else "$(PYTHON)" -m venv --clear $(VENV); fi
-	$(BIN)/python -m pip install -c constraints.txt -e '.[parity,dev]'
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[parity,dev]'
+	@# Byte code on all cores, where pip has one; what is left out or fails is made when it is imported.
+	@$(BIN)/python -m compileall -qq -j 0 -x 'transformers/models|/tests?/|/testing/' $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $@
 
 parity: $(STAMP) ## Prove that both models are the same function; writes runs/parity/report.json (ARGS="--variant NAME")
