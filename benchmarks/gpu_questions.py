@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,13 @@ class Question:
     asks: str
     minutes: float
     answer: Answer
+
+
+def require_all(sides: Iterable[str], found: Container[str]) -> None:
+    """After what was found has been said: a question that lost a side has failed, and is asked again."""
+    dead = [side for side in sides if side not in found]
+    if dead:
+        raise RuntimeError(f"{', '.join(dead)}: died")
 
 
 def ceilings(sizes: Sizes, _: Path) -> Iterator[Row]:
@@ -95,8 +102,9 @@ def training(sizes: Sizes, _: Path) -> Iterator[Row]:
             yield row(f"{what}, {ours}", rates[ours], rates[peer], peer, "tokens/s", target=target)
             memory = (found[ours].peak_memory, found[peer].peak_memory)
             yield row(f"{what}, {ours}: peak memory", *memory, peer, "bytes", less_is_better=True)
-    ours = max(rates.keys() - {HUGGING_FACE}, key=rates.__getitem__)
-    yield row(f"{what}, {ours}", rates[ours], RECORD, "llm.c on an H100, published", "tokens/s", target=1.0)
+    for ours in sorted(rates.keys() - {HUGGING_FACE}, key=rates.__getitem__)[-1:]:  # the best that lives
+        yield row(f"{what}, {ours}", rates[ours], RECORD, "llm.c on an H100, published", "tokens/s", target=1.0)
+    require_all(sides, found)
 
 
 def window(sizes: Sizes, _: Path) -> Iterator[Row]:
@@ -118,6 +126,7 @@ def window(sizes: Sizes, _: Path) -> Iterator[Row]:
     for ours in found.keys() - {HUGGING_FACE} if HUGGING_FACE in found else ():
         rates = [shape[0] * shape[1] / found[name].median for name in (ours, HUGGING_FACE)]
         yield row(f"{what}, {ours}", *rates, f"{HUGGING_FACE} Starcoder2", "tokens/s", target=1.3)
+    require_all(sides, found)
 
 
 def _jax(flags: str, shape: tuple[Any, ...], model: dict[str, Any], **options: Any) -> Any:
@@ -155,6 +164,7 @@ def decode(sizes: Sizes, _: Path) -> Iterator[Row]:
     for side in ours if PEER in found else ():
         memory = (found[side].peak_memory, found[PEER].peak_memory)
         yield row(f"greedy decoding, {side}: peak memory", *memory, PEER, "bytes", less_is_better=True)
+    require_all(sides, found)
 
 
 def jax_trials(sizes: Sizes, _: Path) -> Iterator[Row]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ sys.path.append(str(ROOT / "benchmarks"))  # at the end: nothing there hides a p
 import decoding  # noqa: E402
 import limits  # noqa: E402
 from gpu_box import markdown, order, plan  # noqa: E402
-from gpu_questions import QUESTIONS  # noqa: E402
+from gpu_questions import QUESTIONS, require_all  # noqa: E402
 from gpu_sizes import TOY  # noqa: E402
-from turns import row  # noqa: E402
+from turns import in_turns, row  # noqa: E402
 
 FAKE = """
 import subprocess, sys, time
@@ -127,6 +128,17 @@ def test_a_damaged_result_is_named_and_kept(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert str(damaged) in done.stderr.splitlines()[-1]
     assert damaged.read_text() == '{"a": '
+
+
+def test_a_side_that_dies_is_left_out_and_its_question_has_failed() -> None:
+    sides: dict[str, Any] = {"dead": partial(os._exit, 3), "alive": partial(partial, str)}
+    found = in_turns(sides, rounds=2)
+    assert list(found) == ["alive"]
+    assert found["alive"].result == "2"  # one step to warm up, two rounds
+    assert len(found["alive"].seconds) == 2
+    require_all(["alive"], found)
+    with pytest.raises(RuntimeError, match=r"^dead: died$"):
+        require_all(sides, found)
 
 
 def test_the_plan_fits_into_twelve_minutes() -> None:
