@@ -1,18 +1,20 @@
 """The architecture of a model: one frozen, validated dataclass for both frameworks.
 
-Models covered: pre-LN GPT-2 (Radford et al., 2019) with learned or rotary positions (Su et al., 2021),
-multi-head, grouped-query (Ainslie et al., 2023) or multi-query attention (Shazeer, 2019), and a full or a
-sliding-window causal mask (Beltagy et al., 2020; Jiang et al., 2023).
+Models covered: GPT-2 (Radford et al., 2019) with learned or rotary positions (Su et al., 2021), multi-head,
+grouped-query (Ainslie et al., 2023) or multi-query attention (Shazeer, 2019), a full or a sliding-window causal mask
+(Beltagy et al., 2020; Jiang et al., 2023) or a cycle of both, and the norms, MLPs and scales of the decoders since:
+Llama, Mistral, Qwen, Gemma, OLMo, SmolLM, Phi, Granite, GPT-NeoX. docs/variants.md maps each to these fields.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, shown
 from gpt_core.files.reading import exists, read_yaml
+from gpt_core.rotary import RopeScaling, Rotation
 from gpt_core.sections import from_mapping, require_count, require_filled, require_flag, require_number, require_one_of
 
 # Default of a field that follows another field unless given. It is filled in on creation, so readers of a
@@ -20,10 +22,21 @@ from gpt_core.sections import from_mapping, require_count, require_filled, requi
 _FOLLOWS: Any = None
 
 Position = Literal["learned", "rope"]
+Norm = Literal["layer", "rms"]
+NormPlacement = Literal["pre", "post", "sandwich"]
+Activation = Literal["gelu_tanh", "gelu", "silu"]
+QKNorm = Literal["head", "whole"]
+Kind = Literal["L", "G", "N"]
+"""Of a layer: local, with a window; global; global without rotation."""
 
 LARGEST_VOCABULARY = 2**24
 """Sixty times the largest in use."""
 
+_CHOICES = {"position": Position, "norm": Norm, "norm_placement": NormPlacement, "activation": Activation}
+_FLAGS = (
+    *("tied_embeddings", "bias", "qkv_bias", "mlp_bias"),
+    *("norm_unit_offset", "parallel_residual", "gated_mlp"),
+)
 _MOST = {
     "vocab_size": LARGEST_VOCABULARY,
     "context_length": 2**30,
@@ -40,6 +53,19 @@ _MOST = {
 
 _MOST_PARAMETERS = 10**15
 """A hundred times the largest model that anybody planned; no product of axes leaves 64 bits."""
+
+
+class LayerView(NamedTuple):
+    """What layers of different kinds differ in.
+
+    Args:
+        window: Keys that a query sees, itself included; None means all before it.
+        rotation: Of queries and keys, or None.
+    """
+
+    window: int | None
+    rotation: Rotation | None
+
 
 SWEEPS = "sweeps"
 """Folder within `config_directory()` whose files are no presets; see `gpt_core.runs.sweep`."""
@@ -63,14 +89,34 @@ class ModelConfig:
         rope_theta: Base of the rotary frequencies.
         sliding_window: Keys that a query sees, itself included: 0 <= i - j < window. Null means all before it.
         attention_scale: Factor on query-key products. Default: 1 / sqrt(head_dim).
-        norm_eps: Added to the variance in every LayerNorm.
+        norm_eps: Added to the variance (or mean square) in every norm.
         tied_embeddings: Whether the head reuses the token embedding.
-        bias: Whether linear layers have a bias. (LayerNorm always has one; the head never does.)
+        bias: Whether linear layers have a bias. (LayerNorm always has one; RMSNorm and the head never do.)
         qkv_bias: The same for query, key and value alone. Default: as bias.
         pad_vocab_size_multiple: Rows of the token embedding are padded up to a multiple of this, for the hardware.
         init_std: Standard deviation of fresh matrices and embeddings; the two residual projections of a block
             are scaled by 1 / sqrt(2 n_layers) on top.
         dropout: Rate on the embedding and on both residual branches, in training only.
+        mlp_bias: As bias, for the MLP alone. Default: as bias.
+        norm: "layer" subtracts the mean; "rms" does not and has no bias (Zhang and Sennrich, 2019).
+        norm_unit_offset: Whether a norm multiplies by 1 + scale, whose fresh value is then 0 (Gemma).
+        norm_placement: "pre" is x + f(norm(x)), "post" x + norm(f(x)) (OLMo 2), "sandwich" x + norm(f(norm(x)))
+            (Gemma 2).
+        parallel_residual: x + attention(norm(x)) + mlp(norm(x)): the MLP reads what attention reads (GPT-NeoX).
+        activation: Of the MLP: "gelu_tanh", the exact "gelu", or "silu".
+        gated_mlp: down(activation(gate(x)) * up(x)) for down(activation(up(x))) (Shazeer, 2020).
+        qk_norm: Norm of queries and keys before they are rotated: of each "head" (Qwen 3, Gemma 3), or over the
+            "whole" of all heads (OLMo 2). Null means none.
+        rope_fraction: Part of a head that is rotated, its first dimensions; the rest passes (GPT-NeoX).
+        rope_scaling: For long texts: a section of `gpt_core.rotary.RopeScaling`, or null.
+        rope_local_theta: rope_theta of the local layers of a pattern (Gemma 3). Null means the same.
+        attention_pattern: Kinds of layers, a cycle from the first on: L local, with the sliding window; G global;
+            N global and without rotation, such as "LLLLLG" or "GGGN". Null means all alike.
+        attention_softcap: Scores become cap * tanh(score / cap), after their scale and before the mask. Null: not.
+        logit_softcap: The same of the logits.
+        embedding_scale: Factor on token embeddings, rounded to the format of computation (Gemma, Granite).
+        residual_scale: Factor on both residual branches (Granite).
+        logit_scale: Factor on the logits (Granite).
 
     Raises:
         InputError: a value is of the wrong type or outside its range; the message names field and range.
@@ -95,6 +141,23 @@ class ModelConfig:
     pad_vocab_size_multiple: int = 1
     init_std: float = 0.02
     dropout: float = 0.0
+    mlp_bias: bool = _FOLLOWS
+    norm: Norm = "layer"
+    norm_unit_offset: bool = False
+    norm_placement: NormPlacement = "pre"
+    parallel_residual: bool = False
+    activation: Activation = "gelu_tanh"
+    gated_mlp: bool = False
+    qk_norm: QKNorm | None = None
+    rope_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
+    rope_local_theta: float | None = None
+    attention_pattern: str | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "n_layers", "n_heads", "embed_dim", "pad_vocab_size_multiple"):
@@ -117,17 +180,94 @@ class ModelConfig:
         self._require_count("mlp_dim")
         if self.sliding_window is not None:
             self._require_count("sliding_window")
-        require_one_of(self, "position", get_args(Position))
-        if self.position == "rope" and self.head_dim % 2:
-            raise InputError(f"head_dim = {self.head_dim} must be even with position = 'rope': pairs are rotated")
+        for name, choices in _CHOICES.items():
+            require_one_of(self, name, get_args(choices))
+        if self.qk_norm is not None:
+            require_one_of(self, "qk_norm", get_args(QKNorm))
         self._follow("attention_scale", 1.0 / math.sqrt(self.head_dim))
-        for name in ("rope_theta", "attention_scale", "norm_eps", "init_std"):
+        self._require_number("rope_theta", "a positive number of at least 1", lambda value: value >= 1)
+        for name in ("attention_scale", "norm_eps", "init_std"):
             self._require_number(name, "a positive number", lambda value: value > 0)
+        for name in ("embedding_scale", "residual_scale", "logit_scale"):
+            self._require_number(name, "a positive number", lambda value: value > 0)
+        for name, least in (("rope_local_theta", 1.0), ("attention_softcap", 1e-6), ("logit_softcap", 1e-6)):
+            if getattr(self, name) is not None:
+                what = f"a positive number of at least {least:g}, or null"
+                self._require_number(name, what, lambda value, least=least: value >= least)  # type: ignore[misc]  # mypy on defaults
         self._require_number("dropout", "a number in [0, 1)", lambda value: 0 <= value < 1)
+        self._require_number("rope_fraction", "a number in (0, 1]", lambda value: 0 < value <= 1)
         self._follow("qkv_bias", self.bias)
-        for name in ("tied_embeddings", "bias", "qkv_bias"):
+        self._follow("mlp_bias", self.bias)
+        for name in _FLAGS:
             require_flag(self, name)
+        self._require_pattern()
+        self._require_rotation()
+        if self.parallel_residual and self.norm_placement != "pre":
+            raise InputError(
+                f"parallel_residual has both branches read norms of the same input, which norm_placement = "
+                f"{self.norm_placement!r} has not; use 'pre'"
+            )
         self._require_possible_size()
+
+    def _require_pattern(self) -> None:
+        pattern = self.attention_pattern
+        if pattern is None:
+            return
+        if not _is_cycle(pattern):
+            raise InputError(
+                f"attention_pattern = {shown(pattern)} must be a cycle of the letters L (local), G (global) and N "
+                f"(global without rotation), such as LLLLLG"
+            )
+        if "L" in pattern and self.sliding_window is None:
+            raise InputError(f"attention_pattern = {shown(pattern)} has local layers (L); give sliding_window")
+        if "L" not in pattern and self.sliding_window is not None:
+            raise InputError(
+                f"attention_pattern = {shown(pattern)} has no local layer (L) for sliding_window = "
+                f"{self.sliding_window}; add one, or set the window to null"
+            )
+        if "N" in pattern and self.position != "rope":
+            raise InputError(f"attention_pattern = {shown(pattern)}: without rotation (N) needs position = 'rope'")
+        # The shortest that says the same, so that equal models have equal configs.
+        layers = self.layer_kinds
+        size = next(size for size in range(1, self.n_layers + 1) if layers.startswith(layers[size:]))
+        if "L" not in layers:  # the pattern is cut before its first
+            object.__setattr__(self, "sliding_window", None)
+        alike = layers[:size] == ("G" if self.sliding_window is None else "L")
+        object.__setattr__(self, "attention_pattern", None if alike else layers[:size])
+
+    def _require_rotation(self) -> None:
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", RopeScaling.of(self.rope_scaling))
+        if self.position != "rope":
+            idle = [
+                name
+                for name, off in (("rope_fraction", 1.0), ("rope_scaling", None), ("rope_local_theta", None))
+                if getattr(self, name) != off
+            ]
+            if idle:
+                raise InputError(f"{idle[0]} = {shown(getattr(self, idle[0]))} needs position = 'rope'")
+            return
+        if self.rotary_dim % 2 or not self.rotary_dim:
+            whole = (
+                f"head_dim = {self.head_dim}"
+                if self.rope_fraction == 1
+                else (
+                    f"the rotated part of a head, rope_fraction = {self.rope_fraction} of head_dim = {self.head_dim},"
+                )
+            )
+            raise InputError(f"{whole} must be even with position = 'rope': pairs are rotated")
+        kinds = set(self.layer_kinds)
+        if self.rope_local_theta is not None and not {"L", "G"} <= kinds:
+            raise InputError("rope_local_theta needs an attention_pattern with local and global layers (L and G)")
+        if self.rope_local_theta == self.rope_theta:
+            object.__setattr__(self, "rope_local_theta", None)
+        scaling = self.rope_scaling
+        if scaling is not None and not kinds & ({"L", "G"} if scaling.local_layers else {"G"}):
+            ways = "set rope_scaling.local_layers to true, or leave it out" if "L" in kinds else "leave it out"
+            raise InputError(f"rope_scaling scales no layer of the kinds {', '.join(sorted(kinds))}; {ways}")
+        scaled = {view.rotation for view in map(self.view, kinds) if view.rotation is not None}
+        if any(rotation.scaling is not None and rotation.theta == 1 for rotation in scaled):
+            raise InputError("rope_theta = 1 turns all pairs alike, which rope_scaling cannot tell apart; raise it")
 
     def _require_possible_size(self) -> None:
         from gpt_core.parameters import parameter_count  # which reads this module
@@ -151,6 +291,26 @@ class ModelConfig:
         object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
+    def layer_kinds(self) -> str:
+        """The kind of every layer, a letter each: the pattern over all of them."""
+        cycle = self.attention_pattern or ("G" if self.sliding_window is None else "L")
+        return (cycle * self.n_layers)[: self.n_layers]
+
+    def view(self, kind: str) -> LayerView:
+        """What a layer of a kind sees, and how it turns."""
+        local = kind == "L"
+        theta = self.rope_local_theta if local and self.rope_local_theta is not None else self.rope_theta
+        scaled = self.rope_scaling is not None and (self.rope_scaling.local_layers or not local)
+        turns = self.position == "rope" and kind != "N"
+        rotation = Rotation(self.rotary_dim, theta, self.rope_scaling if scaled else None) if turns else None
+        return LayerView(self.sliding_window if local else None, rotation)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated, the first ones."""
+        return int(self.head_dim * self.rope_fraction)
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the token embedding (and columns of an untied head)."""
         multiple = self.pad_vocab_size_multiple
@@ -158,9 +318,10 @@ class ModelConfig:
 
     @property
     def variant(self) -> str:
-        """Which of the twelve attention variants this is, such as "rope-gqa-window"."""
+        """Position, heads and mask, such as "rope-gqa-window"; the mask of a model of both kinds is its pattern."""
         heads = "mha" if self.n_kv_heads == self.n_heads else "mqa" if self.n_kv_heads == 1 else "gqa"
-        return f"{self.position}-{heads}-{'full' if self.sliding_window is None else 'window'}"
+        mask = self.attention_pattern or ("full" if self.sliding_window is None else "window")
+        return f"{self.position}-{heads}-{mask}"
 
     def to_dict(self) -> dict[str, Any]:
         """Every field with its value, defaults filled in; `from_dict` is the inverse."""
@@ -188,6 +349,11 @@ class ModelConfig:
             raise InputError(f"{path}: has no 'model' section")
         require_filled(sections, str(path))
         return cls.from_dict(sections["model"], source=str(path))
+
+
+def _is_cycle(pattern: Any) -> bool:
+    letters = isinstance(pattern, str) and 0 < len(pattern) <= _MOST["n_layers"]
+    return letters and set(pattern) <= set(get_args(Kind))
 
 
 def differing_fields(ours: ModelConfig, theirs: ModelConfig) -> str:

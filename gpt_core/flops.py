@@ -42,13 +42,13 @@ def training_flops_per_token(config: ModelConfig, context_length: int) -> float:
 def forward_flops_per_token(config: ModelConfig, context_length: int) -> float:
     """Floating-point operations of the forward pass for one token, averaged over a row.
 
-        2 weights + 4 n_layers n_heads head_dim visible
+        2 weights + 4 n_heads head_dim (visible, summed over layers)
 
     `weights` counts the elements of every matrix that a token is multiplied by: those of the blocks and the head,
     a tied one too. Looking an embedding up multiplies nothing, and rows that pad the vocabulary are no part of the
     model. `visible` is the mean number of keys that a query sees: only the pairs inside the causal mask and the sliding
-    window count, in each of the two products of attention (scores, and the mix of values). Norms, softmax, GELU and
-    biases are left out, below 1% in models of any size that is trained.
+    window count, in each of the two products of attention (scores, and the mix of values). Norms, softmax, activations
+    and biases are left out, below 1% in models of any size that is trained.
 
     Sources: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", table 1 (which counts the full square of
     pairs); Chowdhery et al. 2022, "PaLM", appendix B.
@@ -59,8 +59,8 @@ def forward_flops_per_token(config: ModelConfig, context_length: int) -> float:
     """
     blocks = sum(row.size for name, row in parameter_table(config).items() if name.startswith("blocks.") and row.decay)
     weights = blocks + config.vocab_size * config.embed_dim
-    pairs = config.n_heads * config.head_dim * mean_visible_keys(context_length, config.sliding_window)
-    return 2.0 * weights + 4.0 * config.n_layers * pairs
+    visible = sum(mean_visible_keys(context_length, config.view(kind).window) for kind in config.layer_kinds)
+    return 2.0 * weights + 4.0 * config.n_heads * config.head_dim * visible
 
 
 def mean_visible_keys(context_length: int, window: int | None) -> float:

@@ -21,7 +21,7 @@ class Parameter:
         name: Canonical dotted name, such as "blocks.attention.query.kernel".
         axes: Names of the axes, out of layers, vocab, position, embed, heads, kv_heads, head_dim, mlp.
         shape: Sizes of these axes.
-        mean: Initial mean: 1 for norm scales, else 0.
+        mean: Initial mean: 1 for norm scales (0 where the model adds the 1), else 0.
         std: Initial standard deviation: 0 for biases and norm scales.
         decay: Whether AdamW decays it. True for matrices and embeddings alone; the rank cannot tell, since
             stacked biases have two axes.
@@ -93,9 +93,10 @@ def _rows(config: ModelConfig) -> Iterator[Parameter]:
         names = tuple(axes.split())
         return Parameter(name, names, tuple(sizes[axis] for axis in names), mean, std, decay)
 
-    def norm(name: str, layers: str = "") -> Iterator[Parameter]:
-        yield row(f"{name}.scale", f"{layers} embed", mean=1.0)
-        yield row(f"{name}.bias", f"{layers} embed")
+    def norm(name: str, axes: str) -> Iterator[Parameter]:
+        yield row(f"{name}.scale", axes, mean=0.0 if config.norm_unit_offset else 1.0)
+        if config.norm == "layer":
+            yield row(f"{name}.bias", axes)
 
     def linear(name: str, inputs: str, outputs: str, *, std: float, bias: bool) -> Iterator[Parameter]:
         yield row(f"{name}.kernel", f"layers {inputs} {outputs}", std=std, decay=True)
@@ -105,14 +106,27 @@ def _rows(config: ModelConfig) -> Iterator[Parameter]:
     yield row("token_embedding", "vocab embed", std=std, decay=True)
     if config.position == "learned":
         yield row("position_embedding", "position embed", std=std, decay=True)
-    yield from norm("blocks.attention_norm", "layers")
+    before, after = config.norm_placement != "post", config.norm_placement != "pre"
+    if before:
+        yield from norm("blocks.attention_norm", "layers embed")
     yield from linear("blocks.attention.query", "embed", "heads head_dim", std=std, bias=config.qkv_bias)
     yield from linear("blocks.attention.key", "embed", "kv_heads head_dim", std=std, bias=config.qkv_bias)
     yield from linear("blocks.attention.value", "embed", "kv_heads head_dim", std=std, bias=config.qkv_bias)
+    if config.qk_norm is not None:
+        whole = config.qk_norm == "whole"
+        yield from norm("blocks.attention.query_norm", f"layers {'heads ' if whole else ''}head_dim")
+        yield from norm("blocks.attention.key_norm", f"layers {'kv_heads ' if whole else ''}head_dim")
     yield from linear("blocks.attention.output", "heads head_dim", "embed", std=residual_std, bias=config.bias)
-    yield from norm("blocks.mlp_norm", "layers")
-    yield from linear("blocks.mlp.up", "embed", "mlp", std=std, bias=config.bias)
-    yield from linear("blocks.mlp.down", "mlp", "embed", std=residual_std, bias=config.bias)
-    yield from norm("final_norm")
+    if after:
+        yield from norm("blocks.attention_post_norm", "layers embed")
+    if before:
+        yield from norm("blocks.mlp_norm", "layers embed")
+    if config.gated_mlp:
+        yield from linear("blocks.mlp.gate", "embed", "mlp", std=std, bias=config.mlp_bias)
+    yield from linear("blocks.mlp.up", "embed", "mlp", std=std, bias=config.mlp_bias)
+    yield from linear("blocks.mlp.down", "mlp", "embed", std=residual_std, bias=config.mlp_bias)
+    if after:
+        yield from norm("blocks.mlp_post_norm", "layers embed")
+    yield from norm("final_norm", "embed")
     if not config.tied_embeddings:
         yield row("head.kernel", "embed vocab", std=std, decay=True)

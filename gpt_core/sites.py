@@ -8,28 +8,36 @@ from gpt_core.config import ModelConfig
 
 BLOCK_SITES = (
     "input",  # [batch, time, embed] residual stream
-    "attention_norm",  # [batch, time, embed]
+    "attention_norm",  # [batch, time, embed], unless norm_placement is "post"
     "attention.query",  # [batch, time, heads, head_dim]
     "attention.key",  # [batch, time, kv_heads, head_dim]
     "attention.value",  # [batch, time, kv_heads, head_dim]
-    "attention.rotated_query",  # [batch, time, heads, head_dim], with RoPE only
-    "attention.rotated_key",  # [batch, time, kv_heads, head_dim], with RoPE only
+    "attention.normed_query",  # [batch, time, heads, head_dim], with qk_norm only
+    "attention.normed_key",  # [batch, time, kv_heads, head_dim], with qk_norm only
+    "attention.rotated_query",  # [batch, time, heads, head_dim], in layers that rotate only
+    "attention.rotated_key",  # [batch, time, kv_heads, head_dim], in layers that rotate only
     "attention.mixed",  # [batch, time, heads, head_dim] probabilities times values
     "attention.output",  # [batch, time, embed]
-    "mlp_norm",  # [batch, time, embed]
-    "mlp.hidden",  # [batch, time, mlp] after the GELU
+    "attention_post_norm",  # [batch, time, embed], unless norm_placement is "pre"
+    "mlp_norm",  # [batch, time, embed], unless norm_placement is "post"
+    "mlp.hidden",  # [batch, time, mlp] after activation and gate
     "mlp.output",  # [batch, time, embed]
+    "mlp_post_norm",  # [batch, time, embed], unless norm_placement is "pre"
 )
 
 
-def block_sites(config: ModelConfig) -> tuple[str, ...]:
-    """Sites of one block, relative to it."""
-    if config.position == "rope":
-        return BLOCK_SITES
-    return tuple(site for site in BLOCK_SITES if "rotated" not in site)
+def block_sites(config: ModelConfig, kind: str) -> tuple[str, ...]:
+    """Sites of one block of a kind, relative to it."""
+    absent = {"pre": ("_post_norm",), "post": ("attention_norm", "mlp_norm"), "sandwich": ()}[config.norm_placement]
+    if config.qk_norm is None:
+        absent += ("normed_query", "normed_key")
+    if config.view(kind).rotation is None:
+        absent += ("rotated_query", "rotated_key")
+    return tuple(site for site in BLOCK_SITES if not site.endswith(absent))
 
 
 def model_sites(config: ModelConfig) -> list[str]:
     """Every site of a model, in the order of the data's path; the last is "logits"."""
-    blocks = [f"blocks.{layer}.{site}" for layer in range(config.n_layers) for site in block_sites(config)]
+    kinds = enumerate(config.layer_kinds)
+    blocks = [f"blocks.{layer}.{site}" for layer, kind in kinds for site in block_sites(config, kind)]
     return ["embedding", *blocks, "final_norm", "logits"]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.precision import DType
 from jax_gpt.banded import banded
@@ -37,6 +38,7 @@ def attention(
     *,
     window: int | None,
     scale: float,
+    softcap: float | None = None,
     implementation: Implementation = "reference",
 ) -> Float[jax.Array, "batch time heads head_dim"]:
     """Mix values by softmax(scale * query . key) over the keys that the causal window lets a query see.
@@ -47,6 +49,7 @@ def attention(
         value: `[batch, time, kv_heads, head_dim]`.
         window: Query i sees keys j with 0 <= i - j < window; None means all of 0 <= i - j.
         scale: Factor on the scores before the softmax.
+        softcap: Scores become softcap * tanh(score / softcap), after their scale and before the mask; None: not.
         implementation: "auto" is what `pick` says; "reference" and "banded" run in any precision; "xla", "splash" (TPU)
             and "cudnn" (GPU) have their softmax in fp32 and refuse fp64.
 
@@ -54,33 +57,48 @@ def attention(
         `[batch, time, heads, head_dim]` in the dtype of `query`.
 
     Raises:
-        InputError: unknown implementation, or one that cannot run here or in the dtype of `query`.
+        InputError: unknown implementation, or one that cannot run here, in the dtype of `query`, or with a softcap.
     """
     if implementation == "auto":
         dtype: Any = query.dtype.name
-        implementation = pick(current_platform(), dtype, query.shape[-1], window).implementation
+        implementation = pick(current_platform(), dtype, query.shape[-1], window, softcap).implementation
     if implementation not in _IMPLEMENTATIONS:
         known = ", ".join(get_args(Implementation))
         raise InputError(f"attention implementation {implementation!r} is unknown; choose from: {known}")
-    return _IMPLEMENTATIONS[implementation](query, key, value, window, scale)
+    if softcap is not None and implementation in _WITHOUT_SOFTCAP:
+        raise InputError(f"attention implementation {implementation!r} has no softcap: use 'banded' or 'reference'")
+    return _IMPLEMENTATIONS[implementation](query, key, value, window, scale, softcap)
 
 
-def pick(platform: str, dtype: DType, head_dim: int, window: int | None) -> Pick:
+def pick(platform: str, dtype: DType, head_dim: int, window: int | None, softcap: float | None = None) -> Pick:
     """The fastest implementation that is exact here.
 
     Args:
         platform: "cpu", "gpu" or "tpu".
         dtype: Format of computation.
         head_dim: Width of one head.
-        window: Of the config.
+        window: Of the layer.
+        softcap: Of the config.
     """
-    if platform == "gpu" and dtype == "bfloat16" and _fits_cudnn(head_dim):
+    if platform == "gpu" and dtype == "bfloat16" and _fits_cudnn(head_dim) and softcap is None:
         return Pick("cudnn", "bf16 on a GPU: cuDNN's fused kernel, which skips what the window hides")
     if platform == "tpu" and dtype in {"bfloat16", "float32"}:  # of any head_dim and length; Mosaic refuses float16
         return Pick("splash", f"{dtype} on a TPU: the Pallas kernel, which skips what the window hides")
     if window is not None:
         return Pick("banded", f"{dtype} on {platform}: blocks cost O(time x window), the masked square O(time^2)")
     return Pick("banded", f"{dtype} on {platform}: blocks need half the products and O(time) memory")
+
+
+def picks(platform: str, dtype: DType, model: ModelConfig) -> str:
+    """What `auto` stands for in each kind of layer that a model has, and why."""
+    windows = {kind: model.view(kind).window for kind in dict.fromkeys(model.layer_kinds)}
+    found = {
+        kind: pick(platform, dtype, model.head_dim, window, model.attention_softcap) for kind, window in windows.items()
+    }
+    alike = len(set(found.values())) == 1
+    return "; ".join(
+        str(one) if alike else f"{kind}: {one}" for kind, one in list(found.items())[: 1 if alike else None]
+    )
 
 
 def causal_mask(time: int, window: int | None) -> Bool[jax.Array, "query key"]:
@@ -90,12 +108,16 @@ def causal_mask(time: int, window: int | None) -> Bool[jax.Array, "query key"]:
     return visible if window is None else visible & (distance < window)
 
 
-def _reference(query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, scale: float) -> jax.Array:
+def _reference(
+    query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, scale: float, softcap: float | None
+) -> jax.Array:
     batch, time, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     wide = jnp.promote_types(query.dtype, jnp.float32)
     grouped = query.reshape(batch, time, kv_heads, heads // kv_heads, head_dim)
     scores = scale * jnp.einsum("bqkgd,bskd->bkgqs", grouped.astype(wide), key.astype(wide))
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(causal_mask(time, window), scores, -jnp.inf)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)  # [batch, kv_heads, group, query, key]
     mixed = jnp.einsum("bkgqs,bskd->bqkgd", probabilities, value)
@@ -106,7 +128,9 @@ def _fits_cudnn(head_dim: int) -> bool:
     return head_dim <= 128 and head_dim % 8 == 0
 
 
-def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, scale: float) -> jax.Array:
+def _cudnn(
+    query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, scale: float, softcap: None
+) -> jax.Array:
     platform, dtype, head_dim = current_platform(), query.dtype, query.shape[-1]
     if platform != "gpu" or dtype != jnp.bfloat16 or not _fits_cudnn(head_dim):
         raise InputError(
@@ -116,7 +140,9 @@ def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, window: int | Non
     return _dot_product_attention(query, key, value, window, scale, "cudnn")
 
 
-def _xla(query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, scale: float) -> jax.Array:
+def _xla(
+    query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, scale: float, softcap: None
+) -> jax.Array:
     if query.dtype == jnp.float64:
         raise InputError(
             "attention implementation 'xla' has an fp32 softmax and cannot run in float64: use 'reference' or 'banded'"
@@ -140,6 +166,7 @@ def _dot_product_attention(
     )
 
 
+_WITHOUT_SOFTCAP = {"xla", "cudnn"}
 _IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": _reference,
     "banded": banded,

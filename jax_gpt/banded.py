@@ -54,6 +54,7 @@ def banded(
     value: Float[jax.Array, "batch time kv_heads head_dim"],
     window: int | None,
     scale: float,
+    softcap: float | None = None,
 ) -> Float[jax.Array, "batch time heads head_dim"]:
     """Attention as `jax_gpt.attention` defines it, in any precision."""
     batch, time, heads, head_dim = query.shape
@@ -64,7 +65,7 @@ def banded(
     rows = rows.reshape(batch, band.blocks, band.queries, kv_heads, group, head_dim)
     rows = rows.transpose(1, 0, 3, 4, 2, 5)  # [block, batch, kv_heads, group, query, head_dim]
     key, value = (_padded(x, band.reach, band.padded_keys).swapaxes(1, 2) for x in (key, value))
-    mixed = _mix(rows, key, value, band, scale)  # as rows
+    mixed = _mix(rows, key, value, band, scale, softcap)  # as rows
     mixed = mixed.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, head_dim)
     return mixed[:, :time]
 
@@ -87,12 +88,16 @@ def _padded(x: jax.Array, front: int, length: int) -> jax.Array:
     return jnp.pad(x, [(0, 0), (front, length - front - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _mix(query: jax.Array, key: jax.Array, value: jax.Array, band: Band, scale: float) -> jax.Array:
-    return _forward(query, key, value, band, scale)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _mix(
+    query: jax.Array, key: jax.Array, value: jax.Array, band: Band, scale: float, softcap: float | None
+) -> jax.Array:
+    return _forward(query, key, value, band, scale, softcap)[0]
 
 
-def _forward(query: jax.Array, key: jax.Array, value: jax.Array, band: Band, scale: float) -> tuple[jax.Array, Arrays]:
+def _forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, band: Band, scale: float, softcap: float | None
+) -> tuple[jax.Array, Arrays]:
     """Mixed values `[block, batch, kv_heads, group, query, head_dim]`, and what the backward pass needs."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
 
@@ -102,7 +107,7 @@ def _forward(query: jax.Array, key: jax.Array, value: jax.Array, band: Band, sca
         def add(step: int | jax.Array, state: Arrays) -> Arrays:
             most, total, mixed = state
             start = _start(band, index, step)
-            scores = _scores(rows, _cut(key, start, band), band, index, start, scale)
+            scores = _scores(rows, _cut(key, start, band), band, index, start, scale, softcap)
             new_most = jnp.maximum(most, scores.max(-1))
             weights = jnp.exp(scores - new_most[..., None])
             fade = jnp.exp(most - new_most)
@@ -119,7 +124,7 @@ def _forward(query: jax.Array, key: jax.Array, value: jax.Array, band: Band, sca
     return mixed, (query, key, value, mixed, log_total)
 
 
-def _backward(band: Band, scale: float, saved: Arrays, cotangent: jax.Array) -> Arrays:
+def _backward(band: Band, scale: float, softcap: float | None, saved: Arrays, cotangent: jax.Array) -> Arrays:
     query, key, value, mixed, log_total = saved
     wide = jnp.promote_types(query.dtype, jnp.float32)
 
@@ -131,9 +136,13 @@ def _backward(band: Band, scale: float, saved: Arrays, cotangent: jax.Array) -> 
             d_key, d_value, d_rows = state
             start = _start(band, index, step)
             keys, values = _cut(key, start, band), _cut(value, start, band)
-            weights = jnp.exp(_scores(rows, keys, band, index, start, scale) - log_total[..., None])
+            scores = _scores(rows, keys, band, index, start, scale, softcap)
+            weights = jnp.exp(scores - log_total[..., None])
             d_weights = jnp.einsum("bkgqd,bksd->bkgqs", d_mixed, values).astype(wide)
-            d_scores = (weights * (d_weights - mean) * scale).astype(rows.dtype)
+            d_capped = weights * (d_weights - mean)
+            if softcap is not None:
+                d_capped *= 1 - jnp.square(jnp.clip(scores / softcap, -1, 1))  # what is hidden is -inf
+            d_scores = (d_capped * scale).astype(rows.dtype)
             d_values = jnp.einsum("bkgqs,bkgqd->bksd", weights.astype(rows.dtype), d_mixed)
             d_keys = jnp.einsum("bkgqs,bkgqd->bksd", d_scores, rows)
             d_rows = d_rows + jnp.einsum("bkgqs,bksd->bkgqd", d_scores, keys).astype(wide)
@@ -174,11 +183,19 @@ def _added(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def _scores(
-    rows: jax.Array, keys: jax.Array, band: Band, index: jax.Array, start: jax.Array, scale: float
+    rows: jax.Array,
+    keys: jax.Array,
+    band: Band,
+    index: jax.Array,
+    start: jax.Array,
+    scale: float,
+    softcap: float | None,
 ) -> jax.Array:
-    """Scaled products `[batch, kv_heads, group, query, key]`, -inf where a query does not see a key."""
+    """Scaled and capped products `[batch, kv_heads, group, query, key]`, -inf where a query does not see a key."""
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     scores = scale * jnp.einsum("bkgqd,bksd->bkgqs", rows, keys, preferred_element_type=wide)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     positions = start - band.reach + jnp.arange(band.keys)
     distance = index * band.queries + jnp.arange(band.queries)[:, None] - positions
     visible = (distance >= 0) & (positions >= 0)

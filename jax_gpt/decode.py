@@ -6,6 +6,7 @@ unrolled (a scan would copy each block's weights first), matrices as `[outputs, 
 
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from gpt_core.config import ModelConfig
 from gpt_core.precision import Precision
 from gpt_core.rotary import rotary_angles
-from jax_gpt.layers import finish_logits, gelu, layer_norm
+from jax_gpt.layers import activate, finish_logits, normalise, residual, scaled, softcapped
 from jax_gpt.model import GPT
 from jax_gpt.rotary import turn
 from jax_gpt.taps import Taps
@@ -26,11 +27,11 @@ from jax_gpt.taps import Taps
 FEW = 16  # new tokens of all rows together, up to which each is written, and cores share products, in a way of its own
 
 
-class Norm(NamedTuple):
-    """Scale and bias of a LayerNorm, `[embed]`, in wide_dtype."""
+class Scale(NamedTuple):
+    """Scale and bias of a norm, `[*features]`, in wide_dtype."""
 
     scale: jax.Array
-    bias: jax.Array
+    bias: jax.Array | None
 
 
 class Matrix(NamedTuple):
@@ -41,32 +42,40 @@ class Matrix(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One block's weights; `inward` is query, key and value in one."""
+    """One block's weights; `inward` is query, key and value in one. None is what the model has not."""
 
-    attention_norm: Norm
+    attention_norm: Scale | None
     inward: Matrix
+    query_norm: Scale | None
+    key_norm: Scale | None
     output: Matrix
-    mlp_norm: Norm
+    attention_post_norm: Scale | None
+    mlp_norm: Scale | None
+    gate: Matrix | None
     up: Matrix
     down: Matrix
+    mlp_post_norm: Scale | None
 
 
 class Weights(NamedTuple):
-    """A model's weights as decoding reads them; `rotary` is cosine and sine of every position up to the limit."""
+    """A model's weights as decoding reads them.
+
+    `rotary` is cosine and sine of every position up to the limit, by the kind of layer; of kinds that rotate.
+    """
 
     token_embedding: jax.Array
     position_embedding: jax.Array | None
-    rotary: tuple[jax.Array, jax.Array] | None
+    rotary: dict[str, tuple[jax.Array, jax.Array]]
     layers: tuple[Layer, ...]
-    final_norm: Norm
+    final_norm: Scale
     head: Matrix
 
 
 class Cache(NamedTuple):
     """Keys `[batch kv_heads, head_dim, slots]` and values `[batch kv_heads, slots, head_dim]` of every block.
 
-    Position p lies in slot p mod slots. The axes are those in which products read them: XLA copies a whole cache that
-    is reshaped or transposed between being written to and being read.
+    Position p lies in slot p mod slots, of which local layers have fewer. The axes are those in which products read
+    them: XLA copies a whole cache that is reshaped or transposed between being written to and being read.
     """
 
     key: tuple[jax.Array, ...]
@@ -78,8 +87,11 @@ def prepare(model: GPT, limit: int) -> Weights:
     config, precision = model.config, model.precision
     wide = precision.wide_dtype
 
-    def norm(module: Any) -> Norm:
-        return Norm(module.scale[...].astype(wide), module.bias[...].astype(wide))
+    def norm(module: Any) -> Scale:
+        return Scale(module.scale[...].astype(wide), None if module.bias is None else module.bias[...].astype(wide))
+
+    def optional(make: Callable[[Any], Any], module: Any) -> Any:
+        return None if module is None else make(module)
 
     def matrix(*modules: Any) -> Matrix:
         kernels, biases = [], []
@@ -89,17 +101,25 @@ def prepare(model: GPT, limit: int) -> Weights:
             kernels.append(_stored(kernel.reshape(math.prod(inputs), -1).T, precision))
             if module.bias is not None:
                 biases.append(module.bias[...].astype(precision.compute_dtype).reshape(-1))
-        return Matrix(_parted(jnp.concatenate(kernels)), jnp.concatenate(biases) if biases else None)
+        kernel = jnp.concatenate(kernels)
+        if not biases and len(kernel) % _parts():  # says how many outputs there are beside the padding
+            biases = [jnp.zeros(len(kernel), precision.compute_dtype)]
+        return Matrix(_parted(kernel), jnp.concatenate(biases) if biases else None)
 
     def layer(block: Any) -> Layer:
         attention, mlp = block.attention, block.mlp
         return Layer(
-            norm(block.attention_norm),
+            optional(norm, block.attention_norm),
             matrix(attention.query, attention.key, attention.value),
+            optional(norm, attention.query_norm),
+            optional(norm, attention.key_norm),
             matrix(attention.output),
-            norm(block.mlp_norm),
+            optional(norm, block.attention_post_norm),
+            optional(norm, block.mlp_norm),
+            optional(matrix, mlp.gate),
             matrix(mlp.up),
             matrix(mlp.down),
+            optional(norm, block.mlp_post_norm),
         )
 
     def block_of(index: int) -> Any:
@@ -109,14 +129,18 @@ def prepare(model: GPT, limit: int) -> Weights:
         return nnx.merge(graph, jax.tree.map(lambda x: x[index], stacked))
 
     learned = config.position == "learned"
-    tables = rotary_angles(config.head_dim, config.rope_theta, limit, wide)
-    cosine, sine = (jnp.asarray(table) for table in tables)
+    rotations = {kind: config.view(kind).rotation for kind in set(config.layer_kinds)}
     embedding = model.token_embedding[...]
     stored = _stored(embedding, precision)
     return Weights(
         token_embedding=stored,
         position_embedding=model.position_embedding[...].astype(precision.compute_dtype) if learned else None,
-        rotary=None if learned else (cosine, sine),
+        rotary={
+            kind: (jnp.asarray(cosine), jnp.asarray(sine))
+            for kind, rotation in rotations.items()
+            if rotation is not None
+            for cosine, sine in [rotary_angles(rotation, limit, wide)]
+        },
         layers=tuple(layer(block_of(index)) for index in range(config.n_layers)),
         final_norm=norm(model.final_norm),
         head=Matrix(_parted(stored), None) if config.tied_embeddings else matrix(model.head),
@@ -124,7 +148,7 @@ def prepare(model: GPT, limit: int) -> Weights:
 
 
 def prefill(
-    model: GPT, tokens: Int[jax.Array, "batch time"], lengths: Int[jax.Array, " batch"], slots: int
+    model: GPT, tokens: Int[jax.Array, "batch time"], lengths: Int[jax.Array, " batch"], slots: tuple[int, ...]
 ) -> tuple[Float[jax.Array, "batch vocab"], Cache]:
     """Run prompts through the model at once.
 
@@ -132,7 +156,7 @@ def prefill(
         model: The model.
         tokens: `[batch, time]`, rows filled up behind their end, which no token before it sees.
         lengths: Tokens of each row.
-        slots: Of the cache.
+        slots: Of every layer's cache.
 
     Returns:
         Logits after each row's last token, and the cache.
@@ -143,25 +167,25 @@ def prefill(
 
 @partial(jax.jit, static_argnums=(0, 4))
 def _prefill(
-    graph: nnx.GraphDef[GPT], state: nnx.State, tokens: jax.Array, lengths: jax.Array, slots: int
+    graph: nnx.GraphDef[GPT], state: nnx.State, tokens: jax.Array, lengths: jax.Array, slots: tuple[int, ...]
 ) -> tuple[jax.Array, Cache]:
     model = nnx.merge(graph, state)
     taps: Taps = {}
     hidden = model.hidden(tokens, taps)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [batch, 1, embed]
-    sources = slot_positions(lengths - 1, slots)  # [batch, slots]
+    sources = {size: slot_positions(lengths - 1, size) for size in set(slots)}  # [batch, slots]
 
     def kept(layer: int, site: str) -> jax.Array:
-        x = taps[f"blocks.{layer}.{site}"]  # [batch, time, kv_heads, head_dim]
-        placed = jnp.take_along_axis(x, jnp.maximum(sources, 0)[:, :, None, None], axis=1)
-        placed = jnp.where((sources >= 0)[:, :, None, None], placed, 0)
+        x, of = taps[f"blocks.{layer}.{site}"], sources[slots[layer]]  # [batch, time, kv_heads, head_dim]
+        placed = jnp.take_along_axis(x, jnp.maximum(of, 0)[:, :, None, None], axis=1)
+        placed = jnp.where((of >= 0)[:, :, None, None], placed, 0)
         axes = (0, 2, 1, 3) if site == "attention.value" else (0, 2, 3, 1)
         return placed.transpose(axes).reshape(-1, *(placed.shape[axis] for axis in axes[2:]))
 
-    key = "attention.rotated_key" if model.config.position == "rope" else "attention.key"
-    layers = range(model.config.n_layers)
+    keys = [key_site(model.config, kind) for kind in model.config.layer_kinds]
     cache = Cache(
-        tuple(kept(layer, key) for layer in layers), tuple(kept(layer, "attention.value") for layer in layers)
+        tuple(kept(layer, site) for layer, site in enumerate(keys)),
+        tuple(kept(layer, "attention.value") for layer in range(len(keys))),
     )
     return model.unembed(last)[:, 0], cache
 
@@ -185,31 +209,70 @@ def step(
         cache: Of `prefill` or of the step before; what lies in it from `first` on is forgotten.
     """
     positions = first[:, None] + jnp.arange(tokens.shape[1])  # [batch, new]
-    slots = cache.key[0].shape[2]
-    visible = visible_slots(positions, slots, config.sliding_window)
     compute = precision.compute_dtype
-    x = weights.token_embedding[tokens].astype(compute)  # [batch, new, embed]
+    x = scaled(weights.token_embedding[tokens].astype(compute), config.embedding_scale)  # [batch, new, embed]
     if weights.position_embedding is not None:
         x = x + weights.position_embedding[jnp.minimum(positions, len(weights.position_embedding) - 1)]
+    turns = {
+        kind: (cosine[positions][:, :, None], sine[positions][:, :, None])  # [batch, new, 1, half]
+        for kind, (cosine, sine) in weights.rotary.items()
+    }
+    slots = {kind: key.shape[2] for kind, key in zip(config.layer_kinds, cache.key, strict=True)}
+    visible = {kind: visible_slots(positions, size, config.view(kind).window) for kind, size in slots.items()}
     keys, values = [], []
-    for layer, key, value in zip(weights.layers, cache.key, cache.value, strict=True):
-        normed = layer_norm(x, *layer.attention_norm, config.norm_eps, precision)
-        heads = multiply(normed, layer.inward, precision)
+    for layer, kind, key, value in zip(weights.layers, config.layer_kinds, cache.key, cache.value, strict=True):
+        x, key, value = _block(x, layer, key, value, positions, visible[kind], turns.get(kind), config, precision)
+        keys.append(key)
+        values.append(value)
+    return _head(x, weights.final_norm, weights.head, config, precision), Cache(tuple(keys), tuple(values))
+
+
+def _block(
+    x: jax.Array,
+    layer: Layer,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    visible: jax.Array,
+    turns: tuple[jax.Array, jax.Array] | None,
+    config: ModelConfig,
+    precision: Precision,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def normed(norm: Scale | None, x: jax.Array) -> jax.Array:
+        return x if norm is None else normalise(x, *norm, config, precision)
+
+    def attention(x: jax.Array) -> jax.Array:
+        nonlocal key, value
+        heads = multiply(normed(layer.attention_norm, x), layer.inward, precision)
         heads = heads.reshape(*heads.shape[:2], -1, config.head_dim)  # [batch, new, heads and kv_heads, head_dim]
-        if weights.rotary is not None:
-            heads = rotate_at(heads, positions, weights.rotary, config)
         query, new_key, new_value = jnp.split(heads, [config.n_heads, config.n_heads + config.n_kv_heads], axis=2)
+        query, new_key = normed(layer.query_norm, query), normed(layer.key_norm, new_key)
+        if turns is not None:
+            query, new_key = turn(query, *turns), turn(new_key, *turns)
         key = write(key, new_key, positions, axis=2)
         value = write(value, new_value, positions, axis=1)
         mixed = attend(query, key, value, visible, config, precision)
-        x = x + multiply(mixed, layer.output, precision)
-        normed = layer_norm(x, *layer.mlp_norm, config.norm_eps, precision)
-        hidden = gelu(multiply(normed, layer.up, precision))
-        x = x + multiply(hidden, layer.down, precision)
-        keys.append(key)
-        values.append(value)
-    logits = multiply(layer_norm(x, *weights.final_norm, config.norm_eps, precision), weights.head, precision)
-    return finish_logits(logits, config, precision), Cache(tuple(keys), tuple(values))
+        y = normed(layer.attention_post_norm, multiply(mixed, layer.output, precision))
+        return scaled(y, config.residual_scale)
+
+    def mlp(x: jax.Array) -> jax.Array:
+        x = normed(layer.mlp_norm, x)
+        gate = None if layer.gate is None else multiply(x, layer.gate, precision)
+        hidden = activate(multiply(x, layer.up, precision), gate, config)
+        return scaled(normed(layer.mlp_post_norm, multiply(hidden, layer.down, precision)), config.residual_scale)
+
+    return residual(x, attention, mlp, config), key, value
+
+
+def _head(x: jax.Array, norm: Scale, head: Matrix, config: ModelConfig, precision: Precision) -> jax.Array:
+    logits = multiply(normalise(x, *norm, config, precision), head, precision)
+    return finish_logits(logits, config, precision)
+
+
+def key_site(config: ModelConfig, kind: str) -> str:
+    """The site whose keys a cache holds: after all that is done to them."""
+    turned = config.view(kind).rotation is not None
+    return f"attention.{'rotated_' if turned else '' if config.qk_norm is None else 'normed_'}key"
 
 
 def slot_positions(last: Int[jax.Array, " batch"], slots: int) -> Int[jax.Array, "batch slots"]:
@@ -261,23 +324,12 @@ def attend(
     grouped = query.reshape(batch, new, kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4)
     rows = grouped.reshape(batch * kv_heads, -1, head_dim)  # [batch kv_heads, new group, head_dim]
     scores = jnp.einsum("prd,pds->prs", rows.astype(wide), key.astype(wide)) * config.attention_scale
+    scores = softcapped(scores, config.attention_softcap)
     scores = scores.reshape(batch, kv_heads, new, -1, key.shape[2])
     scores = jnp.where(visible[:, None, :, None], scores, -jnp.inf)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(*rows.shape[:2], -1)
     mixed = jnp.einsum("prs,psd->prd", probabilities, value)
     return mixed.reshape(batch, kv_heads, new, -1, head_dim).swapaxes(1, 2).reshape(batch, new, heads * head_dim)
-
-
-def rotate_at(
-    x: Float[jax.Array, "batch new heads head_dim"],
-    positions: Int[jax.Array, "batch new"],
-    rotary: tuple[jax.Array, jax.Array],
-    config: ModelConfig,
-) -> Float[jax.Array, "batch new heads head_dim"]:
-    """Queries and keys with their positions rotated in; the values behind them as they are."""
-    turned, values = jnp.split(x, [config.n_heads + config.n_kv_heads], axis=2)
-    cosine, sine = (table[positions][:, :, None] for table in rotary)  # [batch, new, 1, head_dim / 2]
-    return jnp.concatenate([turn(turned, cosine, sine), values], axis=2)
 
 
 def multiply(
@@ -305,6 +357,9 @@ def _stored(kernel: jax.Array, precision: Precision) -> jax.Array:
 
 def _parted(kernel: jax.Array) -> jax.Array:
     """`[outputs, inputs]` to `[parts, outputs, inputs]`: on a CPU a core reads each part of a product with one row."""
-    parts = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
-    kernel = jnp.pad(kernel, ((0, -len(kernel) % parts), (0, 0)))
-    return kernel.reshape(parts, -1, kernel.shape[1])
+    kernel = jnp.pad(kernel, ((0, -len(kernel) % _parts()), (0, 0)))
+    return kernel.reshape(_parts(), -1, kernel.shape[1])
+
+
+def _parts() -> int:
+    return len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1

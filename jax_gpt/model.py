@@ -1,4 +1,4 @@
-"""The GPT-2 family in Flax NNX. `torch_gpt/model.py` is its twin: same names, same order, same function.
+"""The family in Flax NNX. `torch_gpt/model.py` is its twin: same names, same order, same function.
 
 A model is built from the parameter table: `create` receives each row and returns its array, so that fresh
 weights, loaded weights and weights sharded from the start enter in one way, and the model never sees a mesh.
@@ -19,14 +19,27 @@ from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, block_table, parameter_table
 from gpt_core.precision import Precision
 from jax_gpt.attention import Implementation
-from jax_gpt.layers import MLP, Attention, Create, LayerNorm, Linear, Table, dropout, finish_logits
+from jax_gpt.layers import (
+    MLP,
+    Attention,
+    Create,
+    Linear,
+    Norm,
+    Table,
+    dropout,
+    finish_logits,
+    norm_of,
+    normed,
+    residual,
+    scaled,
+)
 from jax_gpt.pretrained import Pretrained
 from jax_gpt.scan import BlockStep, block_step, scan_blocks
 from jax_gpt.taps import Taps, collect, tap
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: attention, then MLP."""
+    """Attention and MLP, each added to the residual stream, with norms where the table has them."""
 
     def __init__(
         self,
@@ -37,28 +50,40 @@ class Block(nnx.Module):
         precision: Precision,
         implementation: Implementation,
     ) -> None:
-        self.attention_norm = LayerNorm(f"{name}.attention_norm", table, create, config, precision)
+        self.attention_norm = norm_of(f"{name}.attention_norm", table, create, config, precision)
         self.attention = Attention(f"{name}.attention", table, create, config, precision, implementation)
-        self.mlp_norm = LayerNorm(f"{name}.mlp_norm", table, create, config, precision)
-        self.mlp = MLP(f"{name}.mlp", table, create, precision)
-        self.rate = config.dropout
+        self.attention_post_norm = norm_of(f"{name}.attention_post_norm", table, create, config, precision)
+        self.mlp_norm = norm_of(f"{name}.mlp_norm", table, create, config, precision)
+        self.mlp = MLP(f"{name}.mlp", table, create, config, precision)
+        self.mlp_post_norm = norm_of(f"{name}.mlp_post_norm", table, create, config, precision)
+        self.config = config
 
     def __call__(
         self,
         x: Float[jax.Array, "batch time embed"],
+        kind: str,
         taps: Taps | None = None,
         dropout_key: jax.Array | None = None,
     ) -> Float[jax.Array, "batch time embed"]:
         tap(taps, "input", x)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        normed = tap(taps, "attention_norm", self.attention_norm(x))
-        x = x + dropout(self.attention(normed, taps), self.rate, keys[0])
-        normed = tap(taps, "mlp_norm", self.mlp_norm(x))
-        return x + dropout(self.mlp(normed, taps), self.rate, keys[1])
+
+        def attention(x: jax.Array) -> jax.Array:
+            y = self.attention(normed(self.attention_norm, x, "attention_norm", taps), kind, taps)
+            return finish(normed(self.attention_post_norm, y, "attention_post_norm", taps), keys[0])
+
+        def mlp(x: jax.Array) -> jax.Array:
+            y = self.mlp(normed(self.mlp_norm, x, "mlp_norm", taps), taps)
+            return finish(normed(self.mlp_post_norm, y, "mlp_post_norm", taps), keys[1])
+
+        def finish(branch: jax.Array, key: jax.Array | None) -> jax.Array:
+            return dropout(scaled(branch, self.config.residual_scale), self.config.dropout, key)
+
+        return residual(x, attention, mlp, self.config)
 
 
 class GPT(Pretrained, nnx.Module):
-    """A decoder-only language model of the GPT-2 family.
+    """A decoder-only language model.
 
     Args:
         config: The architecture.
@@ -91,7 +116,7 @@ class GPT(Pretrained, nnx.Module):
                 Block("blocks", block_table(table, layer), create, config, precision, implementation)
                 for layer in range(config.n_layers)
             )
-        self.final_norm = LayerNorm("final_norm", table, create, config, precision)
+        self.final_norm = Norm("final_norm", table, create, config, precision)
         if not config.tied_embeddings:
             self.head = Linear("head", table, create, precision)
         self.config = config
@@ -130,7 +155,7 @@ class GPT(Pretrained, nnx.Module):
     def embed(self, tokens: Int[jax.Array, "batch time"]) -> Float[jax.Array, "batch time embed"]:
         """Token embeddings, plus learned positions where the config has them."""
         compute = jnp.dtype(self.precision.compute_dtype)
-        x = self.token_embedding[...][tokens].astype(compute)  # [batch, time, embed]
+        x = scaled(self.token_embedding[...][tokens].astype(compute), self.config.embedding_scale)
         if self.config.position == "rope":
             return x
         time = tokens.shape[1]
@@ -145,9 +170,12 @@ class GPT(Pretrained, nnx.Module):
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.n_layers)
         if self.scan_layers:
             return scan_blocks(self.blocks, x, taps, keys, self.config, self.around_block)
-        run_block = self.around_block(block_step(nnx.split(self.blocks[0])[0], taps is not None))
-        for layer, block in enumerate(self.blocks):
-            x, layer_taps = run_block(x, (nnx.state(block), None if keys is None else keys[layer]))
+        graph = nnx.split(self.blocks[0])[0]
+        run = {
+            kind: self.around_block(block_step(graph, kind, taps is not None)) for kind in set(self.config.layer_kinds)
+        }
+        for layer, (block, kind) in enumerate(zip(self.blocks, self.config.layer_kinds, strict=True)):
+            x, layer_taps = run[kind](x, (nnx.state(block), None if keys is None else keys[layer]))
             collect(taps, layer, layer_taps)
         return x
 

@@ -4,17 +4,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from gpt_core.config import ModelConfig
 from gpt_core.precision import Precision
-from gpt_core.rotary import rotary_angles
+from gpt_core.rotary import Rotation, rotary_angles
 
 
 def rotate(
-    x: Float[jax.Array, "batch time heads head_dim"], config: ModelConfig, precision: Precision
+    x: Float[jax.Array, "batch time heads head_dim"], rotation: Rotation, precision: Precision
 ) -> Float[jax.Array, "batch time heads head_dim"]:
     """Queries or keys of the positions from 0 on, with these rotated in."""
-    tables = rotary_angles(config.head_dim, config.rope_theta, x.shape[1], precision.wide_dtype)
-    cosine, sine = (jnp.asarray(table)[:, None] for table in tables)  # [time, 1, head_dim / 2]
+    tables = rotary_angles(rotation, x.shape[1], precision.wide_dtype)
+    cosine, sine = (jnp.asarray(table)[:, None] for table in tables)  # [time, 1, dims / 2]
     return turn(x, cosine, sine)
 
 
@@ -23,7 +22,12 @@ def turn(
     cosine: Float[jax.Array, "*batch time 1 half"],
     sine: Float[jax.Array, "*batch time 1 half"],
 ) -> Float[jax.Array, "batch time heads head_dim"]:
-    """Turn by angles, half-split: dimension d is paired with d + head_dim / 2. In the dtype of the angles."""
-    first, second = jnp.split(x.astype(cosine.dtype), 2, axis=-1)  # [batch, time, heads, head_dim / 2]
+    """Turn by angles, half-split: dimension d is paired with d + half, those from 2 half on pass.
+
+    In the dtype of the angles.
+    """
+    dims = 2 * cosine.shape[-1]
+    first, second = jnp.split(x[..., :dims].astype(cosine.dtype), 2, axis=-1)  # [batch, time, heads, half]
     rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return rotated.astype(x.dtype)
+    rotated = rotated.astype(x.dtype)
+    return rotated if dims == x.shape[-1] else jnp.concatenate([rotated, x[..., dims:]], axis=-1)

@@ -1,7 +1,8 @@
 """Blocks of one shape, stacked and scanned over, so that compile time does not grow with depth."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -15,18 +16,53 @@ Layer = tuple[nnx.State, jax.Array | None]  # one block's parameters and dropout
 BlockStep = Callable[[jax.Array, Layer], tuple[jax.Array, Taps]]
 
 
-def block_step(graph: nnx.GraphDef[Any], traced: bool) -> BlockStep:
+class Segment(NamedTuple):
+    """Layers that one scan runs.
+
+    Args:
+        kinds: Of the layers of one turn.
+        first: The layer it begins with.
+        turns: Of the scan.
+    """
+
+    kinds: str
+    first: int
+    turns: int
+
+
+def segments(kinds: str, period: int) -> list[Segment]:
+    """Layers cut into scans so that the fewest blocks are compiled: by whole periods and a rest, or by runs of a kind.
+
+    Args:
+        kinds: Of all layers.
+        period: After how many layers they repeat.
+    """
+    turns = len(kinds) // period
+    by_period = [Segment(kinds[:period], 0, turns), *_runs(kinds, turns * period)]
+    by_run = list(_runs(kinds, 0))
+    return min(by_period, by_run, key=lambda found: sum(len(segment.kinds) for segment in found))
+
+
+def _runs(kinds: str, first: int) -> Iterator[Segment]:
+    for kind, run in groupby(kinds[first:]):
+        turns = len(list(run))
+        yield Segment(kind, first, turns)
+        first += turns
+
+
+def block_step(graph: nnx.GraphDef[Any], kind: str, traced: bool) -> BlockStep:
     """One block as a function of its input and its parameters.
 
     Args:
         graph: Of the block.
+        kind: Of the layer.
         traced: Whether to return its intermediates; otherwise there are none.
     """
 
     def step(x: jax.Array, layer: Layer) -> tuple[jax.Array, Taps]:
         parameters, key = layer
         taps: Taps | None = {} if traced else None
-        x = nnx.merge(graph, parameters)(x, taps, key)
+        x = nnx.merge(graph, parameters)(x, kind, taps, key)
         return x, taps or {}
 
     return step
@@ -40,7 +76,7 @@ def scan_blocks(
     config: ModelConfig,
     around_block: Callable[[BlockStep], BlockStep],
 ) -> Float[jax.Array, "batch time embed"]:
-    """All blocks by `jax.lax.scan`.
+    """All blocks by `jax.lax.scan`, one for each of `segments`.
 
     Args:
         blocks: One block whose parameters have a leading axis of layers.
@@ -51,9 +87,38 @@ def scan_blocks(
         around_block: Wraps the function of one block.
     """
     graph, stacked = nnx.split(blocks)
-    run_block = around_block(block_step(graph, taps is not None))
-    x, stacked_taps = jax.lax.scan(run_block, x, (stacked, keys), length=config.n_layers)
-    sites = () if taps is None else block_sites(config)  # the scan gives dictionaries back in another order
-    for layer in range(config.n_layers):
-        collect(taps, layer, {site: stacked_taps[site][layer] for site in sites})
+    for segment in segments(config.layer_kinds, len(config.attention_pattern or "*")):
+        steps = [around_block(block_step(graph, kind, taps is not None)) for kind in segment.kinds]
+        layers = _cut((stacked, keys), segment, config.n_layers)
+        x, found = jax.lax.scan(_turn(steps), x, layers, length=segment.turns)
+        for index in range(segment.turns * len(steps)) if taps is not None else ():
+            turn, place = divmod(index, len(steps))
+            # In their order: the scan gives dictionaries back in another one.
+            sites = block_sites(config, segment.kinds[place])
+            collect(taps, segment.first + index, {site: found[place][site][turn] for site in sites})
     return x
+
+
+def _turn(steps: list[BlockStep]) -> Callable[[jax.Array, Any], tuple[jax.Array, list[Taps]]]:
+    """One turn of a scan: a block for each of its layers."""
+
+    def turn(x: jax.Array, layers: Any) -> tuple[jax.Array, list[Taps]]:
+        found = []
+        for place, step in enumerate(steps):
+            x, taps = step(x, jax.tree.map(lambda a, at=place: a[at], layers) if len(steps) > 1 else layers)
+            found.append(taps)
+        return x, found
+
+    return turn
+
+
+def _cut(layers: Any, segment: Segment, n_layers: int) -> Any:
+    """Parameters and keys of a segment's layers, `[turns, ...]` or `[turns, layers of a turn, ...]`."""
+    size = len(segment.kinds)
+    end = segment.first + segment.turns * size
+
+    def cut(array: jax.Array) -> jax.Array:
+        own = array if end - segment.first == n_layers else array[segment.first : end]
+        return own if size == 1 else own.reshape(segment.turns, size, *own.shape[1:])
+
+    return jax.tree.map(cut, layers)

@@ -23,6 +23,7 @@ def splash_attention(
     value: Float[jax.Array, "batch time kv_heads head_dim"],
     window: int | None,
     scale: float,
+    softcap: float | None = None,
 ) -> Float[jax.Array, "batch time heads head_dim"]:
     """As `jax_gpt.attention.attention`, with the softmax in fp32.
 
@@ -43,7 +44,7 @@ def splash_attention(
         )
 
     def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return _of_own_heads(query, key, value, window, scale, interpret=device == "cpu")
+        return _of_own_heads(query, key, value, window, scale, softcap, interpret=device == "cpu")
 
     tensor = dict(mesh.shape).get("tensor", 1)
     if tensor == 1:
@@ -68,7 +69,14 @@ def block_size(time: int) -> int:
 
 
 def _of_own_heads(
-    query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, scale: float, *, interpret: bool
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    *,
+    interpret: bool,
 ) -> jax.Array:
     time, heads = query.shape[1:3]
     length, size = padded_length(time), block_size(time)
@@ -89,7 +97,12 @@ def _of_own_heads(
         block_kv_dq=size,
     )
     attend = kernel.make_splash_mha(
-        masks.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
     )
     scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
     mixed = jax.vmap(attend)(arranged(scaled), arranged(key), arranged(value))

@@ -17,7 +17,7 @@ from parity.checks import CheckResult
 from parity.checks.logits import check_logits
 from parity.checks.weights import check_export, check_weights
 from parity.comparison.measures import Array
-from parity.grid.planting import FaultRun, summarise
+from parity.grid.planting import FaultRun, places, summarise
 from parity.grid.variants import select
 from parity.grid.worker import GridOptions
 from parity.records.tokens import require_fitting, tokens_for
@@ -27,7 +27,7 @@ from parity.workers import Job, framework_environment, run_side_by_side
 
 Outcome = tuple[list[CheckResult], dict[str, Any]]
 Progress = Callable[[int], None]
-_LAST = 2  # cases of fp64 that take as long as its process takes longer than that of the other dtypes
+_LAST = 0.22  # share of the cases whose fp64 takes as long as its process takes longer than that of the other dtypes
 
 
 def dtype_groups(dtypes: list[DType]) -> list[list[DType]]:
@@ -45,21 +45,24 @@ def check_grid(options: GridOptions, advance: Progress) -> Outcome:
         advance: Called with the number of cases just done; there are cases x dtypes in all.
 
     Returns:
-        The results in the order of the grid, and more for the report: the frameworks' part of "environment", and
-        "faults".
+        The results in the order of the grid, and more for the report: the frameworks' part of "environment", "faults",
+        "descriptions" of variants whose name does not say what they are, and "notices" of those of them that failed.
 
     Raises:
         InputError: an unknown variant, or a framework that is not installed.
     """
-    names = [case.variant for case in select(options.variants)]
+    cases = select(options.variants)
+    names = [case.variant for case in cases]
+    planted_in = places(cases, full=options.full)
     groups = dtype_groups(options.dtypes)
     shares = [(group, names) for group in groups]
-    if len(groups) > 1 and len(names) > _LAST:  # fp64 takes longer: whoever is done first does the last of its cases
-        shares = [(groups[0], names[:-_LAST]), (groups[1], names), (groups[0], names[-_LAST:])]
+    last = max(2, round(_LAST * len(names)))
+    if len(groups) > 1 and len(names) > last:  # fp64 takes longer: whoever is done first does the last of its cases
+        shares = [(groups[0], names[:-last]), (groups[1], names), (groups[0], names[-last:])]
     jobs = [
         Job(
             "parity.grid.worker:worker",
-            {"options": replace(options, dtypes=group, variants=share)},
+            {"options": replace(options, dtypes=group, variants=share, places=planted_in)},
             framework_environment(group[0], workers=len(groups), quick_compile=not options.full),
         )
         for group, share in shares
@@ -80,7 +83,13 @@ def check_grid(options: GridOptions, advance: Progress) -> Outcome:
     order = {"float64": 0, "float32": 1, "bfloat16": 2}
     results.sort(key=lambda result: (names.index(result.variant), order[result.dtype]))
     planted.sort(key=lambda run: names.index(run.variant))
-    return results, {"environment": environment, "faults": summarise(planted)}
+    descriptions = {case.variant: case.description for case in cases if case.description}
+    failed = dict.fromkeys(result.variant for result in results if not result.passed)
+    more = {
+        "descriptions": descriptions,
+        "notices": [f"{name} is {descriptions[name]}" for name in failed if name in descriptions],
+    }
+    return results, {"environment": environment, "faults": summarise(planted)} | more
 
 
 def check_checkpoints(

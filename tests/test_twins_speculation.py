@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from numpy_gpt import VARIANTS, random_weights
+from numpy_gpt import CONFIGS, random_weights
 
 from gpt_core.config import ModelConfig
 from gpt_core.parameters import Parameter
@@ -19,7 +19,7 @@ def weight(config: ModelConfig, seed: int, row: Parameter):
     return array if row.layer is None else array[row.layer]
 
 
-@pytest.mark.parametrize("name", ["rope-gqa-window", "learned-mha-full"])
+@pytest.mark.parametrize("name", ["rope-gqa-window", "learned-mha-full", "gemma-2"])
 def test_twins_accept_and_draw_the_same_tokens(name: str, x64: None) -> None:
     import jax.numpy as jnp
     import torch
@@ -29,7 +29,7 @@ def test_twins_accept_and_draw_the_same_tokens(name: str, x64: None) -> None:
     import torch_gpt.model
     import torch_gpt.speculate
 
-    config = VARIANTS[name]
+    config = CONFIGS[name]
     pairs = (config, 0), (replace(config, n_layers=1), 1)
     jax_pair = [
         jax_gpt.model.GPT(c, lambda row, c=c, s=s: jnp.array(weight(c, s, row)), precision=FP64) for c, s in pairs

@@ -8,7 +8,17 @@ from gpt_core.optimization import AdamWConfig
 from gpt_core.parameters import parameter_table
 from gpt_core.precision import Precision
 
-CONFIG = ModelConfig(vocab_size=13, context_length=8, n_layers=2, n_heads=2, embed_dim=8)
+CONFIG = ModelConfig(
+    vocab_size=13,
+    context_length=8,
+    n_layers=2,
+    n_heads=2,
+    embed_dim=8,
+    norm_unit_offset=True,  # scales about zero, which are not decayed either
+    norm_placement="sandwich",
+    qk_norm="head",
+    gated_mlp=True,
+)
 ADAMW = AdamWConfig(beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.2, clip_norm=0.5)
 RATES = [1e-2, 3e-2, 2e-2]
 FP64 = Precision.of("float64")

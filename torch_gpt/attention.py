@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.precision import DType
 from torch_gpt.banded import banded
@@ -38,6 +39,7 @@ def attention(
     *,
     window: int | None,
     scale: float,
+    softcap: float | None = None,
     implementation: Implementation = "reference",
 ) -> Float[torch.Tensor, "batch time heads head_dim"]:
     """Mix values by softmax(scale * query . key) over the keys that the causal window lets a query see.
@@ -48,6 +50,7 @@ def attention(
         value: `[batch, time, kv_heads, head_dim]`.
         window: Query i sees keys j with 0 <= i - j < window; None means all of 0 <= i - j.
         scale: Factor on the scores before the softmax.
+        softcap: Scores become softcap * tanh(score / softcap), after their scale and before the mask; None: not.
         implementation: "auto" is what `pick` says; "reference", "banded" and "sdpa", PyTorch's fused kernel, run in any
             precision; "flex", a kernel that is compiled for the window, needs a GPU and refuses fp64.
 
@@ -55,30 +58,37 @@ def attention(
         `[batch, time, heads, head_dim]` in the dtype of `query`.
 
     Raises:
-        InputError: unknown implementation, or one that cannot run here or in the dtype of `query`.
+        InputError: unknown implementation, or one that cannot run here, in the dtype of `query`, or with a softcap.
     """
     if implementation == "auto":
         dtype: Any = str(query.dtype).removeprefix("torch.")
         seen = None if window is None or window >= query.shape[1] else window
-        implementation = pick(query.device.type, dtype, query.shape[-1], seen).implementation
+        implementation = pick(query.device.type, dtype, query.shape[-1], seen, softcap).implementation
     if implementation not in _IMPLEMENTATIONS:
         known = ", ".join(get_args(Implementation))
         raise InputError(f"attention implementation {implementation!r} is unknown; choose from: {known}")
+    if softcap is not None and implementation in _WITHOUT_SOFTCAP:
+        raise InputError(f"attention implementation {implementation!r} has no softcap: use 'banded' or 'reference'")
     mix = _IMPLEMENTATIONS[implementation]
     if emulated(query) and implementation != "reference":
-        return mix(query.float(), key.float(), value.float(), window, scale).to(query.dtype)
-    return mix(query, key, value, window, scale)
+        return mix(query.float(), key.float(), value.float(), window, scale, softcap).to(query.dtype)
+    return mix(query, key, value, window, scale, softcap)
 
 
-def pick(platform: str, dtype: DType, head_dim: int, window: int | None) -> Pick:
+def pick(platform: str, dtype: DType, head_dim: int, window: int | None, softcap: float | None = None) -> Pick:
     """The fastest implementation that is exact here.
 
     Args:
         platform: "cpu" or "cuda".
         dtype: Format of computation.
         head_dim: Width of one head.
-        window: Of the config.
+        window: Of the layer.
+        softcap: Of the config.
     """
+    if softcap is not None:
+        if platform == "cuda" and dtype != "float64" and _fits_flex(head_dim):
+            return Pick("flex", f"{dtype} on a GPU: the compiled kernel that has a softcap")
+        return Pick("banded", f"{dtype} on {platform}: blocks have a softcap, PyTorch's fused kernel has none")
     if window is None and platform == "cpu" and dtype == "bfloat16" and head_dim >= 64:
         return Pick("banded", "bfloat16 on cpu: blocks take less time than PyTorch's fused kernel, O(time) memory")
     if window is None:
@@ -86,6 +96,18 @@ def pick(platform: str, dtype: DType, head_dim: int, window: int | None) -> Pick
     if platform == "cuda" and dtype != "float64" and _fits_flex(head_dim):
         return Pick("flex", f"{dtype} on a GPU: a compiled kernel that skips what the window hides")
     return Pick("banded", f"{dtype} on {platform}: blocks cost O(time x window), the masked square O(time^2)")
+
+
+def picks(platform: str, dtype: DType, model: ModelConfig) -> str:
+    """What `auto` stands for in each kind of layer that a model has, and why."""
+    windows = {kind: model.view(kind).window for kind in dict.fromkeys(model.layer_kinds)}
+    found = {
+        kind: pick(platform, dtype, model.head_dim, window, model.attention_softcap) for kind, window in windows.items()
+    }
+    alike = len(set(found.values())) == 1
+    return "; ".join(
+        str(one) if alike else f"{kind}: {one}" for kind, one in list(found.items())[: 1 if alike else None]
+    )
 
 
 def causal_mask(time: int, window: int | None, device: torch.device) -> Bool[torch.Tensor, "query key"]:
@@ -97,13 +119,15 @@ def causal_mask(time: int, window: int | None, device: torch.device) -> Bool[tor
 
 
 def _reference(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float, softcap: float | None
 ) -> torch.Tensor:
     batch, time, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.reshape(batch, time, kv_heads, heads // kv_heads, head_dim)
     scores = scale * torch.einsum("bqkgd,bskd->bkgqs", grouped.to(wide), key.to(wide))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = torch.where(causal_mask(time, window, query.device), scores, -torch.inf)
     probabilities = torch.softmax(scores, dim=-1).to(query.dtype)  # [batch, kv_heads, group, query, key]
     mixed = torch.einsum("bkgqs,bskd->bqkgd", probabilities, value)
@@ -115,7 +139,7 @@ def _fits_flex(head_dim: int) -> bool:
 
 
 def _flex(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float, softcap: float | None
 ) -> torch.Tensor:
     device, head_dim = query.device.type, query.shape[-1]
     if device != "cuda" or query.dtype == torch.float64 or not _fits_flex(head_dim):
@@ -123,7 +147,7 @@ def _flex(
             f"attention implementation 'flex' runs in all but float64, on a GPU, with a head_dim that is a power of 2 "
             f"from 16 on, not in {query.dtype} on {device} with head_dim = {head_dim}: use 'banded' or 'sdpa'"
         )
-    return _by_flex(query, key, value, window, scale, _compiled_flex())
+    return _by_flex(query, key, value, window, scale, softcap, _compiled_flex())
 
 
 def _by_flex(
@@ -132,17 +156,24 @@ def _by_flex(
     value: torch.Tensor,
     window: int | None,
     scale: float,
+    softcap: float | None,
     kernel: Callable[..., Any],
 ) -> torch.Tensor:
     mixed: torch.Tensor = kernel(
         query.transpose(1, 2),  # [batch, heads, time, head_dim]
         key.transpose(1, 2),
         value.transpose(1, 2),
+        score_mod=None if softcap is None else _capped(softcap),
         block_mask=_flex_mask(query.shape[1], window, query.device),
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return mixed.transpose(1, 2)
+
+
+@lru_cache(maxsize=4)
+def _capped(softcap: float) -> Callable[..., torch.Tensor]:
+    return lambda score, _batch, _head, _query, _key: softcap * torch.tanh(score / softcap)
 
 
 @lru_cache(maxsize=1)
@@ -164,7 +195,7 @@ def _flex_mask(time: int, window: int | None, device: torch.device) -> Any:
 
 
 def _sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float, softcap: float | None
 ) -> torch.Tensor:
     time = query.shape[1]
     sees_all = window is None or window >= time
@@ -180,6 +211,7 @@ def _sdpa(
     return mixed.transpose(1, 2)
 
 
+_WITHOUT_SOFTCAP = {"sdpa"}
 _IMPLEMENTATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "reference": _reference,
     "banded": banded,

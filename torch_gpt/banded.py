@@ -55,6 +55,7 @@ def banded(
     value: Float[torch.Tensor, "batch time kv_heads head_dim"],
     window: int | None,
     scale: float,
+    softcap: float | None = None,
 ) -> Float[torch.Tensor, "batch time heads head_dim"]:
     """Attention as `torch_gpt.attention` defines it, in any precision."""
     batch, time, heads, head_dim = query.shape
@@ -69,9 +70,9 @@ def banded(
         for x in (key, value)
     )
     if torch.compiler.is_compiling() and sum(1 for _ in _meetings(band)) > UNROLLED:
-        mixed, _ = _opaque(rows, key, value, window, time, scale)
+        mixed, _ = _opaque(rows, key, value, window, time, scale, softcap)
     else:
-        mixed = _Mix.apply(rows, key, value, window, time, scale)
+        mixed = _Mix.apply(rows, key, value, window, time, scale, softcap)
     mixed = mixed.reshape(band.blocks, batch, kv_heads, group, band.queries, head_dim)
     return mixed.permute(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, head_dim)[:, :time]
 
@@ -108,21 +109,28 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, mixed, log_total = ctx.saved_tensors
-        return *_backward(query, key, value, mixed, log_total, cotangent, *ctx.sizes), None, None, None
+        return *_backward(query, key, value, mixed, log_total, cotangent, *ctx.sizes), None, None, None, None
 
 
 def _forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, time: int, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    time: int,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of queries `[block, batch kv_heads, group query, head_dim]` to mixed values and the log2 of their totals."""
     band, wide = band_of(window, time), torch.promote_types(query.dtype, torch.float32)
-    wide_query, wide_key, mask = query.to(wide) * (scale * LOG2_E), key.to(wide), _Masks(band, query, wide)
+    factor = scale * LOG2_E if softcap is None else scale / softcap
+    wide_query, wide_key, mask = query.to(wide) * factor, key.to(wide), _Masks(band, query, wide)
     # Not -inf: a row that sees nothing of its first block would then be inf - inf.
     most = torch.full(query.shape[:-1], torch.finfo(wide).min, dtype=wide, device=query.device)
     total, sums = torch.zeros_like(most), torch.zeros(query.shape, dtype=wide, device=query.device)
     for index, cut in _meetings(band):
         seen = (wide_key[:, cut], value[:, cut], mask(index, cut))
-        _meet(wide_query[index], *seen, most[index], total[index], sums[index])
+        _meet(wide_query[index], *seen, most[index], total[index], sums[index], softcap)
     return (sums / total[..., None]).to(query.dtype), most + total.log2()
 
 
@@ -134,20 +142,28 @@ def _meet(
     most: torch.Tensor,
     total: torch.Tensor,
     sums: torch.Tensor,
+    softcap: float | None,
 ) -> None:
     """Add what one block of queries finds in one of keys to its `total` and `sums`, in units of two to its `most`.
 
     Powers of two and a mask that is added: on a CPU `exp` takes six times as long as `exp2`, and `masked_fill` eight
     times as long as an addition, which the product brings with it.
     """
-    keys = wide_key.mT
-    scores = torch.bmm(wide_query, keys) if mask is None else torch.baddbmm(mask, wide_query, keys)
+    if softcap is None:
+        scores = _product(wide_query, wide_key.mT, mask)
+    else:
+        scores = _product(wide_query, wide_key.mT, None).tanh_().mul_(softcap * LOG2_E)
+        scores = scores if mask is None else scores.add_(mask)
     new_most = torch.maximum(most, scores.amax(-1))
     weights = scores.sub_(new_most[..., None]).exp2_()
     fade = (most - new_most).exp2_()
     most.copy_(new_most)
     total.mul_(fade).add_(weights.sum(-1))
     sums.mul_(fade[..., None]).add_(torch.bmm(weights.to(value.dtype), value))
+
+
+def _product(query: torch.Tensor, keys: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
+    return torch.bmm(query, keys) if added is None else torch.baddbmm(added, query, keys)
 
 
 def _backward(
@@ -160,15 +176,17 @@ def _backward(
     window: int | None,
     time: int,
     scale: float,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     band, wide = band_of(window, time), log_total.dtype
-    wide_query, wide_key, mask = query.to(wide), key.to(wide) * (scale * LOG2_E), _Masks(band, query, wide)
+    factor = scale * LOG2_E if softcap is None else scale / softcap
+    wide_query, wide_key, mask = query.to(wide), key.to(wide) * factor, _Masks(band, query, wide)
     mean = (cotangent.to(wide) * mixed).sum(-1, keepdim=True)
     d_query, d_key, d_value = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (query, key, value))
     for index, cut in _meetings(band):
         asked = (query[index], wide_query[index], log_total[index], mean[index], cotangent[index])
         seen = (key[:, cut], wide_key[:, cut], value[:, cut], mask(index, cut))
-        _meet_backward(*asked, *seen, d_query[index], d_key[:, cut], d_value[:, cut])
+        _meet_backward(*asked, *seen, d_query[index], d_key[:, cut], d_value[:, cut], softcap)
     return (d_query * scale).to(query.dtype), (d_key * scale).to(key.dtype), d_value.to(value.dtype)
 
 
@@ -185,13 +203,19 @@ def _meet_backward(
     d_query: torch.Tensor,
     d_key: torch.Tensor,
     d_value: torch.Tensor,
+    softcap: float | None,
 ) -> None:
     """Add what one block of queries and one of keys give to the gradients of both, those of scores unscaled."""
     # One product from scores to weights; also, a compiler that saw the forward product again would keep its result.
     behind = -log_total[..., None] if mask is None else mask - log_total[..., None]
-    weights = torch.baddbmm(behind, wide_query, wide_key.mT).exp2_()
+    if softcap is None:
+        weights, slope = _product(wide_query, wide_key.mT, behind).exp2_(), None
+    else:
+        squashed = _product(wide_query, wide_key.mT, None).tanh_()
+        weights, slope = (squashed * (softcap * LOG2_E)).add_(behind).exp2_(), 1 - squashed.square_()
     d_value.add_(torch.bmm(weights.to(query.dtype).mT, cotangent))
-    d_scores = weights.mul_(torch.bmm(cotangent, value.mT) - mean).to(query.dtype)
+    d_scores = weights.mul_(torch.bmm(cotangent, value.mT) - mean)
+    d_scores = (d_scores if slope is None else d_scores.mul_(slope)).to(query.dtype)
     d_key.add_(torch.bmm(d_scores.mT, query))
     d_query.add_(torch.bmm(d_scores, key))
 
@@ -218,7 +242,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 
 
 def _gradients(ctx: Any, cotangent: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *_opaque_backward(*ctx.saved_tensors, cotangent, *ctx.sizes), None, None, None
+    return *_opaque_backward(*ctx.saved_tensors, cotangent, *ctx.sizes), None, None, None, None
 
 
 _opaque.register_autograd(_gradients, setup_context=_keep)

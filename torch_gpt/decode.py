@@ -5,6 +5,7 @@ are cast once and query, key and value lie in one matrix. Compiled, a product wi
 reads memory two to three times as fast as the library's.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.precision import Precision
 from gpt_core.rotary import rotary_angles
 from torch_gpt.dtypes import torch_dtype
-from torch_gpt.layers import finish_logits, gelu, layer_norm
+from torch_gpt.layers import activate, finish_logits, normalise, residual, scaled, softcapped
 from torch_gpt.model import GPT
 from torch_gpt.products import linear
 from torch_gpt.rotary import turn
@@ -25,11 +26,11 @@ from torch_gpt.taps import Taps
 FEW = 8  # rows of a product, up to which the compiled form sums products
 
 
-class Norm(NamedTuple):
-    """Scale and bias of a LayerNorm, `[embed]`, in wide_dtype."""
+class Scale(NamedTuple):
+    """Scale and bias of a norm, `[*features]`, in wide_dtype."""
 
     scale: torch.Tensor
-    bias: torch.Tensor
+    bias: torch.Tensor | None
 
 
 class Matrix(NamedTuple):
@@ -40,29 +41,40 @@ class Matrix(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One block's weights; `inward` is query, key and value in one."""
+    """One block's weights; `inward` is query, key and value in one. None is what the model has not."""
 
-    attention_norm: Norm
+    attention_norm: Scale | None
     inward: Matrix
+    query_norm: Scale | None
+    key_norm: Scale | None
     output: Matrix
-    mlp_norm: Norm
+    attention_post_norm: Scale | None
+    mlp_norm: Scale | None
+    gate: Matrix | None
     up: Matrix
     down: Matrix
+    mlp_post_norm: Scale | None
 
 
 class Weights(NamedTuple):
-    """A model's weights as decoding reads them; `rotary` is cosine and sine of every position up to the limit."""
+    """A model's weights as decoding reads them.
+
+    `rotary` is cosine and sine of every position up to the limit, by the kind of layer; of kinds that rotate.
+    """
 
     token_embedding: torch.Tensor
     position_embedding: torch.Tensor | None
-    rotary: tuple[torch.Tensor, torch.Tensor] | None
+    rotary: dict[str, tuple[torch.Tensor, torch.Tensor]]
     layers: tuple[Layer, ...]
-    final_norm: Norm
+    final_norm: Scale
     head: Matrix
 
 
 class Cache(NamedTuple):
-    """Keys and values of every block, `[batch, kv_heads, slots, head_dim]`; position p lies in slot p mod slots."""
+    """Keys and values of every block, `[batch, kv_heads, slots, head_dim]`.
+
+    Position p lies in slot p mod slots, of which local layers have fewer.
+    """
 
     key: tuple[torch.Tensor, ...]
     value: tuple[torch.Tensor, ...]
@@ -74,8 +86,11 @@ def prepare(model: GPT, limit: int) -> Weights:
     config, precision = model.config, model.precision
     wide, compute = torch_dtype(precision.wide_dtype), torch_dtype(precision.compute_dtype)
 
-    def norm(module: Any) -> Norm:
-        return Norm(module.weight.detach().to(wide), module.bias.detach().to(wide))
+    def norm(module: Any) -> Scale:
+        return Scale(module.weight.detach().to(wide), None if module.bias is None else module.bias.detach().to(wide))
+
+    def optional(make: Callable[[Any], Any], module: Any) -> Any:
+        return None if module is None else make(module)
 
     def matrix(*modules: Any) -> Matrix:
         kernels = [module.weight.detach().to(compute) for module in modules]
@@ -85,22 +100,31 @@ def prepare(model: GPT, limit: int) -> Weights:
     def layer(block: Any) -> Layer:
         attention, mlp = block.attention, block.mlp
         return Layer(
-            norm(block.attention_norm),
+            optional(norm, block.attention_norm),
             matrix(attention.query, attention.key, attention.value),
+            optional(norm, attention.query_norm),
+            optional(norm, attention.key_norm),
             matrix(attention.output),
-            norm(block.mlp_norm),
+            optional(norm, block.attention_post_norm),
+            optional(norm, block.mlp_norm),
+            optional(matrix, mlp.gate),
             matrix(mlp.up),
             matrix(mlp.down),
+            optional(norm, block.mlp_post_norm),
         )
 
     learned = config.position == "learned"
     embedding = model.token_embedding.detach().to(compute)
-    tables = rotary_angles(config.head_dim, config.rope_theta, limit, precision.wide_dtype)
-    cosine, sine = (torch.tensor(table, device=embedding.device) for table in tables)
+    rotations = {kind: config.view(kind).rotation for kind in set(config.layer_kinds)}
     return Weights(
         token_embedding=embedding,
         position_embedding=model.position_embedding.detach().to(compute) if learned else None,
-        rotary=None if learned else (cosine, sine),
+        rotary={
+            kind: (torch.tensor(cosine, device=embedding.device), torch.tensor(sine, device=embedding.device))
+            for kind, rotation in rotations.items()
+            if rotation is not None
+            for cosine, sine in [rotary_angles(rotation, limit, precision.wide_dtype)]
+        },
         layers=tuple(layer(block) for block in model.blocks),
         final_norm=norm(model.final_norm),
         head=Matrix(embedding, None) if config.tied_embeddings else matrix(model.head),
@@ -109,7 +133,7 @@ def prepare(model: GPT, limit: int) -> Weights:
 
 @torch.no_grad()
 def prefill(
-    model: GPT, tokens: Int[torch.Tensor, "batch time"], lengths: Int[torch.Tensor, " batch"], slots: int
+    model: GPT, tokens: Int[torch.Tensor, "batch time"], lengths: Int[torch.Tensor, " batch"], slots: tuple[int, ...]
 ) -> tuple[Float[torch.Tensor, "batch vocab"], Cache]:
     """Run prompts through the model at once.
 
@@ -117,7 +141,7 @@ def prefill(
         model: The model.
         tokens: `[batch, time]`, rows filled up behind their end, which no token before it sees.
         lengths: Tokens of each row.
-        slots: Of the cache.
+        slots: Of every layer's cache.
 
     Returns:
         Logits after each row's last token, and the cache.
@@ -125,17 +149,17 @@ def prefill(
     taps: Taps = _Kept()
     hidden = model.hidden(tokens, taps)
     last = hidden.take_along_dim((lengths - 1)[:, None, None], dim=1)  # [batch, 1, embed]
-    sources = slot_positions(lengths - 1, slots)  # [batch, slots]
+    sources = {size: slot_positions(lengths - 1, size) for size in set(slots)}  # [batch, slots]
 
     def kept(layer: int, site: str) -> torch.Tensor:
-        x = taps[f"blocks.{layer}.{site}"]  # [batch, time, kv_heads, head_dim]
-        placed = x.take_along_dim(sources.clamp(min=0)[:, :, None, None], dim=1)
-        return placed.masked_fill((sources < 0)[:, :, None, None], 0).transpose(1, 2).contiguous()
+        x, of = taps[f"blocks.{layer}.{site}"], sources[slots[layer]]  # [batch, time, kv_heads, head_dim]
+        placed = x.take_along_dim(of.clamp(min=0)[:, :, None, None], dim=1)
+        return placed.masked_fill((of < 0)[:, :, None, None], 0).transpose(1, 2).contiguous()
 
-    key = "attention.rotated_key" if model.config.position == "rope" else "attention.key"
-    layers = range(model.config.n_layers)
+    keys = [key_site(model.config, kind) for kind in model.config.layer_kinds]
     cache = Cache(
-        tuple(kept(layer, key) for layer in layers), tuple(kept(layer, "attention.value") for layer in layers)
+        tuple(kept(layer, site) for layer, site in enumerate(keys)),
+        tuple(kept(layer, "attention.value") for layer in range(len(keys))),
     )
     return model.unembed(last)[:, 0], cache
 
@@ -171,19 +195,23 @@ def step(
     """
     block, head = (_compiled(_block), _compiled(_head)) if compiled else (_block, _head)
     positions = first[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # [batch, new]
-    slots = cache.key[0].shape[2]
-    visible = visible_slots(positions, slots, config.sliding_window)
-    x = F.embedding(tokens, weights.token_embedding)  # [batch, new, embed]
+    x = scaled(F.embedding(tokens, weights.token_embedding), config.embedding_scale)  # [batch, new, embed]
     if weights.position_embedding is not None:
         known = positions.clamp(max=len(weights.position_embedding) - 1)
         x = x + F.embedding(known, weights.position_embedding)
-    turns = None
-    if weights.rotary is not None:
-        known = positions.clamp(max=len(weights.rotary[0]) - 1)
-        turns = weights.rotary[0][known][:, :, None], weights.rotary[1][known][:, :, None]
-    for layer, key, value in zip(weights.layers, cache.key, cache.value, strict=True):
-        x = block(x, layer, key, value, positions, visible, turns, config, precision)
+    turns = {kind: _at(positions, *tables) for kind, tables in weights.rotary.items()}
+    slots = {kind: key.shape[2] for kind, key in zip(config.layer_kinds, cache.key, strict=True)}
+    visible = {kind: visible_slots(positions, size, config.view(kind).window) for kind, size in slots.items()}
+    for layer, kind, key, value in zip(weights.layers, config.layer_kinds, cache.key, cache.value, strict=True):
+        x = block(x, layer, key, value, positions, visible[kind], turns.get(kind), config, precision)
     return head(x, weights.final_norm, weights.head, config, precision), cache
+
+
+def _at(
+    positions: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:  # [batch, new, 1, half]
+    known = positions.clamp(max=len(cosine) - 1)
+    return cosine[known][:, :, None], sine[known][:, :, None]
 
 
 def _block(
@@ -197,24 +225,40 @@ def _block(
     config: ModelConfig,
     precision: Precision,
 ) -> torch.Tensor:
-    normed = layer_norm(x, *layer.attention_norm, config.norm_eps, precision)
-    heads = multiply(normed, layer.inward, precision)
-    heads = heads.unflatten(-1, (-1, config.head_dim))  # [batch, new, heads and kv_heads, head_dim]
-    if turns is not None:
-        heads = rotate_at(heads, turns, config)
-    query, new_key, new_value = heads.split([config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=2)
-    write(key, new_key, positions)
-    write(value, new_value, positions)
-    mixed = attend(query, key, value, visible, config, precision)
-    x = x + multiply(mixed, layer.output, precision)
-    normed = layer_norm(x, *layer.mlp_norm, config.norm_eps, precision)
-    hidden = gelu(multiply(normed, layer.up, precision))
-    return x + multiply(hidden, layer.down, precision)
+    def normed(norm: Scale | None, x: torch.Tensor) -> torch.Tensor:
+        return x if norm is None else normalise(x, *norm, config, precision)
+
+    def attention(x: torch.Tensor) -> torch.Tensor:
+        heads = multiply(normed(layer.attention_norm, x), layer.inward, precision)
+        heads = heads.unflatten(-1, (-1, config.head_dim))  # [batch, new, heads and kv_heads, head_dim]
+        query, new_key, new_value = heads.split([config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=2)
+        query, new_key = normed(layer.query_norm, query), normed(layer.key_norm, new_key)
+        if turns is not None:
+            query, new_key = turn(query, *turns), turn(new_key, *turns)
+        write(key, new_key, positions)
+        write(value, new_value, positions)
+        mixed = attend(query, key, value, visible, config, precision)
+        y = normed(layer.attention_post_norm, multiply(mixed, layer.output, precision))
+        return scaled(y, config.residual_scale)
+
+    def mlp(x: torch.Tensor) -> torch.Tensor:
+        x = normed(layer.mlp_norm, x)
+        gate = None if layer.gate is None else multiply(x, layer.gate, precision)
+        hidden = activate(multiply(x, layer.up, precision), gate, config)
+        return scaled(normed(layer.mlp_post_norm, multiply(hidden, layer.down, precision)), config.residual_scale)
+
+    return residual(x, attention, mlp, config)
 
 
-def _head(x: torch.Tensor, norm: Norm, head: Matrix, config: ModelConfig, precision: Precision) -> torch.Tensor:
-    logits = multiply(layer_norm(x, *norm, config.norm_eps, precision), head, precision)
+def _head(x: torch.Tensor, norm: Scale, head: Matrix, config: ModelConfig, precision: Precision) -> torch.Tensor:
+    logits = multiply(normalise(x, *norm, config, precision), head, precision)
     return finish_logits(logits, config, precision)
+
+
+def key_site(config: ModelConfig, kind: str) -> str:
+    """The site whose keys a cache holds: after all that is done to them."""
+    turned = config.view(kind).rotation is not None
+    return f"attention.{'rotated_' if turned else '' if config.qk_norm is None else 'normed_'}key"
 
 
 def slot_positions(last: Int[torch.Tensor, " batch"], slots: int) -> Int[torch.Tensor, "batch slots"]:
@@ -254,17 +298,10 @@ def attend(
     wide = torch_dtype(precision.wide_dtype)
     grouped = query.unflatten(2, (config.n_kv_heads, -1))
     scores = torch.einsum("bnkgd,bksd->bkgns", grouped.to(wide), key.to(wide)) * config.attention_scale
+    scores = softcapped(scores, config.attention_softcap)
     scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     probabilities = torch.softmax(scores, dim=-1).to(value.dtype)
     return torch.einsum("bkgns,bksd->bnkgd", probabilities, value).flatten(2)
-
-
-def rotate_at(
-    x: Float[torch.Tensor, "batch new heads head_dim"], turns: tuple[torch.Tensor, torch.Tensor], config: ModelConfig
-) -> Float[torch.Tensor, "batch new heads head_dim"]:
-    """Queries and keys with their positions rotated in; the values behind them as they are."""
-    turned, values = x.split([config.n_heads + config.n_kv_heads, config.n_kv_heads], dim=2)
-    return torch.cat([turn(turned, *turns), values], dim=2)
 
 
 def multiply(

@@ -25,18 +25,19 @@ Create = Callable[[Parameter], torch.Tensor]
 Table = Mapping[str, Parameter]
 
 
-class LayerNorm(nn.Module):
-    """`layer_norm` with its scale and bias."""
+class Norm(nn.Module):
+    """`normalise` over the axes of its scale; a bias where the table has one."""
 
     def __init__(self, name: str, table: Table, create: Create, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
-        self.weight = nn.Parameter(create(table[f"{name}.scale"]))  # [embed]
-        self.bias = nn.Parameter(create(table[f"{name}.bias"]))  # [embed]
-        self.eps = config.norm_eps
+        self.weight = nn.Parameter(create(table[f"{name}.scale"]))  # [*features]
+        bias = table.get(f"{name}.bias")
+        self.bias = None if bias is None else nn.Parameter(create(bias))  # [*features]
+        self.config = config
         self.precision = precision
 
-    def forward(self, x: Float[torch.Tensor, "*batch embed"]) -> Float[torch.Tensor, "*batch embed"]:
-        return layer_norm(x, self.weight, self.bias, self.eps, self.precision)
+    def forward(self, x: Float[torch.Tensor, "..."]) -> Float[torch.Tensor, "..."]:
+        return normalise(x, self.weight, self.bias, self.config, self.precision)
 
 
 class Linear(nn.Module):
@@ -73,80 +74,134 @@ class Attention(nn.Module):
         self.key = Linear(f"{name}.key", table, create, precision)
         self.value = Linear(f"{name}.value", table, create, precision)
         self.output = Linear(f"{name}.output", table, create, precision, inputs=2)
+        self.query_norm = norm_of(f"{name}.query_norm", table, create, config, precision)
+        self.key_norm = norm_of(f"{name}.key_norm", table, create, config, precision)
         self.config = config
         self.precision = precision
         self.implementation: Implementation = implementation
 
     def forward(
-        self, x: Float[torch.Tensor, "batch time embed"], taps: Taps | None = None
+        self, x: Float[torch.Tensor, "batch time embed"], kind: str, taps: Taps | None = None
     ) -> Float[torch.Tensor, "batch time embed"]:
-        head_dim = self.config.head_dim
-        query = tap(
-            taps, "attention.query", self.query(x).unflatten(-1, (-1, head_dim))
-        )  # [batch, time, heads, head_dim]
-        key = tap(taps, "attention.key", self.key(x).unflatten(-1, (-1, head_dim)))  # [batch, time, kv_heads, head_dim]
-        value = tap(taps, "attention.value", self.value(x).unflatten(-1, (-1, head_dim)))
-        if self.config.position == "rope":
-            query = tap(taps, "attention.rotated_query", self.rotated(query))
-            key = tap(taps, "attention.rotated_key", self.rotated(key))
-        mixed = self.mix(query, key, value)
+        heads = (-1, self.config.head_dim)
+        query = tap(taps, "attention.query", self.query(x).unflatten(-1, heads))  # [batch, time, heads, head_dim]
+        key = tap(taps, "attention.key", self.key(x).unflatten(-1, heads))  # [batch, time, kv_heads, head_dim]
+        value = tap(taps, "attention.value", self.value(x).unflatten(-1, heads))  # [batch, time, kv_heads, head_dim]
+        query = normed(self.query_norm, query, "attention.normed_query", taps)
+        key = normed(self.key_norm, key, "attention.normed_key", taps)
+        if self.config.view(kind).rotation is not None:
+            query = tap(taps, "attention.rotated_query", self.rotated(query, kind))
+            key = tap(taps, "attention.rotated_key", self.rotated(key, kind))
+        mixed = self.mix(query, key, value, kind)
         tap(taps, "attention.mixed", mixed)  # [batch, time, heads, head_dim]
         return tap(taps, "attention.output", self.output(mixed.flatten(2)))
 
     def rotated(
-        self, x: Float[torch.Tensor, "batch time heads head_dim"]
+        self, x: Float[torch.Tensor, "batch time heads head_dim"], kind: str
     ) -> Float[torch.Tensor, "batch time heads head_dim"]:
-        """Queries or keys with their positions rotated in."""
-        return rotate(x, self.config, self.precision)
+        """Queries or keys with their positions rotated in; of a layer that rotates."""
+        rotation = self.config.view(kind).rotation
+        assert rotation is not None
+        return rotate(x, rotation, self.precision)
 
     def mix(
         self,
         query: Float[torch.Tensor, "batch time heads head_dim"],
         key: Float[torch.Tensor, "batch time kv_heads head_dim"],
         value: Float[torch.Tensor, "batch time kv_heads head_dim"],
+        kind: str,
     ) -> Float[torch.Tensor, "batch time heads head_dim"]:
-        """Attention as the config wants it."""
+        """Attention as the config wants it in a layer of this kind."""
         return attention(
             query,
             key,
             value,
-            window=self.config.sliding_window,
+            window=self.config.view(kind).window,
             scale=self.config.attention_scale,
+            softcap=self.config.attention_softcap,
             implementation=self.implementation,
         )
 
 
 class MLP(nn.Module):
-    """embed -> mlp -> embed."""
+    """embed -> mlp -> embed; gated (Shazeer, 2020), the activation is that of a product of its own."""
 
-    def __init__(self, name: str, table: Table, create: Create, precision: Precision) -> None:
+    def __init__(self, name: str, table: Table, create: Create, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
+        self.gate = Linear(f"{name}.gate", table, create, precision) if config.gated_mlp else None
         self.up = Linear(f"{name}.up", table, create, precision)
         self.down = Linear(f"{name}.down", table, create, precision)
+        self.config = config
 
     def forward(
         self, x: Float[torch.Tensor, "batch time embed"], taps: Taps | None = None
     ) -> Float[torch.Tensor, "batch time embed"]:
-        hidden = tap(taps, "mlp.hidden", gelu(self.up(x)))  # [batch, time, mlp]
+        gate = None if self.gate is None else self.gate(x)
+        hidden = tap(taps, "mlp.hidden", activate(self.up(x), gate, self.config))  # [batch, time, mlp]
         return tap(taps, "mlp.output", self.down(hidden))
 
 
-def layer_norm(
-    x: Float[torch.Tensor, "*batch embed"],
-    scale: Float[torch.Tensor, " embed"],
-    bias: Float[torch.Tensor, " embed"],
-    eps: float,
+def norm_of(name: str, table: Table, create: Create, config: ModelConfig, precision: Precision) -> Norm | None:
+    """The norm of a name, where the table has one."""
+    return Norm(name, table, create, config, precision) if f"{name}.scale" in table else None
+
+
+def normed(
+    norm: Norm | None, x: Float[torch.Tensor, "..."], site: str, taps: Taps | None
+) -> Float[torch.Tensor, "..."]:
+    """What a norm makes of x, noted at its site; x where there is none."""
+    return x if norm is None else tap(taps, site, norm(x))
+
+
+def normalise(
+    x: Float[torch.Tensor, "*batch features"],
+    scale: Float[torch.Tensor, "*features"],
+    bias: Float[torch.Tensor, "*features"] | None,
+    config: ModelConfig,
     precision: Precision,
+) -> Float[torch.Tensor, "*batch features"]:
+    """LayerNorm (Ba et al., 2016) or RMSNorm (Zhang and Sennrich, 2019).
+
+    Over as many of the last axes as the scale has.
+    """
+    wide, shape = torch_dtype(precision.wide_dtype), scale.shape
+    factor = scale.to(wide) + 1 if config.norm_unit_offset else scale.to(wide)
+    if config.norm == "layer":
+        shifted = F.layer_norm(x.to(wide), shape, factor, None if bias is None else bias.to(wide), config.norm_eps)
+    else:
+        shifted = F.rms_norm(x.to(wide), shape, factor, config.norm_eps)
+    return shifted.to(torch_dtype(precision.compute_dtype))
+
+
+def activate(
+    up: Float[torch.Tensor, "..."], gate: Float[torch.Tensor, "..."] | None, config: ModelConfig
+) -> Float[torch.Tensor, "..."]:
+    """The hidden layer of the MLP; with a gate the activation is the gate's."""
+    x = up if gate is None else gate
+    form = "tanh" if config.activation == "gelu_tanh" else "none"
+    active = F.silu(x) if config.activation == "silu" else F.gelu(x, approximate=form)
+    return active if gate is None else active * up
+
+
+def residual(
+    x: Float[torch.Tensor, "*batch embed"],
+    attention: Callable[[torch.Tensor], torch.Tensor],
+    mlp: Callable[[torch.Tensor], torch.Tensor],
+    config: ModelConfig,
 ) -> Float[torch.Tensor, "*batch embed"]:
-    """Normalise over the last axis, then scale and shift (Ba et al., 2016)."""
-    wide = torch_dtype(precision.wide_dtype)
-    scaled = F.layer_norm(x.to(wide), scale.shape, scale.to(wide), bias.to(wide), eps)
-    return scaled.to(torch_dtype(precision.compute_dtype))
+    """A block's input and its branches; the second reads what the first has left or, in parallel, what it has read."""
+    after = x + attention(x)
+    return after + mlp(x if config.parallel_residual else after)
 
 
-def gelu(x: Float[torch.Tensor, "..."]) -> Float[torch.Tensor, "..."]:
-    """The GELU by its tanh (Hendrycks and Gimpel, 2016)."""
-    return F.gelu(x, approximate="tanh")
+def scaled(x: Float[torch.Tensor, "..."], factor: float) -> Float[torch.Tensor, "..."]:
+    """x times a number of the config, which is rounded to the format of x."""
+    return x if factor == 1 else x * torch.tensor(factor, dtype=x.dtype, device=x.device)
+
+
+def softcapped(x: Float[torch.Tensor, "..."], cap: float | None) -> Float[torch.Tensor, "..."]:
+    """x squashed into (-cap, cap); x without a cap."""
+    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 def dropout(x: Float[torch.Tensor, "..."], rate: float, training: bool) -> Float[torch.Tensor, "..."]:
@@ -157,5 +212,6 @@ def dropout(x: Float[torch.Tensor, "..."], rate: float, training: bool) -> Float
 def finish_logits(
     logits: Float[torch.Tensor, "*batch padded"], config: ModelConfig, precision: Precision
 ) -> Float[torch.Tensor, "*batch vocab"]:
-    """Logits without the columns that pad the vocabulary, in wide_dtype."""
-    return logits[..., : config.vocab_size].to(torch_dtype(precision.wide_dtype))
+    """Logits without the columns that pad the vocabulary, in wide_dtype, scaled and capped."""
+    logits = logits[..., : config.vocab_size].to(torch_dtype(precision.wide_dtype))
+    return softcapped(scaled(logits, config.logit_scale), config.logit_softcap)

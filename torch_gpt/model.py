@@ -1,4 +1,4 @@
-"""The GPT-2 family in PyTorch. `jax_gpt/model.py` is its twin: same names, same order, same function.
+"""The family in PyTorch. `jax_gpt/model.py` is its twin: same names, same order, same function.
 
 A model is built from the parameter table: `create` receives each row and returns its tensor, so that fresh and
 loaded weights enter in one way. Casts follow `Precision` and are written out, never left to autocast: parameters
@@ -20,16 +20,29 @@ from gpt_core.parameters import Parameter, block_table, parameter_table
 from gpt_core.precision import Precision
 from torch_gpt.attention import Implementation
 from torch_gpt.dtypes import torch_dtype
-from torch_gpt.layers import MLP, Attention, Create, LayerNorm, Linear, Table, dropout, finish_logits
+from torch_gpt.layers import (
+    MLP,
+    Attention,
+    Create,
+    Linear,
+    Norm,
+    Table,
+    dropout,
+    finish_logits,
+    norm_of,
+    normed,
+    residual,
+    scaled,
+)
 from torch_gpt.pretrained import Pretrained
 from torch_gpt.products import linear
 from torch_gpt.taps import Taps, collect, tap
 
-BlockStep = Callable[[torch.Tensor, Taps | None], torch.Tensor]
+BlockStep = Callable[[torch.Tensor, str, Taps | None], torch.Tensor]
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then MLP."""
+    """Attention and MLP, each added to the residual stream, with norms where the table has them."""
 
     def __init__(
         self,
@@ -41,24 +54,35 @@ class Block(nn.Module):
         implementation: Implementation,
     ) -> None:
         super().__init__()
-        self.attention_norm = LayerNorm(f"{name}.attention_norm", table, create, config, precision)
+        self.attention_norm = norm_of(f"{name}.attention_norm", table, create, config, precision)
         self.attention = Attention(f"{name}.attention", table, create, config, precision, implementation)
-        self.mlp_norm = LayerNorm(f"{name}.mlp_norm", table, create, config, precision)
-        self.mlp = MLP(f"{name}.mlp", table, create, precision)
-        self.rate = config.dropout
+        self.attention_post_norm = norm_of(f"{name}.attention_post_norm", table, create, config, precision)
+        self.mlp_norm = norm_of(f"{name}.mlp_norm", table, create, config, precision)
+        self.mlp = MLP(f"{name}.mlp", table, create, config, precision)
+        self.mlp_post_norm = norm_of(f"{name}.mlp_post_norm", table, create, config, precision)
+        self.config = config
 
     def forward(
-        self, x: Float[torch.Tensor, "batch time embed"], taps: Taps | None = None
+        self, x: Float[torch.Tensor, "batch time embed"], kind: str, taps: Taps | None = None
     ) -> Float[torch.Tensor, "batch time embed"]:
         tap(taps, "input", x)
-        normed = tap(taps, "attention_norm", self.attention_norm(x))
-        x = x + dropout(self.attention(normed, taps), self.rate, self.training)
-        normed = tap(taps, "mlp_norm", self.mlp_norm(x))
-        return x + dropout(self.mlp(normed, taps), self.rate, self.training)
+
+        def attention(x: torch.Tensor) -> torch.Tensor:
+            y = self.attention(normed(self.attention_norm, x, "attention_norm", taps), kind, taps)
+            return finish(normed(self.attention_post_norm, y, "attention_post_norm", taps))
+
+        def mlp(x: torch.Tensor) -> torch.Tensor:
+            y = self.mlp(normed(self.mlp_norm, x, "mlp_norm", taps), taps)
+            return finish(normed(self.mlp_post_norm, y, "mlp_post_norm", taps))
+
+        def finish(branch: torch.Tensor) -> torch.Tensor:
+            return dropout(scaled(branch, self.config.residual_scale), self.config.dropout, self.training)
+
+        return residual(x, attention, mlp, self.config)
 
 
 class GPT(Pretrained, nn.Module):
-    """A decoder-only language model of the GPT-2 family.
+    """A decoder-only language model.
 
     Args:
         config: The architecture.
@@ -86,7 +110,7 @@ class GPT(Pretrained, nn.Module):
             Block("blocks", block_table(table, layer), create, config, precision, implementation)
             for layer in range(config.n_layers)
         )
-        self.final_norm = LayerNorm("final_norm", table, create, config, precision)
+        self.final_norm = Norm("final_norm", table, create, config, precision)
         if not config.tied_embeddings:
             self.head = Linear("head", table, create, precision)
         self.config = config
@@ -121,7 +145,7 @@ class GPT(Pretrained, nn.Module):
         """Token embeddings, plus learned positions where the config has them."""
         compute = torch_dtype(self.precision.compute_dtype)
         # F.embedding and not indexing: the backward pass of indexing does not repeat bit for bit on two threads.
-        x = F.embedding(tokens, self.token_embedding).to(compute)  # [batch, time, embed]
+        x = scaled(F.embedding(tokens, self.token_embedding).to(compute), self.config.embedding_scale)
         if self.config.position == "rope":
             return x
         time = tokens.shape[1]
@@ -133,9 +157,9 @@ class GPT(Pretrained, nn.Module):
         self, x: Float[torch.Tensor, "batch time embed"], taps: Taps | None
     ) -> Float[torch.Tensor, "batch time embed"]:
         """All blocks, one after the other."""
-        for layer, block in enumerate(self.blocks):
+        for layer, (block, kind) in enumerate(zip(self.blocks, self.config.layer_kinds, strict=True)):
             layer_taps: Taps | None = None if taps is None else {}
-            x = self.around_block(block)(x, layer_taps)
+            x = self.around_block(block)(x, kind, layer_taps)
             collect(taps, layer, layer_taps)
         return x
 

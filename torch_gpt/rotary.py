@@ -3,17 +3,15 @@
 import torch
 from jaxtyping import Float
 
-from gpt_core.config import ModelConfig
 from gpt_core.precision import DType, Precision
-from gpt_core.rotary import rotary_angles
+from gpt_core.rotary import RopeScaling, Rotation, rotary_angles
 
 
 def rotate(
-    x: Float[torch.Tensor, "batch time heads head_dim"], config: ModelConfig, precision: Precision
+    x: Float[torch.Tensor, "batch time heads head_dim"], rotation: Rotation, precision: Precision
 ) -> Float[torch.Tensor, "batch time heads head_dim"]:
     """Queries or keys of the positions from 0 on, with these rotated in."""
-    wide = precision.wide_dtype
-    cosine, sine = _angles(config.head_dim, config.rope_theta, x.shape[1], wide, x.device)  # [time, 1, head_dim / 2]
+    cosine, sine = _angles(*rotation, x.shape[1], precision.wide_dtype, x.device)  # [time, 1, dims / 2]
     return turn(x, cosine, sine)
 
 
@@ -22,14 +20,21 @@ def turn(
     cosine: Float[torch.Tensor, "*batch time 1 half"],
     sine: Float[torch.Tensor, "*batch time 1 half"],
 ) -> Float[torch.Tensor, "batch time heads head_dim"]:
-    """Turn by angles, half-split: dimension d is paired with d + head_dim / 2. In the dtype of the angles."""
-    first, second = x.to(cosine.dtype).chunk(2, dim=-1)  # [batch, time, heads, head_dim / 2]
+    """Turn by angles, half-split: dimension d is paired with d + half, those from 2 half on pass.
+
+    In the dtype of the angles.
+    """
+    dims = 2 * cosine.shape[-1]
+    first, second = x[..., :dims].to(cosine.dtype).chunk(2, dim=-1)  # [batch, time, heads, half]
     rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-    return rotated.to(x.dtype)
+    rotated = rotated.to(x.dtype)
+    return rotated if dims == x.shape[-1] else torch.cat([rotated, x[..., dims:]], dim=-1)
 
 
-def _angles(head_dim: int, theta: float, time: int, dtype: DType, device: torch.device) -> tuple[torch.Tensor, ...]:
-    tables = rotary_angles(head_dim, theta, time, dtype)
+def _angles(
+    dims: int, theta: float, scaling: RopeScaling | None, time: int, dtype: DType, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    tables = rotary_angles(Rotation(dims, theta, scaling), time, dtype)
     return tuple(torch.tensor(table, device=device)[:, None] for table in tables)
 
 

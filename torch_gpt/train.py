@@ -24,7 +24,7 @@ from gpt_core.runs.training import (
 )
 from gpt_core.storage.checkpoint_config import read_checkpoint_config
 from gpt_core.text.tokenizer import rows_without_tokens, tokenizer_for
-from torch_gpt.attention import pick
+from torch_gpt.attention import picks
 from torch_gpt.checkpoint import load
 from torch_gpt.device import peak_memory, total_peak_flops
 from torch_gpt.distributed import all_agree, connect, is_primary, merged_state, preempted, wait_for_all
@@ -69,9 +69,7 @@ def _train(
     steps = config.train.steps
     opening = rows_without_tokens(config.model.vocab_size)
     if config.torch.attention == "auto":
-        model = config.model
-        chosen = pick(program.device.type, config.train.dtype, model.head_dim, model.sliding_window)
-        opening.append(f"attention: {chosen}")
+        opening.append(f"attention: {picks(program.device.type, config.train.dtype, config.model)}")
     with StopRequest() as stop, RunCheckpoints(run, config.train, opening.append) as checkpoints:
         restored = checkpoints.restore(program.state)
         state, record = restored or (program.state, None)

@@ -2,9 +2,9 @@
 
 A format (a *spoke*) is a short declarative map: canonical name -> (key in the format, its axes). A key with
 `{layer}` holds one block each; the axes are an einops pattern over the axis names of the parameter table, such as
-"(heads head_dim) embed" for a PyTorch weight. Parameters that name the same key share its tensor: a third entry says
-along which axis they are joined, in the order of the table, before the pattern applies. Everything else follows from
-the table, in both directions.
+"(heads head_dim) embed" for a PyTorch weight, or "..." for those of the table as they are. Parameters that name the
+same key share its tensor: a third entry says along which axis they are joined, in the order of the table, before the
+pattern applies. Everything else follows from the table, in both directions.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -101,7 +101,8 @@ def slots(config: ModelConfig, spoke: Spoke) -> dict[str, Slot]:
             if one in found:
                 found[one] = replace(found[one], joined=(*found[one].joined, part))
             else:
-                found[one] = Slot(one, part, pattern, sizes, axis=axis[0] if axis else None)
+                axes = " ".join(part.axes) if pattern == "..." else pattern
+                found[one] = Slot(one, part, axes, sizes, axis=axis[0] if axis else None)
     return found
 
 

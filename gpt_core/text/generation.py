@@ -137,8 +137,8 @@ def pack_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, new_toke
     return Prompts(tokens, lengths)
 
 
-def cache_slots(config: ModelConfig, limit: int, ahead: int) -> int:
-    """Places of a cache for each row and kv head.
+def cache_slots(config: ModelConfig, limit: int, ahead: int) -> tuple[int, ...]:
+    """Places of every layer's cache for each row and kv head.
 
     With a window, a ring: W places, and one more for every further token that a step brings, since the first of them
     still needs what the last one overwrites.
@@ -148,8 +148,8 @@ def cache_slots(config: ModelConfig, limit: int, ahead: int) -> int:
         limit: Tokens of the longest row, prompt and new ones.
         ahead: Tokens of one step.
     """
-    whole = limit + ahead - 1
-    return whole if config.sliding_window is None else min(config.sliding_window + ahead - 1, whole)
+    windows = (config.view(kind).window for kind in config.layer_kinds)
+    return tuple((limit if window is None else min(window, limit)) + ahead - 1 for window in windows)
 
 
 class Written(NamedTuple):
@@ -235,7 +235,7 @@ class Speculation(NamedTuple):
         limit: Tokens of the longest row, prompt and new ones.
         places: New tokens, and room for those of a round beyond them.
         noise: Random numbers of every place, `[batch, places, DRAWS]`.
-        slots: Places in the caches of target and draft.
+        slots: Places in the caches of every layer of target and draft.
     """
 
     prompts: Prompts
@@ -243,7 +243,7 @@ class Speculation(NamedTuple):
     limit: int
     places: int
     noise: npt.NDArray[np.float32]
-    slots: tuple[int, int]
+    slots: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def plan_speculation(

@@ -41,10 +41,13 @@ def parameter_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
 
 def visible_pairs(time: int, window: int | None, block: int) -> int:
     """Pairs of query and key in the blocks that have a visible pair; with blocks of one, the visible pairs alone."""
-    blocks = time // block
-    # Block row i sees block columns from that of its first query's oldest key to its own.
-    oldest = [0 if window is None else max(0, i * block - window + 1) // block for i in range(blocks)]
-    return sum(i - first + 1 for i, first in enumerate(oldest)) * block * block
+    return sum(_visible_blocks(time, window, block)) * block * block
+
+
+def _visible_blocks(time: int, window: int | None, block: int) -> list[int]:
+    """How many block columns each block row sees: from that of its first query's oldest key to its own."""
+    oldest = [0 if window is None else max(0, i * block - window + 1) // block for i in range(time // block)]
+    return [i - first + 1 for i, first in enumerate(oldest)]
 
 
 def kernel_flops(kernels: list[Kernel], config: RunConfig) -> float:
@@ -54,8 +57,10 @@ def kernel_flops(kernels: list[Kernel], config: RunConfig) -> float:
         ValueError: a kernel that is not known here.
     """
     total = 0.0
-    time = padded_length(config.context_length)
-    pairs = visible_pairs(time, config.model.sliding_window, block_size(config.context_length))
+    time, block = padded_length(config.context_length), block_size(config.context_length)
+    windows = sorted({config.model.view(kind).window or time for kind in config.model.layer_kinds})
+    # A kernel's grid is as wide as the row that sees most blocks, and tells whose window it has.
+    pairs_of = {max(_visible_blocks(time, window, block)): visible_pairs(time, window, block) for window in windows}
     for kernel in kernels:
         phase = next((phase for phase in _KERNEL_PRODUCTS if f"_{phase}_" in f"{kernel.name}_"), None)
         if not kernel.name.startswith("splash") or phase is None:
@@ -63,14 +68,16 @@ def kernel_flops(kernels: list[Kernel], config: RunConfig) -> float:
         # The first operand of its kind is the query: [(batch,) heads, time, head_dim].
         query = next(shape for shape in kernel.operands if len(shape.dims) >= 3 and shape.dims[-2] == time)
         heads = math.prod(query.dims[:-2])
+        pairs = pairs_of[min(kernel.operands[0].dims[-2:])] if len(pairs_of) > 1 else max(pairs_of.values())
         total += kernel.times * _KERNEL_PRODUCTS[phase] * 2.0 * heads * pairs * query.dims[-1]
     return total
 
 
 def attention_of(config: RunConfig) -> Implementation:
-    """The implementation that a run has on TPUs, whether it is named or picked."""
+    """The implementation that a run has on TPUs, named or picked; there the window makes no difference."""
     model, named = config.model, config.jax.attention
-    return pick("tpu", config.train.dtype, model.head_dim, model.sliding_window)[0] if named == "auto" else named
+    picked = pick("tpu", config.train.dtype, model.head_dim, model.sliding_window, model.attention_softcap)
+    return picked.implementation if named == "auto" else named
 
 
 def attention_flops(config: RunConfig, copies: int) -> float:
@@ -84,24 +91,30 @@ def attention_flops(config: RunConfig, copies: int) -> float:
     if implementation == "splash":
         return 0.0
     rows, time = config.tokens_per_step / config.context_length / copies, config.context_length
-    pairs, backward = time * time, 4  # the whole square, masked
-    if implementation == "banded":  # scores are made again in the backward pass, whatever is kept
-        band = band_of(model.sliding_window, time)
-        backward = 5
-        pairs = band.blocks * band.queries * (band.reach + band.queries)
-        if band.window is None:
-            pairs = pairs * (band.blocks + 1) // 2
+    banded = implementation == "banded"
+    backward = 5 if banded else 4  # banded makes scores again, whatever is kept
+    # Of all layers; but for banded the whole square, masked.
+    pairs = sum(_banded_pairs(time, model.view(kind).window) if banded else time**2 for kind in model.layer_kinds)
     products = 2 + backward + (0 if config.jax.remat == "none" else 2)
-    return 2.0 * model.n_layers * rows * products * pairs * model.n_heads * model.head_dim
+    return 2.0 * rows * products * pairs * model.n_heads * model.head_dim
+
+
+def _banded_pairs(time: int, window: int | None) -> int:
+    """Pairs of query and key in the blocks that `jax_gpt.banded` multiplies."""
+    band = band_of(window, time)
+    pairs = band.blocks * band.queries * (band.reach + band.queries)
+    return pairs * (band.blocks + 1) // 2 if band.window is None else pairs
 
 
 def matmul_flops(config: RunConfig, mesh: Mesh | AbstractMesh) -> float:
     """Of all matrix products outside of kernels, recomputed ones included.
 
-    A block's last product is not recomputed by "full": nothing in the backward pass needs its result.
+    A block's last product is not recomputed by "full" unless a norm follows: nothing else in the backward pass needs
+    its result.
     """
     model, remat = config.model, config.jax.remat
     table = parameter_table(model)
+    last = "blocks.mlp.down.kernel" if model.norm_placement == "pre" else None
     copies = mesh.shape["data"] * mesh.shape["fsdp"]
     tokens = config.tokens_per_step / copies
     tensor = mesh.shape["tensor"]  # shares all products, whatever the compiler does with kv heads that are fewer
@@ -110,7 +123,7 @@ def matmul_flops(config: RunConfig, mesh: Mesh | AbstractMesh) -> float:
         if row.decay and row.stacked:
             flops = 2.0 * tokens * row.size / tensor
             forward += flops
-            again += flops if remat == "full" and name != "blocks.mlp.down.kernel" else 0.0
+            again += flops if remat == "full" and name != last else 0.0
     rows = max(1, config.train.batch_size // config.train.accumulation // copies)
     chunk = max(1, chunk_of_loss(config.jax.loss_chunk) // rows)
     chunk = min(chunk, config.context_length)
@@ -172,7 +185,7 @@ def kept_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
     if config.jax.remat != "full":
         kv_share = tensor if model.n_kv_heads % tensor == 0 else 1
         width += model.n_heads * model.head_dim / tensor + 2 * model.n_kv_heads * model.head_dim / kv_share
-        width += (model.embed_dim + model.mlp_dim) / tensor
+        width += (model.embed_dim + model.mlp_dim * (2 if model.gated_mlp else 1)) / tensor
     return int(model.n_layers * positions * width * size)
 
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from parity.checks import CheckResult
 from parity.checks.noise import judge
-from parity.comparison.divergence import Divergence
-from parity.comparison.measures import Array, difference
+from parity.comparison.divergence import Divergence, difference_at
+from parity.comparison.measures import Array
 from parity.comparison.tolerances import tolerance
 from parity.sides.products import Libraries
 
@@ -33,7 +33,7 @@ def check_activations(
         libraries: What each side's library can do in fp32; None where it was not measured.
     """
     a, b = sites.values()
-    errors = {site: difference(a[site], b[site]).relative_error for site in b}
+    errors = {site: difference_at(site, a, b).relative_error for site in b}
     worst = max(errors, key=lambda site: errors[site])
     bound = tolerance("activations", dtype)
     measures: dict[str, Any] = {"sites": errors, "worst_site": worst}
@@ -43,7 +43,7 @@ def check_activations(
     if divergence is not None:
         measures["first_divergence"] = divergence.to_dict()
     if truth is not None:
-        noise = {site: [difference(side[site], truth[site]).rms for side in (a, b)] for site in truth}
+        noise = {site: [difference_at(site, side, truth).rms for side in (a, b)] for site in truth}
         typical = _typical_logarithm(list(noise.values()))
         noisier, quieter = sites if typical > 0 else reversed(list(sites))
         judged, reason = judge(float(np.exp(abs(typical))), noisier, quieter, dtype, libraries)

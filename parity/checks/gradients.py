@@ -7,7 +7,7 @@ import numpy as np
 from gpt_core.config import ModelConfig
 from parity.checks import CheckResult
 from parity.comparison.measures import Array, difference
-from parity.comparison.null_leaves import null_leaves
+from parity.comparison.null_leaves import compared, null_leaves, remainder
 from parity.comparison.tolerances import GRADIENT_FLOOR, NULL_LEAF, tolerance
 
 
@@ -21,7 +21,7 @@ def check_gradients(
 ) -> CheckResult:
     """Compare the gradients of two sides; the first is compared with the second as reference.
 
-    A leaf that is zero in theory is held to zero on both sides instead (`parity.comparison.null_leaves`); fp64 only,
+    Entries that are zero in theory are held to zero on both sides instead (`parity.comparison.null_leaves`); fp64 only,
     since fp32 leaves the rounding of its terms there.
 
     Args:
@@ -33,20 +33,25 @@ def check_gradients(
     """
     a, b = gradients.values()
     null = null_leaves(config)
-    errors = leaf_errors(a, b, skip=list(null))
+    known_a, known_b = compared(a, null), compared(b, null)
+    errors = leaf_errors(known_a, known_b)
     worst = max(errors, key=lambda name: errors[name])
     bound = tolerance("gradients", dtype)
     reasons, site = [], ""
     if not errors[worst] <= bound:
         site, verdict = ("", "the forward pass differs already")
         if not forward_differs:
-            site, verdict = backward_verdict(a, b, errors, bound)
+            site, verdict = backward_verdict(known_a, known_b, errors, bound)
         reasons.append(f"{verdict}: relative error {errors[worst]:.1e} in {worst}")
     norm = global_norm(b)
-    remainders = {name: max(float(np.abs(side[name]).max()) for side in (a, b)) / norm for name in null if name in b}
+    remainders = {
+        name: max(remainder(side[name], entries) for side in (a, b)) / norm
+        for name, entries in null.items()
+        if name in b
+    }
     if dtype == "float64":
         reasons += [
-            f"{name} should have no gradient ({null[name]}), but has {share:.1e} of the global norm"
+            f"{name} should have no gradient ({null[name].reason}), but has {share:.1e} of the global norm"
             for name, share in remainders.items()
             if not share <= NULL_LEAF
         ]
@@ -62,13 +67,12 @@ def check_gradients(
     )
 
 
-def leaf_errors(a: Mapping[str, Array], b: Mapping[str, Array], skip: Sequence[str] = ()) -> dict[str, float]:
+def leaf_errors(a: Mapping[str, Array], b: Mapping[str, Array]) -> dict[str, float]:
     """Relative error of every leaf, the scale of a tiny leaf being a share of the largest leaf's maximum."""
     largest = max(float(np.abs(leaf).max()) for leaf in b.values())
     return {
         name: difference(a[name], leaf, max(float(np.abs(leaf).max()), GRADIENT_FLOOR * largest)).relative_error
         for name, leaf in b.items()
-        if name not in skip
     }
 
 

@@ -8,7 +8,7 @@ from gpt_core.config import ModelConfig
 from parity.checks import CheckResult
 from parity.checks.gradients import leaf_errors
 from parity.comparison.measures import Array, difference
-from parity.comparison.null_leaves import null_leaves
+from parity.comparison.null_leaves import compared, null_leaves
 from parity.comparison.tolerances import tolerance
 from parity.sides.runs import Training
 
@@ -38,11 +38,12 @@ def check_optimizer(
     null = null_leaves(config)
     leaves: dict[str, float] = {}
     for kind, of_a, of_b in (("mu", a.mu, b.mu), ("nu", a.nu, b.nu)):
-        leaves |= {f"{kind} of {name}": error for name, error in leaf_errors(of_a, of_b, skip=list(null)).items()}
-    for name, before in start.items():
-        if name not in null:
-            delta_a, delta_b = a.weights[name] - before, b.weights[name] - before
-            leaves[f"delta of {name}"] = difference(delta_a, delta_b).relative_error
+        errors = leaf_errors(compared(of_a, null), compared(of_b, null))
+        leaves |= {f"{kind} of {name}": error for name, error in errors.items()}
+    deltas_a, deltas_b = (
+        compared({name: side.weights[name] - before for name, before in start.items()}, null) for side in (a, b)
+    )
+    leaves |= {f"delta of {name}": difference(deltas_a[name], delta).relative_error for name, delta in deltas_b.items()}
     worst = max(leaves, key=lambda name: leaves[name])
     bound = tolerance("optimizer", dtype)
     reasons = []

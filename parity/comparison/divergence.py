@@ -1,10 +1,18 @@
 """Where two models part: the earliest site on the data's path that differs, and whether its operation is to blame."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from parity.comparison.measures import Array, difference
+from parity.comparison.measures import Array, Difference, difference
+
+
+def difference_at(site: str, a: Mapping[str, Array], b: Mapping[str, Array]) -> Difference:
+    """How far a model is from the reference at a site; infinitely, where it does not have it in this shape."""
+    if site in a and a[site].shape == b[site].shape:
+        return difference(a[site], b[site])
+    return Difference(math.inf, math.inf, math.inf, math.nan, (), (math.nan, math.nan))
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ def first_divergence(
     Returns:
         The first divergence, or None when all sites agree.
     """
-    errors = {site: difference(a[site], b[site]) for site in order}
+    errors = {site: difference_at(site, a, b) for site in order}
     beyond = [site for site in order if not errors[site].relative_error <= tolerance]
     if not beyond:
         return None

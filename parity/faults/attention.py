@@ -1,45 +1,12 @@
-"""Mistakes of attention: positions, heads, mask, scale."""
+"""Mistakes of attention: heads, mask, scale."""
 
 from typing import TYPE_CHECKING, Any
 
-from parity.faults.fault import (
-    Fault,
-    Model,
-    everywhere,
-    in_model,
-    replacing,
-    with_config,
-    with_groups,
-    with_learned_positions,
-    with_rope,
-    with_window,
-)
+from gpt_core.config import ModelConfig
+from parity.faults.fault import Fault, Model, everywhere, in_model, replacing, with_config, with_window
 
 if TYPE_CHECKING:
     import torch
-
-
-def interleaved(rotate: Any, x: "torch.Tensor", *arguments: Any) -> "torch.Tensor":
-    """Rotate pairs (2d, 2d + 1) instead of (d, d + head_dim / 2)."""
-    import torch
-
-    half_split = torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)  # pairs (2d, 2d + 1) instead of (d, d + half)
-    first, second = rotate(half_split, *arguments).chunk(2, dim=-1)
-    return torch.stack([first, second], dim=-1).flatten(-2)
-
-
-def backwards(rotate: Any, x: "torch.Tensor", *arguments: Any) -> "torch.Tensor":
-    """Rotate by the negative angle."""
-    import torch
-
-    first, second = x.chunk(2, dim=-1)  # swapping the halves before and after turns the rotation round
-    first, second = rotate(torch.cat([second, first], dim=-1), *arguments).chunk(2, dim=-1)
-    return torch.cat([second, first], dim=-1)
-
-
-def shifted_positions(model: Model) -> None:
-    """Position t gets the row of position t - 1."""
-    model.position_embedding.data = model.position_embedding.data.roll(1, dims=0)
 
 
 def tiled_heads(
@@ -76,40 +43,17 @@ def sees_the_future(mask: Any, time: int, window: int | None, device: Any) -> "t
     return torch.cat([visible[1:], torch.ones_like(visible[:1])])  # query i gets the row of query i + 1
 
 
+def with_groups(config: ModelConfig) -> bool:
+    """Models in which some query heads share a kv head, and not all."""
+    return 1 < config.n_kv_heads < config.n_heads
+
+
+def with_softcap(config: ModelConfig) -> bool:
+    """Models that cap their scores."""
+    return config.attention_softcap is not None
+
+
 FAULTS = (
-    # position
-    Fault(
-        "interleaved-rope",
-        "RoPE pairs (2d, 2d+1), as in GPT-J and Meta's Llama files, for half-split pairs",
-        "logits",
-        with_rope,
-        replacing("torch_gpt.layers.rotate", interleaved),
-        "blocks.0.attention.rotated_query",
-    ),
-    Fault(
-        "reversed-rope",
-        "the sign of the sine flipped: positions run backwards",
-        "logits",
-        with_rope,
-        replacing("torch_gpt.layers.rotate", backwards),
-        "blocks.0.attention.rotated_query",
-    ),
-    Fault(
-        "rope-theta",
-        "a long-context base of 1,000,000 left in the config",
-        "logits",
-        with_rope,
-        with_config(rope_theta=lambda config: 1e6),
-        "blocks.0.attention.rotated_query",
-    ),
-    Fault(
-        "shifted-positions",
-        "position ids that start at one, or a table with padding rows in front",
-        "logits",
-        with_learned_positions,
-        in_model(shifted_positions),
-        "embedding",
-    ),
     # heads
     Fault(
         "tiled-kv-heads",
@@ -143,6 +87,7 @@ FAULTS = (
         with_window,
         with_config(sliding_window=lambda config: config.sliding_window + 1),
         "blocks.0.attention.mixed",
+        "transformers#39408",
     ),
     Fault(
         "window-one-short",
@@ -157,7 +102,7 @@ FAULTS = (
         "a kernel that drops the window when no mask is given",
         "logits",
         with_window,
-        with_config(sliding_window=lambda config: None),
+        with_config(sliding_window=lambda config: config.context_length),
         "blocks.0.attention.mixed",
     ),
     Fault(
@@ -183,6 +128,23 @@ FAULTS = (
         "logits",
         everywhere,
         with_config(attention_scale=lambda config: config.embed_dim**-0.5),
+        "blocks.0.attention.mixed",
+    ),
+    Fault(
+        "softcap-missing",
+        "a fused kernel that has no softcap, and drops it",
+        "logits",
+        with_softcap,
+        with_config(attention_softcap=lambda config: None),
+        "blocks.0.attention.mixed",
+        "sglang#33915",
+    ),
+    Fault(
+        "softcap-before-scale",
+        "scores capped before they are scaled",
+        "logits",
+        with_softcap,
+        with_config(attention_softcap=lambda config: config.attention_softcap * config.attention_scale),
         "blocks.0.attention.mixed",
     ),
 )

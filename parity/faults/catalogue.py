@@ -7,12 +7,16 @@ in which models it must bite, since a shifted position is invisible to RoPE and 
 from contextlib import AbstractContextManager, nullcontext
 
 from gpt_core.errors import InputError
-from parity.faults import attention, blocks, conversion, decoding, dtype, loss, optimizer
+from parity.faults import attention, blocks, conversion, decoding, dtype, loss, mlp, norms, optimizer, pattern, rotation
 from parity.faults.fault import Fault, Model
 
 # In the order of the report.
 FAULTS = (
+    *rotation.FAULTS,
     *attention.FAULTS,
+    *pattern.FAULTS,
+    *norms.FAULTS,
+    *mlp.FAULTS,
     *blocks.FAULTS,
     *conversion.FAULTS,
     *loss.FAULTS,

@@ -1,6 +1,7 @@
 """Mistakes of conversion: weights that are right and in the wrong place."""
 
-from parity.faults.fault import Fault, Model, everywhere, in_model, with_query_bias, with_square_query
+from gpt_core.config import ModelConfig
+from parity.faults.fault import Fault, Model, everywhere, having, in_model, norms_first
 
 
 def swapped_blocks(model: Model) -> None:
@@ -27,6 +28,19 @@ def truncated_checkpoint(model: Model) -> None:
     last.data[-1] = 0
 
 
+def with_square_query(config: ModelConfig) -> bool:
+    """Models whose query projection is square."""
+    return config.n_heads * config.head_dim == config.embed_dim
+
+
+def _first_weight(config: ModelConfig) -> str:
+    return f"blocks.0.{'attention_norm' if norms_first(config) else 'attention.query'}"
+
+
+def _last_product(config: ModelConfig) -> str:
+    return f"blocks.{config.n_layers - 1}.mlp.output"
+
+
 FAULTS = (
     Fault(
         "swapped-blocks",
@@ -34,7 +48,7 @@ FAULTS = (
         "logits",
         everywhere,
         in_model(swapped_blocks),
-        "blocks.0.attention_norm",
+        _first_weight,
     ),
     Fault(
         "transposed-kernel",
@@ -48,7 +62,7 @@ FAULTS = (
         "dropped-bias",
         "a bias that the target has no place for, dropped in silence",
         "logits",
-        with_query_bias,
+        having(qkv_bias=True),
         in_model(dropped_bias),
         "blocks.1.attention.query",
     ),
@@ -58,6 +72,6 @@ FAULTS = (
         "logits",
         everywhere,
         in_model(truncated_checkpoint),
-        "blocks.2.mlp.output",
+        _last_product,
     ),
 )

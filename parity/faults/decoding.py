@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from gpt_core.config import ModelConfig
 from parity.faults.fault import Fault, Model, everywhere, replacing, with_window
 
 if TYPE_CHECKING:
@@ -19,10 +20,14 @@ def into_a_shorter_ring(write: Any, cache: "torch.Tensor", new: "torch.Tensor", 
 def always_position_0(prepare: Any, model: Model, limit: int) -> Any:
     """Every step rotates by the angles of position 0, or adds the first row of the table."""
     weights = prepare(model, limit)
-    if weights.rotary is not None:
-        return weights._replace(rotary=tuple(table[:1].expand_as(table) for table in weights.rotary))
-    table = weights.position_embedding
-    return weights._replace(position_embedding=table[:1].expand_as(table))
+    if weights.rotary:
+        still = {kind: tuple(map(_of_position_0, tables)) for kind, tables in weights.rotary.items()}
+        return weights._replace(rotary=still)
+    return weights._replace(position_embedding=_of_position_0(weights.position_embedding))
+
+
+def _of_position_0(table: "torch.Tensor") -> "torch.Tensor":
+    return table[:1].expand_as(table)
 
 
 def one_slot_more(visible_slots: Any, positions: "torch.Tensor", slots: int, window: int | None) -> "torch.Tensor":
@@ -37,6 +42,11 @@ def every_slot(visible_slots: Any, positions: "torch.Tensor", slots: int, window
     return visible | True
 
 
+def windows_of_all(prefill: Any, model: Model, tokens: Any, lengths: Any, slots: tuple[int, ...]) -> Any:
+    """Caches of global layers as short as those of local ones."""
+    return prefill(model, tokens, lengths, (min(slots),) * len(slots))
+
+
 @contextmanager
 def as_long_as_the_longest(model: Model) -> Iterator[None]:
     """The cache of every row has as many tokens as that of the longest prompt, and its steps go on from there."""
@@ -45,7 +55,7 @@ def as_long_as_the_longest(model: Model) -> Iterator[None]:
     prefill, step = decode.prefill, decode.step
     missing: list[Any] = []
 
-    def wrong_prefill(model: Model, tokens: Any, lengths: Any, slots: int) -> Any:
+    def wrong_prefill(model: Model, tokens: Any, lengths: Any, slots: tuple[int, ...]) -> Any:
         missing[:] = [lengths.max() - lengths]
         logits, _ = prefill(model, tokens, lengths, slots)
         return logits, prefill(model, tokens, lengths + missing[0], slots)[1]
@@ -57,6 +67,10 @@ def as_long_as_the_longest(model: Model) -> Iterator[None]:
         yield
 
 
+def _with_short_and_long_caches(config: ModelConfig) -> bool:
+    return "L" in config.layer_kinds and set(config.layer_kinds) != {"L"}
+
+
 FAULTS = (
     Fault(
         "ring-off-by-one",
@@ -64,6 +78,13 @@ FAULTS = (
         "decode",
         with_window,
         replacing("torch_gpt.decode.write", into_a_shorter_ring),
+    ),
+    Fault(
+        "ring-in-global-layer",
+        "one length for all caches: a global layer forgets what a window away is",
+        "decode",
+        _with_short_and_long_caches,
+        replacing("torch_gpt.decode.prefill", windows_of_all),
     ),
     Fault(
         "position-reset",

@@ -14,7 +14,7 @@ def bf16_residual(model: Model) -> None:
 
     for block in model.blocks:
         forward = block.forward
-        block.forward = lambda x, taps=None, forward=forward: forward(x, taps).to(torch.bfloat16).to(x.dtype)
+        block.forward = lambda x, *given, forward=forward: forward(x, *given).to(torch.bfloat16).to(x.dtype)
 
 
 def short_mantissa(linear: Any, x: "torch.Tensor", weight: "torch.Tensor", bias: Any = None) -> "torch.Tensor":

@@ -39,26 +39,40 @@ def replacing(target: str, wrap: Callable[..., Any]) -> Plant:
     return plant
 
 
-def on_each_attention(change: Callable[[Any], None]) -> Plant:
-    """A fault that changes every attention module of a model."""
-
-    def change_all(model: Model) -> None:
-        for block in model.blocks:
-            change(block.attention)
-
-    return in_model(change_all)
+def attentions(model: Model) -> list[Any]:
+    """The attention modules of a model."""
+    return [block.attention for block in model.blocks]
 
 
-def with_config(**fields: Callable[[Any], Any]) -> Plant:
-    """Attention that reads other values out of the config."""
-
-    def change(attention: Any) -> None:
-        config = attention.config
-        attention.config = replace(config, **{name: value(config) for name, value in fields.items()})
-
-    return on_each_attention(change)
+def with_blocks(model: Model) -> list[Any]:
+    """A model and its blocks: who says how branches join."""
+    return [model, *model.blocks]
 
 
+def norms(model: Model) -> list[Any]:
+    """Every norm of a model."""
+    from torch_gpt.layers import Norm
+
+    return [module for module in model.modules() if isinstance(module, Norm)]
+
+
+def query_and_key_norms(model: Model) -> list[Any]:
+    """The norms of queries and keys."""
+    return [norm for attention in attentions(model) for norm in (attention.query_norm, attention.key_norm)]
+
+
+def with_config(of: Callable[[Model], list[Any]] = attentions, **fields: Callable[[Any], Any]) -> Plant:
+    """Modules, attention unless said otherwise, that read other values out of the config."""
+
+    def change(model: Model) -> None:
+        for module in of(model):
+            config = module.config
+            module.config = replace(config, **{name: value(config) for name, value in fields.items()})
+
+    return in_model(change)
+
+
+Site = str | Callable[[ModelConfig], str]
 Area = Literal["logits", "loss", "gradients", "optimizer", "decode", "noise"]
 
 
@@ -72,7 +86,9 @@ class Fault:
         caught_by: The check that must catch it.
         bites: Whether it must change this model's function or training.
         plant: Makes it in a model, for as long as the context lasts.
-        site: Where the first-divergence search must point; "" for a fault that has no site.
+        site: Where the first-divergence search must point, in a model where that depends on it; "" for a fault that has
+            no site.
+        seen_in: Public threads in which it happened, such as "transformers#39408"; "" where none is known.
     """
 
     name: str
@@ -80,7 +96,12 @@ class Fault:
     caught_by: Area
     bites: Callable[[ModelConfig], bool]
     plant: Plant
-    site: str = ""
+    site: Site = ""
+    seen_in: str = ""
+
+    def site_in(self, config: ModelConfig) -> str:
+        """The site in a model."""
+        return self.site if isinstance(self.site, str) else self.site(config)
 
 
 def everywhere(config: ModelConfig) -> bool:
@@ -93,26 +114,22 @@ def with_rope(config: ModelConfig) -> bool:
     return config.position == "rope"
 
 
-def with_learned_positions(config: ModelConfig) -> bool:
-    """Models with a table of positions."""
-    return config.position == "learned"
-
-
 def with_window(config: ModelConfig) -> bool:
     """Models with a sliding window."""
     return config.sliding_window is not None
 
 
-def with_groups(config: ModelConfig) -> bool:
-    """Models in which some query heads share a kv head, and not all."""
-    return 1 < config.n_kv_heads < config.n_heads
+def having(**fields: Any) -> Callable[[ModelConfig], bool]:
+    """Models whose fields have these values."""
+    return lambda config: all(getattr(config, name) == value for name, value in fields.items())
 
 
-def with_square_query(config: ModelConfig) -> bool:
-    """Models whose query projection is square."""
-    return config.n_heads * config.head_dim == config.embed_dim
+def norms_first(config: ModelConfig) -> bool:
+    """Models whose branches begin with a norm."""
+    return config.norm_placement != "post"
 
 
-def with_query_bias(config: ModelConfig) -> bool:
-    """Models whose projections have biases."""
-    return config.qkv_bias
+def first_norm(config: ModelConfig) -> str:
+    """The first norm on the data's path."""
+    after = "attention.normed_query" if config.qk_norm is not None else "attention_post_norm"
+    return f"blocks.0.{'attention_norm' if norms_first(config) else after}"

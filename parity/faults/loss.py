@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from parity.faults.fault import Fault, Model, everywhere, in_model, replacing
+from parity.faults.fault import Fault, Model, everywhere, in_model, norms_first, replacing
 
 if TYPE_CHECKING:
     import torch
@@ -27,12 +27,12 @@ def mean_of_rows(loss: Any, logits: Any, targets: Any, mask: Any) -> Any:
 def detached_norm(model: Model) -> None:
     """A norm that is right forward and takes no gradient through its statistics."""
     norm = model.blocks[1].attention_norm
-    weight, bias, eps = norm.weight, norm.bias, norm.eps
+    config, weight, bias = norm.config, norm.weight, norm.bias
 
     def forward(x: "torch.Tensor") -> "torch.Tensor":
-        mean, variance = x.mean(-1, keepdim=True).detach(), x.var(-1, keepdim=True, correction=0).detach()
-        normed: torch.Tensor = (x - mean) * (variance + eps).rsqrt()
-        return normed * weight + bias
+        centred = x - x.mean(-1, keepdim=True).detach() if config.norm == "layer" else x
+        normed: torch.Tensor = centred * (centred.square().mean(-1, keepdim=True).detach() + config.norm_eps).rsqrt()
+        return normed * (weight + 1 if config.norm_unit_offset else weight) + (0 if bias is None else bias)
 
     norm.forward = forward
 
@@ -63,7 +63,7 @@ FAULTS = (
         "detached-norm",
         "statistics of a norm cut out of the graph: the forward pass is right, its gradient is not",
         "gradients",
-        everywhere,
+        norms_first,
         in_model(detached_norm),
         "blocks.1.attention_norm",
     ),

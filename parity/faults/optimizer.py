@@ -1,20 +1,48 @@
 """Mistakes of AdamW and of clipping."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from parity.faults.fault import Fault, Model, Plant, everywhere, replacing
+from parity.faults.fault import Fault, Model, Plant, everywhere, having, norms, replacing
 
 if TYPE_CHECKING:
     import torch
 
 
+def _nothing_more(model: Model) -> list[Any]:
+    return []
+
+
+def every_parameter(model: Model) -> list[Any]:
+    """All that a model learns."""
+    return list(model.parameters())
+
+
+def norm_scales(model: Model) -> list[Any]:
+    """The scale of every norm."""
+    return [norm.weight for norm in norms(model)]
+
+
 def adamw(
-    *, bias_correction: bool = True, coupled: bool = False, eps_in_root: bool = False, decay_all: bool = False
+    *,
+    bias_correction: bool = True,
+    coupled: bool = False,
+    eps_in_root: bool = False,
+    decayed: Callable[[Model], list[Any]] = _nothing_more,
 ) -> Plant:
-    """A textbook AdamW with one mistake, in the place of the real one."""
+    """A textbook AdamW with one mistake, in the place of the real one.
+
+    Args:
+        bias_correction: Of both moments.
+        coupled: Whether decay goes into the gradient.
+        eps_in_root: Whether eps stands under the root.
+        decayed: What decays besides matrices.
+    """
 
     def create(real: Any, config: Any, model: Model) -> Any:
         import torch
+
+        more = set(decayed(model))
 
         class Mistaken(torch.optim.Optimizer):
             @torch.no_grad()
@@ -25,7 +53,7 @@ def adamw(
                         if not state:
                             state |= {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
                         state["step"] += 1
-                        decay = config.weight_decay if decay_all else group["weight_decay"]
+                        decay = config.weight_decay if p in more else group["weight_decay"]
                         gradient = p.grad + decay * p if coupled else p.grad
                         mu = state["exp_avg"].lerp_(gradient, 1 - config.beta1)
                         nu = state["exp_avg_sq"].lerp_(gradient.square(), 1 - config.beta2)
@@ -65,7 +93,14 @@ FAULTS = (
         "weight decay on every parameter; stacked biases look like matrices",
         "optimizer",
         everywhere,
-        adamw(decay_all=True),
+        adamw(decayed=every_parameter),
+    ),
+    Fault(
+        "decay-on-unit-offset",
+        "weight decay on Gemma's norm scales, as if 0 were where they rest",
+        "optimizer",
+        having(norm_unit_offset=True),
+        adamw(decayed=norm_scales),
     ),
     Fault(
         "coupled-decay",

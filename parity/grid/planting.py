@@ -13,14 +13,17 @@ from parity.checks.loss import check_loss
 from parity.checks.optimizer import check_optimizer
 from parity.comparison.measures import Array
 from parity.comparison.tolerances import TOLERANCE
-from parity.faults.catalogue import FAULTS, planted
+from parity.faults.catalogue import FAULTS, fault_named, planted
 from parity.faults.fault import Fault
 from parity.grid.subject import ADAMW, OPTIMIZER_STEPS, Subject
+from parity.grid.variants import Case
 from parity.sides.products import Libraries
 
-_IN_EVERY_VARIANT = ("logits", "decode")
-# Faults behind attention do not depend on its variant: the default run plants them in these alone.
-_ENOUGH_FOR_THE_REST = ("learned-mha-full", "rope-gqa-window")
+_FIRST = ("learned-mha-full", "rope-gqa-window")
+"""Cases of the twelve in which a fault is planted before all others."""
+
+_ENOUGH = 4
+"""Cases in which the default run plants a fault. It bites in others too; --full plants it in them as well."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class FaultRun:
     Args:
         fault: Its name.
         variant: Where it was planted.
+        expected_site: Where the first-divergence search must point; "" for a fault that has no site.
         caught: Whether the check failed, as it must.
         margin: Error over tolerance.
         margin_float32: Error over the fp32 tolerance, for checks that have one.
@@ -39,6 +43,7 @@ class FaultRun:
 
     fault: str
     variant: str
+    expected_site: str
     caught: bool
     margin: float
     margin_float32: float | None
@@ -46,14 +51,31 @@ class FaultRun:
     hint: str
 
 
-def fault_runs(subject: Subject) -> Iterator[FaultRun]:
-    """Plant every fault that bites in a case: those of the noise floor in fp32, all others in fp64."""
-    if "+" in subject.case.variant and not subject.full:
-        return
+def places(cases: Sequence[Case], *, full: bool) -> dict[str, list[str]]:
+    """Variant -> names of the faults that are planted in it.
+
+    Args:
+        cases: Where to plant.
+        full: Everywhere where a fault bites; otherwise in some cases, first of the twelve and then, of those that
+            cover all choices, in the ones that have the fewest.
+    """
+    planted: dict[str, list[str]] = {case.variant: [] for case in cases}
     for fault in FAULTS:
-        right_dtype = subject.dtype == ("float32" if fault.caught_by == "noise" else "float64")
-        somewhere = fault.caught_by in _IN_EVERY_VARIANT or subject.full or subject.case.variant in _ENOUGH_FOR_THE_REST
-        if right_dtype and somewhere and fault.bites(subject.config):
+        biting = [case for case in cases if fault.bites(case.config)]
+        if not full:
+            # The noise floor's margin is that of a model, and the twelve show it.
+            biting = [case for case in biting if fault.caught_by != "noise" or not case.covering]
+            biting.sort(key=lambda case: (case.variant not in _FIRST, not case.covering, len(planted[case.variant])))
+            biting = biting[:_ENOUGH]
+        for case in biting:
+            planted[case.variant].append(fault.name)
+    return planted
+
+
+def fault_runs(subject: Subject, names: Sequence[str]) -> Iterator[FaultRun]:
+    """Plant some faults in a case: those of the noise floor in fp32, all others in fp64."""
+    for fault in map(fault_named, names):
+        if subject.dtype == ("float32" if fault.caught_by == "noise" else "float64"):
             yield run_fault(fault, subject)
 
 
@@ -73,7 +95,8 @@ def run_fault(fault: Fault, subject: Subject) -> FaultRun:
         margin32 = None if bound is None else result.relative_error / bound
     # By the error itself, and not by another reason for which the check may fail.
     caught = not result.passed and margin > 1 and (margin32 is None or margin32 > 1)
-    return FaultRun(fault.name, subject.case.variant, caught, margin, margin32, site, hint)
+    site_expected = fault.site_in(subject.config)
+    return FaultRun(fault.name, subject.case.variant, site_expected, caught, margin, margin32, site, hint)
 
 
 def _caught_by(
@@ -116,18 +139,20 @@ def summarise(runs: Sequence[FaultRun]) -> list[dict[str, Any]]:
         ours = [run for run in runs if run.fault == fault.name]
         if not ours:
             continue
-        wrong_site = [run for run in ours if fault.site and run.found_site != fault.site]
+        wrong_site = [run for run in ours if run.expected_site and run.found_site != run.expected_site]
+        shown = (wrong_site or ours)[0]
         margins32 = [run.margin_float32 for run in ours if run.margin_float32 is not None]
         rows.append(
             {
                 "name": fault.name,
                 "imitates": fault.imitates,
+                "seen_in": fault.seen_in,
                 "caught": all(run.caught for run in ours),
                 "caught_by": fault.caught_by,
                 "margin": min(run.margin for run in ours),
                 "margin_float32": min(margins32) if margins32 else None,
-                "expected_site": fault.site,
-                "found_site": (wrong_site or ours)[0].found_site,
+                "expected_site": shown.expected_site,
+                "found_site": shown.found_site,
                 "site_right": not wrong_site,
                 "hint": next((run.hint for run in ours if run.hint), ""),
                 "variants": [run.variant for run in ours],

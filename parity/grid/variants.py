@@ -1,9 +1,10 @@
-"""The grid: twelve attention variants and a few further cases, small but sharp, on real text.
+"""The grid: twelve attention variants and a covering of all other choices, small but sharp, on real text.
 
 Sizes are chosen so that a mistake moves the logits by O(1): two batches, a sequence of more than two windows that
 is no multiple of one, a number of kv heads that is neither 1 nor the number of heads, and a padded vocabulary. The
-vocabulary is the first 5,000 pieces of GPT-2's (10,007 in one case), so that most of the time goes to attention and not
-to the head; checkpoints with all 50,257 are compared by `parity check A B` and `parity verify`.
+vocabulary is the first 5,000 pieces of GPT-2's in the twelve, and the few hundred that the text consists of in the
+others, so that most of the time goes to attention and not to the head; checkpoints with all 50,257 are compared by
+`parity check A B` and `parity verify`.
 """
 
 from dataclasses import dataclass, replace
@@ -20,14 +21,18 @@ from gpt_core.errors import InputError
 from gpt_core.parameters import parameter_table
 from gpt_core.storage.weights import Weights
 from gpt_core.text.tokenizer import gpt2_tokenizer
+from parity.grid.covering import covering
 from parity.sides.runs import Batch, Batches, RaggedText
 
 BATCH, TIME, WINDOW = 2, 37, 13
 PROMPTS = (1, 6, 20)  # tokens of each prompt that is decoded from: the least, below the window, beyond it
 NEW_TOKENS = TIME - min(PROMPTS)  # that are written behind each: over four windows in all
 
+_ORDINARY = 5000
+"""Pieces of GPT-2's vocabulary, the first ones, that make up ordinary text."""
+
 _BASE = ModelConfig(
-    vocab_size=5000,
+    vocab_size=_ORDINARY,
     pad_vocab_size_multiple=64,
     context_length=64,
     n_layers=3,
@@ -47,11 +52,18 @@ class Case:
         variant: Its name.
         config: The model.
         scan_layers: Whether the JAX twin scans over stacked blocks.
+        description: What it has, where the name does not say it; "" for the twelve.
     """
 
     variant: str
     config: ModelConfig
     scan_layers: bool = True
+    description: str = ""
+
+    @property
+    def covering(self) -> bool:
+        """Whether it is one of the cases beyond the twelve, of which some checks are left to the twelve."""
+        return bool(self.description)
 
 
 def attention_variants() -> list[Case]:
@@ -65,24 +77,16 @@ def attention_variants() -> list[Case]:
     ]
 
 
-def further_cases() -> list[Case]:
-    """One case for each choice beside attention, on variants that have the most to get wrong."""
-    twelve = {case.variant: case.config for case in attention_variants()}
-    rope, learned = twelve["rope-gqa-window"], twelve["learned-gqa-window"]
+def covering_cases() -> list[Case]:
+    """Every pair of choices of the family, in about twice as many cases."""
     return [
-        Case("rope-gqa-window+no-bias", replace(rope, bias=False, qkv_bias=False)),
-        Case("learned-gqa-window+no-qkv-bias", replace(learned, qkv_bias=False)),
-        Case("rope-gqa-window+untied", replace(rope, tied_embeddings=False)),
-        Case("rope-gqa-window+unpadded-vocabulary", replace(rope, pad_vocab_size_multiple=1)),
-        Case("learned-gqa-window+padded-vocabulary", replace(learned, vocab_size=10007, pad_vocab_size_multiple=1000)),
-        Case("rope-gqa-window+unrolled", rope, scan_layers=False),
-        Case("learned-mha-full+unrolled", twelve["learned-mha-full"], scan_layers=False),
+        Case(chosen.name, chosen.config, chosen.scan_layers, chosen.description) for chosen in covering(_BASE, WINDOW)
     ]
 
 
 def grid() -> list[Case]:
     """Every case of the default run."""
-    return [*attention_variants(), *further_cases()]
+    return [*attention_variants(), *covering_cases()]
 
 
 def select(names: list[str]) -> list[Case]:
@@ -101,18 +105,28 @@ def select(names: list[str]) -> list[Case]:
 def sharp_weights(config: ModelConfig, seed: int = 0) -> Weights:
     """fp64 weights under which every part of the model matters.
 
-    Matrices and embeddings are N(0, 1.6 / sqrt(embed)), so that attention is sharp; biases and norm scales are away
-    from the 0 and 1 at which they could be forgotten. Each parameter is drawn from a stream of its own.
+    Matrices and embeddings are N(0, `sharpness`), so that attention is sharp; biases and norm scales are away from the
+    0 and 1 at which they could be forgotten. Each parameter is drawn from a stream of its own.
     """
     weights: Weights = {}
     for name, parameter in parameter_table(config).items():
         random = np.random.default_rng([seed, parameter.stream])
         if parameter.decay:
-            weights[name] = random.normal(0.0, 1.6 / sqrt(config.embed_dim), parameter.shape)
+            weights[name] = random.normal(0.0, sharpness(config, name), parameter.shape)
         else:
             sign = random.choice([-1.0, 1.0], parameter.shape)
             weights[name] = parameter.mean + sign * random.uniform(0.1, 0.5, parameter.shape)
     return weights
+
+
+def sharpness(config: ModelConfig, name: str) -> float:
+    """Standard deviation of a matrix or an embedding.
+
+    Half as much where an MLP reads the stream and no norm of it: its activation would saturate, and the gradients of
+    what is flat be nothing but rounding.
+    """
+    flat = config.norm_placement == "post" and name in ("blocks.mlp.up.kernel", "blocks.mlp.gate.kernel")
+    return (0.8 if flat else 1.6) / sqrt(config.embed_dim)
 
 
 def text_tokens(vocab_size: int, batch: int = BATCH, time: int = TIME) -> npt.NDArray[np.int64]:
@@ -120,12 +134,22 @@ def text_tokens(vocab_size: int, batch: int = BATCH, time: int = TIME) -> npt.ND
 
     Args:
         vocab_size: Passages are chosen all of whose ids are below it. (GPT-2's ids are ordered by how early a piece
-            was merged, so passages of ordinary words stay below a few thousand.)
+            was merged, so passages of ordinary words stay below a few thousand.) For a smaller one, the pieces of such
+            passages are numbered anew.
         batch: Rows.
         time: Tokens a row.
     """
-    passages = _passages(vocab_size, time)
+    passages = _passages(vocab_size, time) if vocab_size >= _ORDINARY else _renumbered(vocab_size, time)
     return passages[np.linspace(0, len(passages) - 1, batch, dtype=np.int64)]
+
+
+@lru_cache(maxsize=4)
+def _renumbered(vocab_size: int, time: int) -> npt.NDArray[np.int64]:
+    passages = _passages(_ORDINARY, time)
+    pieces, numbers = np.unique(passages, return_inverse=True)
+    assert len(pieces) <= vocab_size, f"{len(pieces)} pieces for a vocabulary of {vocab_size}"
+    spread = np.random.default_rng(0).permutation(vocab_size)[: len(pieces)]  # rare pieces beside frequent ones
+    return spread[numbers].reshape(passages.shape)
 
 
 @lru_cache(maxsize=4)

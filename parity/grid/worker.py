@@ -1,5 +1,6 @@
 """One worker's share of the grid: both twins of each case, every check, every fault."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ class GridOptions:
         fault: Name of a fault to plant in the PyTorch twin for every check, or None.
         checks: Whether to run the checks.
         faults: Whether to plant every fault where it bites, and see it caught.
+        places: Variant -> faults that are planted in it.
         full: Run what is heavier too: training curves, fp32 gradients, every fault in every variant.
         attention: What each side runs.
     """
@@ -32,6 +34,7 @@ class GridOptions:
     fault: str | None = None
     checks: bool = True
     faults: bool = False
+    places: Mapping[str, Sequence[str]] = field(default_factory=dict)
     full: bool = False
     attention: Attention = field(default_factory=Attention)
 
@@ -55,5 +58,5 @@ def worker(emit: Emit, options: GridOptions) -> None:
             subject = Subject(case, dtype, attention, full=options.full)
             found: list[Any] = list(checks(subject, fault)) if options.checks else []
             if options.faults:
-                found += fault_runs(subject)
+                found += fault_runs(subject, options.places.get(case.variant, ()))
             emit(found)

@@ -41,5 +41,6 @@ def render(
         faults=content.get("faults", []),
         failed=summary.failed_cases(content),
         missed_faults=summary.missed_faults(content),
+        descriptions=content.get("descriptions", {}),
         **more,
     )

@@ -155,6 +155,7 @@ def as_variant(model: ModelConfig, variant: str, context_length: int) -> ModelCo
     kv_heads = {"mha": model.n_heads, "gqa": max(2, model.n_heads // 4), "mqa": 1}.get(parts[1], 0)
     window = max(1, context_length // 4) if parts[2] == "window" else None
     values = model.to_dict() | {"position": parts[0], "n_kv_heads": kv_heads, "sliding_window": window}
+    values["attention_pattern"] = None
     changed = ModelConfig.from_dict(values, source=f"variant {variant}")
     if changed.variant != variant:
         raise InputError(f"n_heads = {model.n_heads} is too few for {variant}")

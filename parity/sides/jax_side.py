@@ -19,7 +19,7 @@ from gpt_core.storage.weights import Source, Weights, decode
 from gpt_core.text.generation import DRAW_TOKEN, SamplingConfig, cache_slots, uniforms
 from jax_gpt import decode as decoding
 from jax_gpt.attention import Implementation, attention
-from jax_gpt.generate import choose
+from jax_gpt.generate import choose, generate
 from jax_gpt.loss import token_loss
 from jax_gpt.model import GPT, initialiser
 from jax_gpt.optimizer import create_optimizer, update
@@ -224,6 +224,11 @@ def run_cached(model: GPT, text: RaggedText, samplings: Mapping[str, SamplingCon
     return CachedRun(logits, written)
 
 
+def write(model: GPT, prompt: Array, new: int) -> Array:
+    """Tokens `[batch, new]` that greedy decoding through the cache appends to `prompt` `[batch, time]`."""
+    return np.asarray(generate(model, prompt.tolist(), SamplingConfig(max_new_tokens=new)))
+
+
 def require_attention(implementation: Implementation, config: ModelConfig, dtype: DType) -> None:
     """See that an implementation of attention can run a model here.
 
@@ -234,11 +239,15 @@ def require_attention(implementation: Implementation, config: ModelConfig, dtype
     def heads(count: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, 2, count, config.head_dim), jnp.dtype(Precision.of(dtype).compute_dtype))
 
-    def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        window, scale = config.sliding_window, config.attention_scale
-        return attention(query, key, value, window=window, scale=scale, implementation=implementation)
-
-    jax.eval_shape(mix, heads(config.n_heads), heads(config.n_kv_heads), heads(config.n_kv_heads))
+    for kind in set(config.layer_kinds):
+        mix = partial(
+            attention,
+            window=config.view(kind).window,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+            implementation=implementation,
+        )
+        jax.eval_shape(mix, heads(config.n_heads), heads(config.n_kv_heads), heads(config.n_kv_heads))
 
 
 def multiply(a: Array, b: Array) -> Array:

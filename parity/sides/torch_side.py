@@ -13,6 +13,7 @@ from gpt_core.precision import DType, Precision
 from gpt_core.storage.tensor_info import Array
 from gpt_core.storage.weights import Source, Weights, decode, slots
 from gpt_core.text.generation import SamplingConfig, cache_slots
+from parity.comparison.inputs import attended, read_by
 from parity.sides.runs import Batch, Batches, CachedRun, RaggedText, Run, Training
 from torch_gpt import decode as decoding
 from torch_gpt import loss as loss_module
@@ -98,6 +99,11 @@ def run_cached(model: GPT, text: RaggedText, samplings: Mapping[str, SamplingCon
     return CachedRun(to_numpy(torch.stack(logits, dim=1)), written)
 
 
+def write(model: GPT, prompt: Array, new: int) -> Array:
+    """Tokens `[batch, new]` that greedy decoding through the cache appends to `prompt` `[batch, time]`."""
+    return np.asarray(generate(model, prompt.tolist(), SamplingConfig(max_new_tokens=new)))
+
+
 def require_attention(implementation: Implementation, config: ModelConfig, dtype: DType) -> None:
     """See that an implementation of attention can run a model here.
 
@@ -110,8 +116,10 @@ def require_attention(implementation: Implementation, config: ModelConfig, dtype
         return torch.zeros(shape, dtype=format, device=device(dtype))
 
     query, key = heads(config.n_heads), heads(config.n_kv_heads)
-    window, scale = config.sliding_window, config.attention_scale
-    attention(query, key, key, window=window, scale=scale, implementation=implementation)
+    scale, softcap = config.attention_scale, config.attention_softcap
+    for kind in set(config.layer_kinds):
+        window = config.view(kind).window
+        attention(query, key, key, window=window, scale=scale, softcap=softcap, implementation=implementation)
 
 
 def train(model: GPT, batches: Batches, config: AdamWConfig, rates: Sequence[float]) -> Training:
@@ -166,34 +174,36 @@ def replay(model: GPT, site: str, sites: Mapping[str, Array], tokens: Array) -> 
         return to_numpy(model.final_norm(_after_block(model, given, model.config.n_layers - 1)))
     _, number, local = site.split(".", 2)
     layer = int(number)
-    here = f"blocks.{layer}"
     if local == "input":
         return to_numpy(given("embedding") if layer == 0 else _after_block(model, given, layer - 1))
     block: Any = model.blocks[layer]
+    kind, config = model.config.layer_kinds[layer], model.config
+
+    def here(name: str) -> torch.Tensor:
+        return given(f"blocks.{layer}.{name}")
+
+    if local == "attention.mixed":
+        return to_numpy(block.attention.mix(*attended(here, config, kind), kind))
+    x = read_by(local, here, config, kind)
+    if "rotated" in local:
+        return to_numpy(block.attention.rotated(x, kind))
     taps: Taps = {}
-    if local == "attention_norm":
-        return to_numpy(block.attention_norm(given(f"{here}.input")))
-    if local == "mlp_norm":
-        return to_numpy(block.mlp_norm(given(f"{here}.input") + given(f"{here}.attention.output")))
-    if local == "attention.output":
-        return to_numpy(block.attention.output(given(f"{here}.attention.mixed").flatten(2)))
-    if local == "mlp.output":
-        return to_numpy(block.mlp.down(given(f"{here}.mlp.hidden")))
     if local == "mlp.hidden":
-        block.mlp(given(f"{here}.mlp_norm"), taps)
-    elif local == "attention.mixed":
-        rotated = "rotated_" if model.config.position == "rope" else ""
-        query, key = (given(f"{here}.attention.{rotated}{name}") for name in ("query", "key"))
-        taps[local] = block.attention.mix(query, key, given(f"{here}.attention.value"))
-    elif "rotated" in local:
-        taps[local] = block.attention.rotated(given(f"{here}.{local.replace('rotated_', '')}"))
+        block.mlp(x, taps)
+    elif local in ("attention.query", "attention.key", "attention.value"):
+        block.attention(x, kind, taps)
+    elif local == "attention.output":
+        return to_numpy(block.attention.output(x.flatten(2)))
+    elif local == "mlp.output":
+        return to_numpy(block.mlp.down(x))
     else:
-        block.attention(given(f"{here}.attention_norm"), taps)
+        place = local.replace("normed_query", "query_norm").replace("normed_key", "key_norm")
+        return to_numpy(block.get_submodule(place)(x))
     return to_numpy(taps[local])
 
 
 def _after_block(model: GPT, given: Callable[[str], torch.Tensor], layer: int) -> torch.Tensor:
-    after: torch.Tensor = model.blocks[layer](given(f"blocks.{layer}.input"))
+    after: torch.Tensor = model.blocks[layer](given(f"blocks.{layer}.input"), model.config.layer_kinds[layer])
     return after
 
 

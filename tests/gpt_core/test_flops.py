@@ -18,10 +18,14 @@ def counted(config: ModelConfig, context_length: int) -> float:
     """Multiplications and additions of every product of a row, divided by its tokens."""
     width, queries = config.embed_dim, config.n_heads * config.head_dim
     keys_and_values = 2 * config.n_kv_heads * config.head_dim
-    block = width * queries + width * keys_and_values + queries * width + 2 * width * config.mlp_dim
+    matrices = 3 if config.gated_mlp else 2
+    block = width * queries + width * keys_and_values + queries * width + matrices * width * config.mlp_dim
     row = 2 * context_length * (config.n_layers * block + width * config.vocab_size)
-    for _ in range(config.n_layers * config.n_heads):
-        row += 2 * 2 * config.head_dim * visible_pairs(context_length, config.sliding_window)
+    for layer in range(config.n_layers):
+        pattern = config.attention_pattern
+        local = pattern is None or pattern[layer % len(pattern)] == "L"
+        pairs = visible_pairs(context_length, config.sliding_window if local else None)
+        row += config.n_heads * 2 * 2 * config.head_dim * pairs
     return row / context_length
 
 
@@ -47,6 +51,28 @@ def test_flops_are_those_of_every_product_and_visible_pair(position: str, window
         assert forward_flops_per_token(config, context_length) == pytest.approx(
             counted(config, context_length), rel=1e-12
         )
+
+
+@pytest.mark.parametrize("pattern", ["LG", "LLG", "GGLLL", "NL", "GGGN", "LGN"])
+def test_flops_of_a_pattern_are_those_of_its_layers_one_by_one(pattern: str) -> None:
+    config = ModelConfig(
+        vocab_size=101,
+        n_layers=5,
+        n_heads=4,
+        embed_dim=24,
+        head_dim=10,
+        mlp_dim=50,
+        position="rope",
+        sliding_window=7 if "L" in pattern else None,
+        attention_pattern=pattern,
+        gated_mlp=True,
+        qk_norm="head",
+        norm_placement="sandwich",
+    )
+    for context_length in (1, 7, 20):
+        expected = counted(config, context_length)
+        assert forward_flops_per_token(config, context_length) == pytest.approx(expected, rel=1e-12)
+        assert training_flops_per_token(config, context_length) == pytest.approx(3 * expected, rel=1e-12)
 
 
 def test_gpt2_has_the_flops_counted_by_hand() -> None:

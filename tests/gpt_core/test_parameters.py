@@ -55,7 +55,15 @@ EXPECTED = {
     "final_norm.bias": ("embed", 0, 0, False),
 }
 QKV_BIASES = {f"blocks.attention.{part}.bias" for part in ("query", "key", "value")}
-OTHER_BIASES = {"blocks.attention.output.bias", "blocks.mlp.up.bias", "blocks.mlp.down.bias"}
+MLP_BIASES = {"blocks.mlp.up.bias", "blocks.mlp.down.bias"}
+LINEAR_BIASES = QKV_BIASES | MLP_BIASES | {"blocks.attention.output.bias"}
+PRE_NORMS = {f"blocks.{branch}_norm.{part}" for branch in ("attention", "mlp") for part in ("scale", "bias")}
+POST_NORMS = {f"blocks.{branch}_post_norm.{part}" for branch in ("attention", "mlp") for part in ("scale", "bias")}
+QK_NORMS = {f"blocks.attention.{of}_norm.{part}" for of in ("query", "key") for part in ("scale", "bias")}
+RMS_POST_QK = (
+    PRE_NORMS | {"final_norm.bias"},
+    {name for name in POST_NORMS | QK_NORMS if name.endswith("scale")},
+)
 
 
 def test_the_table_is_the_one_of_the_definition() -> None:
@@ -72,9 +80,25 @@ def test_the_table_is_the_one_of_the_definition() -> None:
 @pytest.mark.parametrize(
     ("change", "gone", "new"),
     [
-        ({"bias": False, "qkv_bias": True}, OTHER_BIASES, set()),
+        ({"bias": False}, {"blocks.attention.output.bias"}, set()),
+        ({"mlp_bias": False}, MLP_BIASES, set()),
         ({"qkv_bias": False}, QKV_BIASES, set()),
-        ({"bias": False, "qkv_bias": False}, QKV_BIASES | OTHER_BIASES, set()),
+        ({"bias": False, "mlp_bias": False, "qkv_bias": False}, LINEAR_BIASES, set()),
+        ({"norm": "rms"}, {name for name in EXPECTED if name.endswith("norm.bias")}, set()),
+        ({"gated_mlp": True}, set(), {"blocks.mlp.gate.kernel", "blocks.mlp.gate.bias"}),
+        ({"gated_mlp": True, "mlp_bias": False}, MLP_BIASES, {"blocks.mlp.gate.kernel"}),
+        ({"norm_placement": "post"}, PRE_NORMS, POST_NORMS),
+        ({"norm_placement": "sandwich"}, set(), POST_NORMS),
+        ({"qk_norm": "head"}, set(), QK_NORMS),
+        ({"qk_norm": "whole"}, set(), QK_NORMS),
+        ({"qk_norm": "head", "norm": "rms", "norm_placement": "post"}, *RMS_POST_QK),
+        (
+            {"sliding_window": 5, "attention_pattern": "LLG", "attention_softcap": 3.0, "logit_softcap": 2.0},
+            set(),
+            set(),
+        ),
+        ({"parallel_residual": True, "activation": "silu", "norm_unit_offset": True}, set(), set()),
+        ({"embedding_scale": 2.0, "residual_scale": 0.5, "logit_scale": 3.0}, set(), set()),
         ({"position": "rope", "head_dim": 8}, {"position_embedding"}, set()),
         ({"tied_embeddings": False}, set(), {"head.kernel"}),
         ({"sliding_window": 5}, set(), set()),
@@ -89,6 +113,49 @@ def test_a_switch_changes_exactly_its_own_rows(change: dict[str, object], gone: 
 def test_an_untied_head_runs_from_embed_to_the_padded_vocabulary_without_a_bias() -> None:
     row = parameter_table(replace(CONFIG, tied_embeddings=False))["head.kernel"]
     assert (row.axes, row.shape, row.std, row.decay) == (("embed", "vocab"), (30, 104), 0.5, True)
+
+
+def test_rows_of_every_switch_stand_on_the_path_of_the_data() -> None:
+    config = replace(
+        CONFIG, norm="rms", norm_placement="sandwich", qk_norm="head", gated_mlp=True, bias=False, qkv_bias=False
+    )
+    block = "attention_norm query key value query_norm key_norm output attention_post_norm mlp_norm gate up down"
+    names = [name.removesuffix(".scale").removesuffix(".kernel") for name in parameter_table(config)]
+    assert [name.split(".")[-1] for name in names if not name.endswith("bias")] == [
+        *("token_embedding", "position_embedding", *block.split(), "mlp_post_norm", "final_norm")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("qk_norm", "query", "key"),
+    [
+        ("head", "layers head_dim", "layers head_dim"),
+        ("whole", "layers heads head_dim", "layers kv_heads head_dim"),
+    ],
+)
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_norms_have_their_axes_start_neutral_and_are_not_decayed(
+    qk_norm: str, query: str, key: str, unit_offset: bool
+) -> None:
+    config = replace(CONFIG, qk_norm=qk_norm, norm_placement="sandwich", norm_unit_offset=unit_offset)
+    table = parameter_table(config)
+    norms = dict.fromkeys(PRE_NORMS | POST_NORMS, "layers embed")
+    norms |= {"final_norm.scale": "embed", "final_norm.bias": "embed"}
+    norms |= {name: query if "query" in name else key for name in QK_NORMS}
+    assert set(norms) == {name for name in table if "norm" in name}
+    for name, axes in norms.items():
+        row = table[name]
+        assert (row.axes, row.shape) == (tuple(axes.split()), tuple(SIZES[axis] for axis in axes.split())), name
+        neutral = 1.0 if name.endswith("scale") and not unit_offset else 0.0
+        assert (row.mean, row.std, row.decay) == (neutral, 0.0, False), name
+
+
+def test_the_gate_is_a_matrix_like_that_of_the_way_up() -> None:
+    table = parameter_table(replace(CONFIG, gated_mlp=True))
+    for part in ("kernel", "bias"):
+        gate, up = table[f"blocks.mlp.gate.{part}"], table[f"blocks.mlp.up.{part}"]
+        assert gate == replace(up, name=gate.name)
+        assert gate.stream != up.stream
 
 
 def test_the_count_adds_up_all_rows() -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import numpy_gpt
 import pytest
 
+from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
-from jax_gpt.attention import attention, causal_mask, pick
+from jax_gpt.attention import attention, causal_mask, pick, picks
 
 BATCH, TIME, W, HEAD_DIM, SCALE = 2, 19, 7, 5, 0.9
 WINDOWS = [None, 1, 2, W - 1, W, W + 1, TIME - 1, TIME, TIME + 1]
@@ -127,6 +128,24 @@ def test_cudnn_refuses_a_cpu_and_names_what_can() -> None:
     query, key, value, _ = (jnp.array(array, "bfloat16") for array in inputs(6, 2))
     with pytest.raises(InputError, match=r"'cudnn' .* not in bfloat16 on cpu with head_dim = 5: use 'banded' or"):
         attention(query, key, value, window=None, scale=1.0, implementation="cudnn")
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cudnn"])
+def test_a_fused_kernel_refuses_a_softcap(implementation: str) -> None:
+    query, key, value, _ = (jnp.array(array, "float32") for array in inputs(6, 2))
+    with pytest.raises(InputError, match=f"'{implementation}' has no softcap: use 'banded' or 'reference'"):
+        attention(query, key, value, window=None, scale=1.0, softcap=1.5, implementation=implementation)
+    assert pick("gpu", "bfloat16", 64, None, 1.5).implementation == "banded"
+
+
+def test_layers_of_a_pattern_have_picks_of_their_own_where_these_differ() -> None:
+    model = {"n_layers": 3, "n_heads": 2, "embed_dim": 16, "sliding_window": 5}
+    mixed, alike = ModelConfig(**model, attention_pattern="GLL"), ModelConfig(**model)
+    assert picks("cpu", "float32", alike) == str(pick("cpu", "float32", 8, 5))
+    assert picks("cpu", "float32", mixed) == (
+        f"G: {pick('cpu', 'float32', 8, None)}; L: {pick('cpu', 'float32', 8, 5)}"
+    )
+    assert picks("tpu", "float32", mixed) == str(pick("tpu", "float32", 8, 5))
 
 
 def test_auto_is_what_it_picks() -> None:

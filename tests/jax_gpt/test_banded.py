@@ -28,20 +28,21 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     return time, window, heads, kv_heads
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("blocks", BLOCKS, indirect=True)
 def test_many_blocks_are_the_definition_forward_and_backward(
-    blocks: tuple[int, int | None, int, int], x64: None
+    blocks: tuple[int, int | None, int, int], softcap: float | None, x64: None
 ) -> None:
     time, window, heads, kv_heads = blocks
     random = np.random.default_rng(1)
     query, cotangent = random.normal(size=(2, 2, time, heads, 5))
     key, value = random.normal(size=(2, 2, time, kv_heads, 5))
     mixed, pull_back = jax.vjp(
-        lambda *arrays: banded(*arrays, window, 0.9), *(jnp.array(array) for array in (query, key, value))
+        lambda *arrays: banded(*arrays, window, 0.9, softcap), *(jnp.array(array) for array in (query, key, value))
     )
     expected = [
-        numpy_gpt.attention(query, key, value, window, 0.9),
-        *numpy_gpt.attention_gradients(query, key, value, window, 0.9, cotangent),
+        numpy_gpt.attention(query, key, value, window, 0.9, softcap),
+        *numpy_gpt.attention_gradients(query, key, value, window, 0.9, cotangent, softcap),
     ]
     found = [mixed, *pull_back(jnp.array(cotangent))]
     assert max(map(numpy_gpt.relative_error, found, expected)) <= 1e-12

@@ -6,7 +6,7 @@ import numpy as np
 import numpy_gpt
 import pytest
 from flax import nnx
-from numpy_gpt import VARIANTS, WINDOW, random_tokens, random_weights
+from numpy_gpt import CONFIGS, VARIANTS, WINDOW, random_tokens, random_weights
 
 from gpt_core.config import ModelConfig
 from gpt_core.precision import Precision
@@ -33,16 +33,17 @@ def model_of(config: ModelConfig, *, scan_layers: bool = True) -> GPT:
 
 
 @pytest.mark.parametrize(
-    ("name", "new"), [*((name, 1) for name in VARIANTS), ("rope-gqa-window", 3), ("learned-mqa-full", 3)]
+    ("name", "new"), [*((name, 1) for name in CONFIGS), ("rope-gqa-window", 3), ("learned-mqa-full", 3), ("gemma-3", 3)]
 )
 def test_cached_logits_are_the_models_at_every_position(name: str, new: int, x64: None) -> None:
     """Rows of different length, beyond two windows, one and several tokens a step."""
-    config = VARIANTS[name]
+    config = CONFIGS[name]
     tokens = random_tokens(config)
     truth = numpy_gpt.forward(config, random_weights(config), tokens)["logits"]
     model = model_of(config)
     slots = cache_slots(config, tokens.shape[1], new)
-    assert slots == (WINDOW + new - 1 if config.sliding_window else tokens.shape[1] + new - 1)
+    most = {"L": WINDOW, "G": tokens.shape[1], "N": tokens.shape[1]}
+    assert slots == tuple(most[kind] + new - 1 for kind in config.layer_kinds)
     padded = np.where(np.arange(LENGTHS.max()) < LENGTHS[:, None], tokens[:, : LENGTHS.max()], 0)
     logits, cache = decode.prefill(model, jnp.asarray(padded, jnp.int32), jnp.asarray(LENGTHS), slots)
     rows = np.arange(2)
@@ -53,7 +54,8 @@ def test_cached_logits_are_the_models_at_every_position(name: str, new: int, x64
         part = jnp.asarray(tokens[rows[:, None], positions], jnp.int32)
         logits, cache = step(weights, config, FP64, part, jnp.asarray(positions[:, 0]), cache)
         assert numpy_gpt.relative_error(logits, truth[rows[:, None], positions]) <= 1e-12
-    assert all(key.size == 2 * config.n_kv_heads * slots * config.head_dim for key in cache.key)
+    each = 2 * config.n_kv_heads * config.head_dim
+    assert [key.size for key in cache.key] == [each * most[kind] + each * (new - 1) for kind in config.layer_kinds]
 
 
 @pytest.mark.parametrize("name", ["rope-gqa-window", "learned-mha-full"])
@@ -81,7 +83,7 @@ def test_a_compiled_step_of_thousands_of_tokens_is_the_models() -> None:
     weights = random_weights(config)
     model = GPT(config, lambda p: jnp.asarray(weights[p.name] if p.layer is None else weights[p.name][0], jnp.float32))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 6, (2100, 4)), jnp.int32)
-    _, cache = decode.prefill(model, tokens[:, :2], jnp.full(2100, 2), 5)
+    _, cache = decode.prefill(model, tokens[:, :2], jnp.full(2100, 2), (5,))
     logits, _ = step(prepare(model, 4), config, model.precision, tokens[:, 2:], jnp.full(2100, 2), cache)
     assert numpy_gpt.relative_error(logits, np.asarray(model(tokens)[:, 2:])) <= 1e-5
 

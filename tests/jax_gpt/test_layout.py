@@ -31,6 +31,16 @@ MODEL: dict[str, Any] = {
     "position": "rope",
     "sliding_window": 5,
 }
+MODERN = MODEL | {
+    "n_layers": 5,
+    "attention_pattern": "LG",  # two periods and a rest
+    "norm": "rms",
+    "norm_placement": "sandwich",
+    "qk_norm": "whole",  # over heads that the tensor axis shares out
+    "activation": "silu",
+    "gated_mlp": True,
+    "attention_softcap": 3.0,
+}
 MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "fsdp": ({"data": 1, "fsdp": 8}, {"remat": "none"}),
     "fsdp in two stages": ({"data": 1, "fsdp": 8, "fsdp_inner": 2}, {"remat": "full"}),
@@ -45,10 +55,10 @@ QUICK = ["fsdp in two stages", "kv heads copied"]
 
 
 @pytest.mark.parametrize(
-    "meshes", [QUICK, pytest.param([name for name in MESHES if name not in QUICK], marks=pytest.mark.slow)]
+    ("model", "meshes"), [(MODERN, QUICK), pytest.param(MODEL, list(MESHES), marks=pytest.mark.slow)]
 )
-def test_gradients_of_every_layout_are_those_of_the_model_alone(meshes: list[str]) -> None:
-    request = {"model": MODEL, "meshes": {name: MESHES[name] for name in meshes}}
+def test_gradients_of_every_layout_are_those_of_the_model_alone(model: dict[str, Any], meshes: list[str]) -> None:
+    request = {"model": model, "meshes": {name: MESHES[name] for name in meshes}}
     script = Path(__file__).with_name("layout_gradients.py")
     done = subprocess.run([sys.executable, script, json.dumps(request)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

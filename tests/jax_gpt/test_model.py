@@ -16,9 +16,10 @@ from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, block_table, parameter_table
 from gpt_core.precision import Precision
 from gpt_core.sites import model_sites
-from jax_gpt.layers import LayerNorm, dropout
+from jax_gpt.layers import Norm, dropout
 from jax_gpt.model import GPT, initialiser
 from jax_gpt.rotary import rotate
+from jax_gpt.scan import segments
 from jax_gpt.taps import Taps
 
 FP64 = Precision.of("float64")
@@ -165,6 +166,38 @@ def test_window_excludes_the_key_one_past_its_edge(name: str, x64: None) -> None
     assert (np.diagonal(found, -window) == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("kinds", "period", "expected"),
+    [
+        ("GGGG", 1, [("G", 0, 4)]),
+        ("LLGLLGL", 3, [("LLG", 0, 2), ("L", 6, 1)]),
+        ("LGL", 2, [("LG", 0, 1), ("L", 2, 1)]),
+        ("GGLLL", 5, [("G", 0, 2), ("L", 2, 3)]),
+        ("GGGNGGGN", 4, [("GGGN", 0, 2)]),
+        ("LLLLLLLG", 8, [("L", 0, 7), ("G", 7, 1)]),
+    ],
+)
+def test_layers_are_cut_into_scans_that_compile_the_fewest_blocks(
+    kinds: str, period: int, expected: list[tuple[str, int, int]]
+) -> None:
+    found = segments(kinds, period)
+    assert [tuple(segment) for segment in found] == expected
+    assert "".join(segment.kinds * segment.turns for segment in found) == kinds
+
+
+@pytest.mark.parametrize("pattern", [None, "LLG", "GGLLLLLLLLLL"])
+def test_the_program_does_not_grow_with_depth(pattern: str | None) -> None:
+    def size(n_layers: int) -> int:
+        cut = pattern and (pattern if len(pattern) < 12 else pattern + "L" * (n_layers - 12))
+        config = replace(
+            CONFIGS["llama"], n_layers=n_layers, sliding_window=4, attention_pattern=cut, rope_scaling=None
+        )
+        model = nnx.eval_shape(lambda: GPT(config, initialiser(0)))
+        return str(jax.make_jaxpr(lambda model, tokens: model(tokens))(model, tokens_of(config))).count("dot_general")
+
+    assert size(12) == size(48)
+
+
 def test_taps_that_are_off_leave_nothing_in_the_program() -> None:
     """The scan over blocks carries the residual stream and stacks nothing."""
     config = VARIANTS["rope-gqa-window"]
@@ -175,8 +208,9 @@ def test_taps_that_are_off_leave_nothing_in_the_program() -> None:
     assert len(jaxpr.out_avals) == 1
 
 
-def test_gradients_of_scanned_and_unrolled_blocks_are_the_same(x64: None) -> None:
-    config = VARIANTS["rope-gqa-window"]
+@pytest.mark.parametrize("name", ["rope-gqa-window", "gemma-3"])
+def test_gradients_of_scanned_and_unrolled_blocks_are_the_same(name: str, x64: None) -> None:
+    config = CONFIGS[name]
     weights, tokens = random_weights(config), tokens_of(config)
     cotangent = jnp.array(np.random.default_rng(0).normal(size=(*tokens.shape, config.vocab_size)))
     gradients = []
@@ -399,7 +433,7 @@ def test_norm_statistics_of_bf16_are_in_fp32() -> None:
     def create(row: Parameter) -> jax.Array:
         return jnp.full(row.shape, 0.7)
 
-    norm = LayerNorm("final_norm", table, create, config, Precision.of("bfloat16"))
+    norm = Norm("final_norm", table, create, config, Precision.of("bfloat16"))
     x = jnp.array(100 + 3 * np.random.default_rng(0).normal(size=(2, 5, 64)), "bfloat16")
     expected = numpy_gpt.layer_norm(np.asarray(x, np.float64), np.float64(0.7), np.float64(0.7), 1e-5)
     assert norm(x).dtype == "bfloat16"
@@ -411,7 +445,7 @@ def test_rotation_of_bf16_is_exact_at_far_positions() -> None:
     """Angles in bf16 would be off by whole turns beyond position 256."""
     config = replace(VARIANTS["rope-mha-full"], head_dim=8)
     x = jnp.array(np.random.default_rng(0).normal(size=(1, 3000, 2, 8)), "bfloat16")
-    rotated = rotate(x, config, Precision.of("bfloat16"))
+    rotated = rotate(x, config.view("G").rotation, Precision.of("bfloat16"))
     assert rotated.dtype == "bfloat16"
     expected = numpy_gpt.rotate(np.asarray(x, np.float64), config.rope_theta)
     # Half a unit in the last of 8 bits, and the rounding of fp32.

@@ -23,27 +23,27 @@ def inputs(time: int, heads: int, kv_heads: int, head_dim: int = 8) -> list[np.n
 
 
 @pytest.mark.parametrize(
-    ("time", "heads", "kv_heads", "window"),
+    ("time", "heads", "kv_heads", "window", "softcap"),
     [
-        (150, 4, 2, 40),  # padded, grouped, a window within and across blocks
-        (150, 2, 1, None),
-        (256, 2, 2, 129),  # as many positions as two blocks
-        (20, 2, 2, 1),
-        (20, 4, 2, 21),
+        (150, 4, 2, 40, None),  # padded, grouped, a window within and across blocks
+        (150, 2, 1, None, 1.5),
+        (256, 2, 2, 129, None),  # as many positions as two blocks
+        (20, 2, 2, 1, None),
+        (20, 4, 2, 21, 1.5),
     ],
 )
 def test_splash_is_the_definition_forward_and_backward(
-    time: int, heads: int, kv_heads: int, window: int | None
+    time: int, heads: int, kv_heads: int, window: int | None, softcap: float | None
 ) -> None:
     arrays = inputs(time, heads, kv_heads)
     query, key, value, cotangent = (jnp.array(array, "float32") for array in arrays)
 
     def mix(*parts: jax.Array) -> jax.Array:
-        return attention(*parts, window=window, scale=SCALE, implementation="splash")
+        return attention(*parts, window=window, scale=SCALE, softcap=softcap, implementation="splash")
 
     mixed, pull_back = jax.vjp(jax.jit(mix), query, key, value)
-    expected = [numpy_gpt.attention(*arrays[:3], window, SCALE)]
-    expected += list(numpy_gpt.attention_gradients(*arrays[:3], window, SCALE, arrays[3]))
+    expected = [numpy_gpt.attention(*arrays[:3], window, SCALE, softcap)]
+    expected += list(numpy_gpt.attention_gradients(*arrays[:3], window, SCALE, arrays[3], softcap))
     found = [mixed, *pull_back(cotangent)]
     errors = [numpy_gpt.relative_error(a, b) for a, b in zip(found, expected, strict=True)]
     assert max(errors) <= FP32_BOUND, errors

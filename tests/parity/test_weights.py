@@ -50,6 +50,12 @@ CONFIGS = {
     f"{variant}+{switch}": replace(config, **changes)
     for (variant, config), (switch, changes) in product(VARIANTS.items(), SWITCHES.items())
 }
+MODERN: dict[str, Any] = {"norm": "rms", "norm_placement": "sandwich", "gated_mlp": True, "bias": False}
+CONFIGS |= {
+    "modern, norms of heads": replace(VARIANTS["rope-gqa-full"], **MODERN, qkv_bias=False, qk_norm="head"),
+    "modern, norms over heads": replace(VARIANTS["rope-gqa-full"], **MODERN, mlp_bias=True, qk_norm="whole"),
+    "post-norms with biases": replace(VARIANTS["learned-mha-full"], norm_placement="post", qk_norm="whole"),
+}
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 SPOKES = {
     "torch": lambda config: SPOKE,

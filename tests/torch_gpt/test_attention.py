@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
+from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
-from torch_gpt.attention import _by_flex, attention, causal_mask, pick
+from torch_gpt.attention import _by_flex, attention, causal_mask, pick, picks
 
 BATCH, TIME, W, HEAD_DIM, SCALE = 2, 19, 7, 5, 0.9
 WINDOWS = [None, 1, 2, W - 1, W, W + 1, TIME - 1, TIME, TIME + 1]
@@ -102,14 +103,26 @@ def test_an_unknown_implementation_is_refused_with_the_known() -> None:
         unchecked(query, key, value, window=None, scale=1.0, implementation="flash")
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 1, W - 1, W, W + 1, TIME + 1])
 @pytest.mark.parametrize(("heads", "kv_heads"), LAYOUTS)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_is_asked_for_the_definition(heads: int, kv_heads: int, window: int | None) -> None:
-    """Its mask and grouping, through PyTorch's own uncompiled form, which runs without a GPU."""
+def test_flex_is_asked_for_the_definition(heads: int, kv_heads: int, window: int | None, softcap: float | None) -> None:
+    """Its mask, grouping and softcap, through PyTorch's own uncompiled form, which runs without a GPU."""
     arrays = inputs(heads, kv_heads)[:3]
-    mixed = _by_flex(*(torch.tensor(array, dtype=torch.float32) for array in arrays), window, SCALE, flex_attention)
-    assert numpy_gpt.relative_error(mixed, numpy_gpt.attention(*arrays, window, SCALE)) <= FP32_BOUND
+    parts = (torch.tensor(array, dtype=torch.float32) for array in arrays)
+    mixed = _by_flex(*parts, window, SCALE, softcap, flex_attention)
+    assert numpy_gpt.relative_error(mixed, numpy_gpt.attention(*arrays, window, SCALE, softcap)) <= FP32_BOUND
+
+
+def test_the_fused_kernel_refuses_a_softcap_and_auto_goes_round_it() -> None:
+    arrays = inputs(6, 2)[:3]
+    query, key, value = (torch.tensor(array) for array in arrays)
+    options = {"window": None, "scale": SCALE, "softcap": 1.5}
+    with pytest.raises(InputError, match="'sdpa' has no softcap: use 'banded' or 'reference'"):
+        attention(query, key, value, **options, implementation="sdpa")
+    mixed = attention(query, key, value, **options, implementation="auto")
+    assert numpy_gpt.relative_error(mixed, numpy_gpt.attention(*arrays, None, SCALE, 1.5)) <= 1e-12
 
 
 def test_flex_refuses_a_cpu_and_names_what_can() -> None:
@@ -137,6 +150,26 @@ def test_auto_picks_what_can_run_and_says_why(
     found = pick(platform, dtype, head_dim, window)
     assert found.implementation == expected
     assert dtype in found.reason
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "head_dim", "expected"),
+    [("cpu", "float32", 64, "banded"), ("cuda", "bfloat16", 64, "flex"), ("cuda", "bfloat16", 80, "banded")],
+)
+@pytest.mark.parametrize("window", [None, 256])
+def test_auto_picks_what_has_a_softcap(
+    platform: str, dtype: str, head_dim: int, expected: str, window: int | None
+) -> None:
+    assert pick(platform, dtype, head_dim, window, 1.5).implementation == expected
+
+
+def test_layers_of_a_pattern_have_picks_of_their_own_where_these_differ() -> None:
+    model = {"n_layers": 3, "n_heads": 2, "embed_dim": 16, "sliding_window": 5}
+    mixed, alike = ModelConfig(**model, attention_pattern="GLL"), ModelConfig(**model)
+    assert picks("cpu", "float32", alike) == str(pick("cpu", "float32", 8, 5))
+    assert picks("cpu", "float32", mixed) == (
+        f"G: {pick('cpu', 'float32', 8, None)}; L: {pick('cpu', 'float32', 8, 5)}"
+    )
 
 
 def test_shapes_are_checked_in_tests() -> None:

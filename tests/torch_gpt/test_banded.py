@@ -31,30 +31,36 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     return time, window, heads, kv_heads
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("blocks", BLOCKS, indirect=True)
-def test_many_blocks_are_the_definition_forward_and_backward(blocks: tuple[int, int | None, int, int]) -> None:
+def test_many_blocks_are_the_definition_forward_and_backward(
+    blocks: tuple[int, int | None, int, int], softcap: float | None
+) -> None:
     time, window, heads, kv_heads = blocks
     random = np.random.default_rng(1)
     query, cotangent = random.normal(size=(2, 2, time, heads, 5))
     key, value = random.normal(size=(2, 2, time, kv_heads, 5))
     leaves = [torch.tensor(array, requires_grad=True) for array in (query, key, value)]
-    mixed = banded(*leaves, window, 0.9)
+    mixed = banded(*leaves, window, 0.9, softcap)
     expected = [
-        numpy_gpt.attention(query, key, value, window, 0.9),
-        *numpy_gpt.attention_gradients(query, key, value, window, 0.9, cotangent),
+        numpy_gpt.attention(query, key, value, window, 0.9, softcap),
+        *numpy_gpt.attention_gradients(query, key, value, window, 0.9, cotangent, softcap),
     ]
     found = [mixed.detach(), *torch.autograd.grad(mixed, leaves, torch.tensor(cotangent))]
     assert max(map(numpy_gpt.relative_error, found, expected)) <= 1e-12
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("blocks", [BLOCKS[1]], indirect=True)
-def test_many_blocks_compiled_are_the_same(blocks: tuple[int, int | None, int, int]) -> None:
+def test_many_blocks_compiled_are_the_same(blocks: tuple[int, int | None, int, int], softcap: float | None) -> None:
     """Few blocks are unrolled: that is part of the trainer's test."""
     time, window, heads, kv_heads = blocks
     leaves = [torch.randn(2, time, n, 5, dtype=torch.float64, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
     plain, compiled = (
         (mixed.detach(), *torch.autograd.grad(mixed.square().sum(), leaves))
-        for mixed in (mix(*leaves, window, 0.9) for mix in (banded, torch.compile(unwrap(banded), fullgraph=True)))
+        for mixed in (
+            mix(*leaves, window, 0.9, softcap) for mix in (banded, torch.compile(unwrap(banded), fullgraph=True))
+        )
     )
     torch.testing.assert_close(compiled, plain, rtol=1e-13, atol=1e-13)
 

@@ -4,7 +4,7 @@ import numpy as np
 import numpy_gpt
 import pytest
 import torch
-from numpy_gpt import VARIANTS, WINDOW, random_tokens, random_weights
+from numpy_gpt import CONFIGS, VARIANTS, WINDOW, random_tokens, random_weights
 
 from gpt_core.config import ModelConfig
 from gpt_core.precision import Precision
@@ -28,16 +28,17 @@ def model_of(config: ModelConfig) -> GPT:
 
 
 @pytest.mark.parametrize(
-    ("name", "new"), [*((name, 1) for name in VARIANTS), ("rope-gqa-window", 3), ("learned-mqa-full", 3)]
+    ("name", "new"), [*((name, 1) for name in CONFIGS), ("rope-gqa-window", 3), ("learned-mqa-full", 3), ("gemma-3", 3)]
 )
 def test_cached_logits_are_the_models_at_every_position(name: str, new: int) -> None:
     """Rows of different length, beyond two windows, one and several tokens a step."""
-    config = VARIANTS[name]
+    config = CONFIGS[name]
     tokens = random_tokens(config)
     truth = numpy_gpt.forward(config, random_weights(config), tokens)["logits"]
     model = model_of(config)
     slots = cache_slots(config, tokens.shape[1], new)
-    assert slots == (WINDOW + new - 1 if config.sliding_window else tokens.shape[1] + new - 1)
+    most = {"L": WINDOW, "G": tokens.shape[1], "N": tokens.shape[1]}
+    assert slots == tuple(most[kind] + new - 1 for kind in config.layer_kinds)
     padded = np.where(np.arange(LENGTHS.max()) < LENGTHS[:, None], tokens[:, : LENGTHS.max()], 0)
     logits, cache = decode.prefill(model, torch.as_tensor(padded), torch.as_tensor(LENGTHS), slots)
     rows = np.arange(2)
@@ -48,7 +49,8 @@ def test_cached_logits_are_the_models_at_every_position(name: str, new: int) -> 
         part = torch.as_tensor(tokens[rows[:, None], positions])
         logits, cache = decode.step(weights, config, FP64, part, torch.as_tensor(positions[:, 0]), cache)
         assert numpy_gpt.relative_error(logits, truth[rows[:, None], positions]) <= 1e-12
-    assert all(key.numel() == 2 * config.n_kv_heads * slots * config.head_dim for key in cache.key)
+    each = 2 * config.n_kv_heads * config.head_dim
+    assert [key.numel() for key in cache.key] == [each * most[kind] + each * (new - 1) for kind in config.layer_kinds]
 
 
 @pytest.mark.parametrize("name", ["rope-gqa-window", "learned-mha-full"])

@@ -13,7 +13,7 @@ from gpt_core.parameters import Parameter, block_table, parameter_table
 from gpt_core.precision import Precision
 from gpt_core.rotary import rotary_angles
 from gpt_core.sites import model_sites
-from torch_gpt.layers import LayerNorm, dropout
+from torch_gpt.layers import Norm, dropout
 from torch_gpt.model import GPT, initialiser
 from torch_gpt.rotary import _angles, rotate
 from torch_gpt.taps import Taps
@@ -49,7 +49,7 @@ def expected_shape(name: str, row: Parameter) -> tuple[int, ...]:
     if row.name.endswith(".kernel"):
         inputs = 2 if "attention.output" in name else 1
         return math.prod(row.shape[inputs:]), math.prod(row.shape[:inputs])
-    return (math.prod(row.shape),) if name.startswith("blocks.") else row.shape
+    return (math.prod(row.shape),) if name.startswith("blocks.") and "_norm" not in name else row.shape
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def test_norm_statistics_of_bf16_are_in_fp32() -> None:
     """Around 100 neighbours in bf16 are 0.5 apart: a mean or a variance in bf16 would be noise."""
     config = ModelConfig(n_heads=4, embed_dim=64)
     table = parameter_table(config)
-    norm = LayerNorm("final_norm", table, lambda row: torch.full(row.shape, 0.7), config, Precision.of("bfloat16"))
+    norm = Norm("final_norm", table, lambda row: torch.full(row.shape, 0.7), config, Precision.of("bfloat16"))
     x = (100 + 3 * torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
     expected = numpy_gpt.layer_norm(x.double().numpy(), np.float64(0.7), np.float64(0.7), 1e-5)
     assert norm(x).dtype == torch.bfloat16
@@ -298,7 +298,7 @@ def test_rotation_of_bf16_is_exact_at_far_positions() -> None:
     """Angles in bf16 would be off by whole turns beyond position 256."""
     config = replace(VARIANTS["rope-mha-full"], head_dim=8)
     x = torch.randn(1, 3000, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    rotated = rotate(x, config, Precision.of("bfloat16"))
+    rotated = rotate(x, config.view("G").rotation, Precision.of("bfloat16"))
     assert rotated.dtype == torch.bfloat16
     expected = numpy_gpt.rotate(x.double().numpy(), config.rope_theta)
     # Half a unit in the last of 8 bits, and the rounding of fp32.
@@ -307,7 +307,7 @@ def test_rotation_of_bf16_is_exact_at_far_positions() -> None:
 
 def test_the_rotary_tables_are_not_shared_with_the_model() -> None:
     config = VARIANTS["rope-mha-full"]
-    tables = rotary_angles(config.head_dim, config.rope_theta, TIME, "float64")
+    tables = rotary_angles(config.view("G").rotation, TIME, "float64")
     before = [table.copy() for table in tables]
     model = build(config, random_weights(config))
     model(tokens_of(config)).sum().backward()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from numpy_gpt import VARIANTS, random_weights
+from numpy_gpt import CONFIGS, VARIANTS, random_weights
 from text_statistics import distance, text_probabilities
 
 from gpt_core.config import ModelConfig
@@ -35,15 +35,21 @@ def model_of(config: ModelConfig, seed: int, dtype: DType = "float32") -> GPT:
 
 @pytest.mark.parametrize(
     ("name", "draft_tokens"),
-    [("rope-gqa-window", 3), ("rope-mqa-window", 1), ("learned-mha-window", 5), ("learned-gqa-full", 2)],
+    [
+        ("rope-gqa-window", 3),
+        ("rope-mqa-window", 1),
+        ("learned-mha-window", 5),
+        ("learned-gqa-full", 2),
+        ("gemma-2", 3),
+    ],
 )
 def test_the_likeliest_text_is_that_of_plain_decoding_whatever_the_draft(name: str, draft_tokens: int) -> None:
     """Rows of different length, beyond two windows; rejections in a ring that has gone round."""
-    config = VARIANTS[name]
+    config = CONFIGS[name]
     target = model_of(config, 0)
     options = SamplingConfig(max_new_tokens=10)
     plain = generate(target, PROMPTS, options)
-    other = replace(config, n_layers=1, position="learned", sliding_window=2)
+    other = replace(VARIANTS["learned-mha-window"], n_layers=1, sliding_window=2)
     poor = speculate.speculate(target, model_of(other, 1), PROMPTS, options, draft_tokens=draft_tokens)
     assert poor.rows == plain
     assert sum(poor.accepted) < sum(poor.proposed) / 2

@@ -195,6 +195,12 @@ def test_what_accelerate_is_configured_for_and_is_not_there_is_refused(
 
 COMPILED = ["--train.steps", "3", "--train.dtype", "float64", "--torch.attention", "banded"]
 COMPILED += ["--model.n_layers", "1", "--train.evaluation_batches", "1"]
+# All that a block can be made of: what a compiler sees must be the whole of it.
+COMPILED += ["--model.norm", "rms", "--model.norm_placement", "sandwich", "--model.norm_unit_offset", "true"]
+COMPILED += ["--model.qk_norm", "head", "--model.gated_mlp", "true", "--model.activation", "silu"]
+COMPILED += ["--model.attention_softcap", "5", "--model.logit_softcap", "9", "--model.residual_scale", "0.5"]
+COMPILED += ["--model.rope_scaling", '{"kind": "yarn", "factor": 4, "original_context": 8, "local_layers": true}']
+COMPILED += ["--model.rope_fraction", "0.5", "--model.embedding_scale", "3"]
 
 
 @pytest.mark.slow

@@ -117,6 +117,42 @@ def test_auto_is_splash_on_a_tpu_and_other_attention_is_products() -> None:
     assert attention(attention="banded") == 256 * 256 * a_pair * 9
 
 
+def test_a_pattern_costs_what_its_layers_cost_one_by_one() -> None:
+    pattern = {"n_layers": 5, "attention_pattern": "LLG"}  # L L G L L
+
+    def attention(**model: Any) -> float:
+        long, train = MODEL | {"context_length": 1024} | model, {"context_length": 1024}
+        return theory.attention_flops(config(model=long, train=train, jax={"attention": "banded"}), 4)
+
+    each = {"L": attention(n_layers=1), "G": attention(n_layers=1, sliding_window=None)}
+    assert each["L"] < each["G"]
+    assert attention(**pattern) == 4 * each["L"] + each["G"]
+
+
+def test_kernels_of_a_pattern_are_told_apart_by_the_width_of_their_grids() -> None:
+    long = MODEL | {"context_length": 2048, "n_layers": 2, "attention_pattern": "LG"}
+    run = config(model=long, train={"context_length": 2048}, jax={"attention": "splash"})
+    query = Shape("bf16", (2, 8, 2048, 64))
+    for width, blocks in ((2, 1 + 2 + 2 + 2), (4, 1 + 2 + 3 + 4)):
+        forward = Kernel("splash_mha_fwd_residuals", (Shape("s8", (1, 4, width)), query), 3)
+        backward = Kernel("splash_mha_dkv_no_residuals", (Shape("s8", (1, width, 4)), query), 1)
+        each = 2 * 16 * blocks * 512**2 * 64
+        assert theory.kernel_flops([forward], run) == 3 * 2 * each
+        assert theory.kernel_flops([backward], run) == 4 * each
+
+
+def test_a_gate_is_a_product_and_a_norm_behind_the_last_one_has_it_recomputed() -> None:
+    mesh = sizes(fsdp=4)
+    plain, tokens = config(), 16 * 256 / 4
+
+    def more(**model: Any) -> float:
+        changed = theory.matmul_flops(config(model=MODEL | model), mesh) - theory.matmul_flops(plain, mesh)
+        return changed / (3 * 2 * tokens * 512 * 2048)  # 3 layers
+
+    assert more(gated_mlp=True) == 3 + 1  # forward, two backward, and again
+    assert more(norm_placement="sandwich") == 1
+
+
 def test_least_traffic_by_hand() -> None:
     run = config(train={"accumulation": 2})
     blocks = 3 * (512 * 512 * 2 + 2 * 512 * 128 + 2 * 512 * 2048)

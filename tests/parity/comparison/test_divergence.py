@@ -54,3 +54,12 @@ def test_the_first_site_has_nothing_before_it():
     assert found is not None
     assert (found.site, found.before) == (ORDER[0], "")
     assert "it is the first" in str(found)
+
+
+def test_a_site_that_the_model_does_not_have_or_has_in_another_shape_is_where_they_part():
+    a, b = chain(0, 0, 0, 0)
+    del a[ORDER[1]]
+    assert first_divergence(a, b, ORDER, 1e-6).site == ORDER[1]
+    a, b = chain(0, 0, 0, 0)
+    a[ORDER[2]] = np.ones((2, 4))
+    assert first_divergence(a, b, ORDER, 1e-6).site == ORDER[2]

@@ -24,9 +24,15 @@ KEY_BIAS = "blocks.attention.key.bias"
 def leaves(config, seed=0):
     random = np.random.default_rng(seed)
     found = {name: random.normal(size=row.shape) for name, row in parameter_table(config).items()}
-    for name in null_leaves(config):
-        found[name] = np.zeros_like(found[name])
+    for name, null in null_leaves(config).items():
+        found[name] = np.where(null.entries, 0, found[name])
     return found
+
+
+def null_entries(config):
+    """Leaf -> which of its entries have no gradient, in its own shape."""
+    table = parameter_table(config)
+    return {name: np.broadcast_to(null.entries, table[name].shape) for name, null in null_leaves(config).items()}
 
 
 def test_equal_gradients_pass_and_one_wrong_number_fails():
@@ -41,13 +47,58 @@ def test_equal_gradients_pass_and_one_wrong_number_fails():
 
 def test_the_key_bias_has_no_gradient_with_learned_positions_and_has_one_with_rope():
     assert list(null_leaves(LEARNED)) == [KEY_BIAS]
+    assert null_entries(LEARNED)[KEY_BIAS].all()
     assert not null_leaves(ROPE)
 
 
+def test_of_a_key_bias_what_does_not_turn_has_no_gradient():
+    half = null_entries(replace(ROPE, head_dim=6, rope_fraction=0.7))[KEY_BIAS]
+    assert not half[..., :4].any()
+    assert half[..., 4:].all()
+    layers = null_entries(replace(ROPE, attention_pattern="GNG"))[KEY_BIAS]
+    assert layers.all(axis=(1, 2)).tolist() == [False, True, False]
+    assert layers.any(axis=(1, 2)).tolist() == [False, True, False]
+
+
+def test_a_norm_of_keys_has_the_null_bias_and_a_softcap_takes_it_away():
+    for kind in ("head", "whole"):
+        assert list(null_leaves(replace(LEARNED, qk_norm=kind))) == ["blocks.attention.key_norm.bias"]
+    assert not null_leaves(replace(LEARNED, qk_norm="head", norm="rms"))
+    assert not null_leaves(replace(LEARNED, attention_softcap=3.0))
+
+
 def test_a_window_of_one_key_leaves_no_gradient_to_queries_and_keys():
-    assert set(null_leaves(replace(ROPE, sliding_window=1))) == {
-        f"blocks.attention.{name}.{kind}" for name in ("query", "key") for kind in ("kernel", "bias")
+    found = null_entries(replace(ROPE, sliding_window=1, qk_norm="head"))
+    assert set(found) == {
+        f"blocks.attention.{name}"
+        for part in ("query", "key")
+        for name in (f"{part}.kernel", f"{part}.bias", f"{part}_norm.scale", f"{part}_norm.bias")
     }
+    assert all(entries.all() for entries in found.values())
+
+
+def test_in_a_pattern_a_window_of_one_key_is_that_of_its_local_layers():
+    found = null_entries(replace(ROPE, sliding_window=1, attention_pattern="LGL"))
+    for entries in found.values():
+        assert entries.reshape(3, -1).all(axis=1).tolist() == [True, False, True]
+        assert not entries[1].any()
+
+
+def test_null_entries_are_left_out_and_the_others_of_their_leaf_are_compared():
+    config = replace(ROPE, rope_fraction=0.5)
+    b, noise, wrong = leaves(config), leaves(config), leaves(config)
+    norm = np.sqrt(sum((leaf**2).sum() for leaf in b.values()))
+    noise[KEY_BIAS][0, 0, 3] = 0.1 * NULL_LEAF * norm
+    assert check_gradients("v", "float64", config, {"jax": noise, "torch": b}).passed
+    wrong[KEY_BIAS][0, 0, 1] += 1e-6
+    assert not check_gradients("v", "float64", config, {"jax": wrong, "torch": b}).passed
+    start, trained = training(config)
+    _, other = training(config)
+    other.mu[KEY_BIAS][0, 0, 3] += 1
+    other.weights[KEY_BIAS][0, 0, 3] += 1
+    assert check_optimizer("v", "float64", config, start, {"jax": other, "torch": trained}, clip_norm=1.0).passed
+    other.mu[KEY_BIAS][0, 0, 1] += 1
+    assert not check_optimizer("v", "float64", config, start, {"jax": other, "torch": trained}, clip_norm=1.0).passed
 
 
 @pytest.mark.parametrize("side", ["jax", "torch"])

@@ -25,8 +25,8 @@ def check(parity, jax, torch, *more):
 
 
 def wider(implementation):
-    def mix(query, key, value, window, scale):
-        return implementation(query, key, value, window + 1, scale)
+    def mix(query, key, value, window, *more):
+        return implementation(query, key, value, window + 1, *more)
 
     return mix
 

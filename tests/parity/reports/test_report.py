@@ -249,6 +249,26 @@ class TestJUnit:
         assert "parity.faults tiny-eps" in failures
 
 
+class TestDescriptions:
+    def test_what_a_numbered_case_is_stands_beside_its_failure_and_where_it_is_chosen(self, tmp_path):
+        said = {VARIANTS[-1]: "rope, gqa, LGN, RMSNorm"}
+        write_report(tmp_path, fabricated() | {"descriptions": said})
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        option = re.search(rf'<option value="{VARIANTS[-1]}"[^>]*>([^<]*)</option>', page)
+        assert option is not None
+        assert option[1] == f"{VARIANTS[-1]}: {said[VARIANTS[-1]]}"
+        assert f"| {VARIANTS[-1]} ({said[VARIANTS[-1]]}) | float64 |" in (tmp_path / "report.md").read_text("utf-8")
+
+    def test_a_fault_names_the_thread_it_was_seen_in(self, tmp_path):
+        content = fabricated()
+        for fault in content["faults"]:
+            fault["seen_in"] = f"project#{fault['name']}"
+        write_report(tmp_path, content)
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert all(f">project#{fault['name']}</span>" in page for fault in content["faults"])
+        assert "(project#tiny-eps)" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 class TestFigures:
     def test_sites_stay_in_the_order_of_the_data(self):
         """Plotly draws equal groups side by side: what lies before the blocks and behind them must not share one."""
