@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -21,9 +22,10 @@ from gpt_core.storage.weights import weights_source
 from parity.check import Outcome, Progress, dtype_groups
 from parity.checkpoints.convert import convert
 from parity.checks import CheckResult
-from parity.checks.peer import check_decode, check_runs, greedy
+from parity.checks.peer import check_decode, check_runs, gap_at
 from parity.checks.weights import check_export
 from parity.comparison.measures import Array
+from parity.grid.families import family_configs
 from parity.grid.variants import Case, attention_variants, next_token_batch, sharp_weights, text_tokens
 from parity.records.recording import next_tokens
 from parity.records.tokens import tokens_for
@@ -122,14 +124,17 @@ def verify_grid(variants: list[str], dtypes: list[DType], advance: Progress) -> 
 
 
 def hugging_face_cases() -> list[Case]:
-    """The twelve variants, and those without q/k/v biases that have a native target only then; room for 64 tokens."""
+    """The twelve variants, those without q/k/v biases that have a native target only then, and every family.
+
+    With room for 64 tokens. A family is named as the format that it goes to.
+    """
     twelve = [replace(case, config=replace(case.config, context_length=128)) for case in attention_variants()]
     without = [
         replace(case, variant=f"{case.variant}+no-qkv-bias", config=replace(case.config, qkv_bias=False))
         for case in twelve
         if case.config.position == "learned" and case.config.sliding_window is not None
     ]
-    return twelve + without
+    return [*twelve, *without, *(Case(name, config) for name, config in family_configs().items())]
 
 
 def _collect(jobs: list[Job], advance: Progress) -> tuple[list[CheckResult], dict[str, Any]]:
@@ -197,7 +202,8 @@ def grid_worker(emit: Emit, variants: list[str], dtypes: list[DType]) -> None:
             ours.mkdir()
             stored = {row: array.dtype for row, array in weights.items()}
             format_of("torch").write(ours, config, weights_source(weights), stored, None)
-            convert(ours, export, "hf", allow_remote_code=True)
+            target = name.split(",")[0] if name.startswith("hf-") else "hf"
+            convert(ours, export, target, allow_remote_code=True)
             for dtype in dtypes:
                 results = list(
                     peer_checks(
@@ -212,7 +218,7 @@ def grid_worker(emit: Emit, variants: list[str], dtypes: list[DType]) -> None:
                 )
                 if dtype == dtypes[0]:
                     convert(export, back, "jax")
-                    convert(back, again, "hf", allow_remote_code=True)
+                    convert(back, again, target, allow_remote_code=True)
                     results.insert(0, check_export(name, open_checkpoint(again), open_checkpoint(export)))
                 emit(results)
     emit({"environment": _describe(sides)})
@@ -256,7 +262,8 @@ def peer_checks(
         run = side.run(model, tokens, batch, gradients=gradients)
         yield from check_runs(name, dtype, config, framework, run, theirs, truth, libraries)
         if generated is not None:
-            ours, gap = greedy(side.logits_function(model), prompt, new)
+            ours = side.write(model, prompt, new)
+            gap = partial(gap_at, side.logits_function(model), prompt, ours)
             settings = {"set_aside": peer.set_aside} if peer.set_aside else {}
             settings |= {} if peer.caches else {"peer_cache": False}
             yield check_decode(name, dtype, ours, generated, gap, settings)

@@ -1,6 +1,8 @@
-"""Random models of the four architectures, made by transformers alone: what importing is held against."""
+"""Random models of every architecture, made by transformers alone: what importing is held against."""
 
 import copy
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ TIME = 23  # more than two windows, and no multiple of one
 
 @dataclass(frozen=True)
 class Sample:
-    """One model: its config class and fields, how it is stored, and the format that it must come back as."""
+    """One model: its config class and fields, how it is stored, and the format that it must come back as.
+
+    `rewritten` are fields of config.json as another version of transformers wrote them; `...` takes one away.
+    """
 
     model_type: str
     fields: dict[str, Any]
@@ -20,6 +25,7 @@ class Sample:
     dtype: str = "float32"
     sharded: bool = False
     generation: dict[str, Any] = field(default_factory=dict)
+    rewritten: dict[str, Any] = field(default_factory=dict)
 
 
 _GPT2 = {"vocab_size": 96, "n_positions": 40, "n_layer": 2, "bos_token_id": 0, "eos_token_id": 0}
@@ -40,6 +46,33 @@ _STARCODER2 = {
     "eos_token_id": 0,
 }
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+
+_DECODER = {
+    "vocab_size": 96,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "rms_norm_eps": 1e-3,  # far from 0, so that where it stands is seen
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+_GROUPED = {**_DECODER, "num_key_value_heads": 2}
+_OWN_HEADS = {**_GROUPED, "head_dim": 12}
+_GEMMA = {**_OWN_HEADS, "num_hidden_layers": 3, "sliding_window": 7, "query_pre_attn_scalar": 9}
+_NEOX = {name: value for name, value in _DECODER.items() if name != "rms_norm_eps"} | {"layer_norm_eps": 1e-3}
+# Two of the pairs lie on either ramp.
+_LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16} | {
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 3.0,
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16} | {
+    "beta_fast": 3.0,
+    "beta_slow": 0.5,
+}
+_SLOW = {"rope_theta": 30.0}
 
 SAMPLES = {
     "gpt2": Sample("gpt2", {**_GPT2, "n_embd": 40, "n_head": 4, "n_inner": 56}, "hf-gpt2"),
@@ -89,6 +122,89 @@ SAMPLES = {
         {**_STARCODER2, **_ROPE, "hidden_size": 36, "head_dim": 10, "intermediate_size": 64, "num_key_value_heads": 4},
         "hf-starcoder2",
     ),
+    "gpt2, gelu by the error function": Sample(
+        "gpt2", {**_GPT2, "n_embd": 40, "n_head": 4, "activation_function": "gelu"}, "hf-gpt2"
+    ),
+    "gpt_neo, alternating": Sample(
+        "gpt_neo",
+        {**_NEO, "hidden_size": 40, "num_layers": 3, "window_size": 7}
+        | {"attention_types": [[["global", "local"], 1], [["global"], 1]]},
+        "hf-gpt_neo",
+    ),
+    "llama, llama3": Sample(
+        "llama", {**_OWN_HEADS, "rope_parameters": {**_LLAMA3, **_SLOW}, "attention_bias": True}, "hf-llama"
+    ),
+    "llama, linear, as version 4 has it": Sample(
+        "llama",
+        {**_GROUPED, "rope_parameters": {"rope_type": "linear", "factor": 3.0, **_SLOW}, "mlp_bias": True},
+        "hf-llama",
+        rewritten={"rope_parameters": ..., "rope_theta": 30.0, "rope_scaling": {"type": "linear", "factor": 3.0}},
+    ),
+    "llama, yarn, tied": Sample(
+        "llama",
+        {**_DECODER, "rope_parameters": {**_YARN, **_SLOW}, "tie_word_embeddings": True},
+        "hf-llama",
+        dtype="bfloat16",
+        sharded=True,
+    ),
+    "mistral, yarn without whole pairs": Sample(
+        "mistral",
+        {**_OWN_HEADS, "sliding_window": 7, "rope_parameters": {**_YARN, **_SLOW, "truncate": False}},
+        "hf-mistral",
+    ),
+    "qwen2": Sample(
+        "qwen2",
+        {**_GROUPED, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+        "hf-qwen2",
+    ),
+    "qwen3": Sample("qwen3", {**_OWN_HEADS, "attention_bias": True}, "hf-qwen3"),
+    "gemma": Sample("gemma", _OWN_HEADS, "hf-gemma"),
+    "gemma2": Sample("gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, "hf-gemma2"),
+    "gemma3_text": Sample(
+        "gemma3_text",
+        {
+            **_GEMMA,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 3.0, **_SLOW},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 7.0},
+            },
+        },
+        "hf-gemma3_text",
+    ),
+    "gemma3_text, as version 4 has it": Sample(
+        "gemma3_text",
+        {**_GEMMA, "sliding_window_pattern": 2, "rope_theta": 30.0, "rope_local_base_freq": 7.0},
+        "hf-gemma3_text",
+        rewritten={"rope_parameters": ..., "layer_types": ..., "rope_theta": 30.0, "rope_local_base_freq": 7.0},
+    ),
+    "olmo2": Sample("olmo2", _GROUPED, "hf-olmo2"),
+    "olmo3": Sample(
+        "olmo3",
+        {**_GROUPED, "num_hidden_layers": 4, "sliding_window": 7}
+        | {
+            "rope_parameters": {
+                "full_attention": {**_YARN, **_SLOW},
+                "sliding_attention": {"rope_type": "default", **_SLOW},
+            }
+        },
+        "hf-olmo3",
+    ),
+    "smollm3": Sample("smollm3", {**_GROUPED, "no_rope_layer_interval": 2, **_SLOW}, "hf-smollm3"),
+    "phi3": Sample("phi3", {**_GROUPED, "sliding_window": 7, "partial_rotary_factor": 0.6}, "hf-phi3"),
+    "granite": Sample(
+        "granite",
+        {**_GROUPED, "embedding_multiplier": 1.7, "attention_multiplier": 0.4, "residual_multiplier": 0.6}
+        | {"logits_scaling": 0.3},
+        "hf-granite",
+    ),
+    "gpt_neox": Sample("gpt_neox", {**_NEOX, "rotary_pct": 0.6, "rotary_emb_base": 30.0}, "hf-gpt_neox"),
+    "gpt_neox, one branch after the other, tied": Sample(
+        "gpt_neox",
+        {**_NEOX, "use_parallel_residual": False, "tie_word_embeddings": True, "attention_bias": False},
+        "hf-gpt_neox",
+        dtype="bfloat16",
+    ),
 }
 
 
@@ -115,7 +231,31 @@ def save(sample: Sample, folder: Path, seed: int = 0) -> Any:
     """The same, saved by transformers."""
     model = make(sample, seed)
     model.save_pretrained(folder, max_shard_size="20KB" if sample.sharded else "1GB")
+    edit(folder / "config.json", **sample.rewritten)
     return model
+
+
+def save_config(sample: Sample, folder: Path) -> None:
+    """Its config.json alone."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(sample.model_type, **copy.deepcopy(sample.fields)).save_pretrained(folder)
+    edit(folder / "config.json", **sample.rewritten)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change fields of a JSON file; `...` takes one away."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+
+
+def greedy(logits_of: Callable[[np.ndarray], np.ndarray], prompt: np.ndarray, new: int) -> np.ndarray:
+    """Tokens `[batch, new]` by running the whole model for every one: the definition, without a cache."""
+    ids = prompt
+    for _ in range(new):
+        padded = np.pad(ids, ((0, 0), (0, prompt.shape[1] + new - ids.shape[1])))  # a causal model does not see it
+        ids = np.concatenate([ids, logits_of(padded)[:, ids.shape[1] - 1].argmax(-1)[:, None]], axis=1)
+    return ids[:, prompt.shape[1] :]
 
 
 def tokens() -> np.ndarray:

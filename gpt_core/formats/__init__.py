@@ -1,6 +1,6 @@
-"""The spokes: each module knows one format of checkpoints, and the hub (`gpt_core.storage.weights`) knows none.
+"""The spokes: each knows one format of checkpoints, and the hub (`gpt_core.storage.weights`) knows none.
 
-Adding a format adds one module and one line in `FORMATS`.
+An architecture of transformers is a file in `architectures/`, and no other line.
 """
 
 import importlib
@@ -8,35 +8,38 @@ from pathlib import Path
 
 from gpt_core.errors import InputError
 from gpt_core.files.reading import exists, is_folder
+from gpt_core.formats.architectures import MODEL_TYPES
 from gpt_core.formats.base import Checkpoint, Format
+from gpt_core.formats.hf_architecture import format_name
+from gpt_core.formats.hf_fields import model_type_of, refuse_foreign
 
-FORMATS = {
-    "jax": "gpt_core.formats.orbax_jax",
-    "torch": "gpt_core.formats.safetensors_torch",
-    "hf-gpt2": "gpt_core.formats.hf_gpt2",
-    "hf-gpt_bigcode": "gpt_core.formats.hf_gpt_bigcode",
-    "hf-gpt_neo": "gpt_core.formats.hf_gpt_neo",
-    "hf-starcoder2": "gpt_core.formats.hf_starcoder2",
-    "hf-twingpt": "gpt_core.formats.hf_twingpt",
-}
-"""Name on the command line -> module with `matches`, `open_checkpoint`, `adapt_config` and `write`."""
+_OWN = {"jax": "gpt_core.formats.orbax_jax", "torch": "gpt_core.formats.safetensors_torch"}
+_HUGGING_FACE = {format_name(name): f"gpt_core.formats.architectures.{name}" for name in MODEL_TYPES}
+
+FORMATS = _OWN | _HUGGING_FACE
+"""Name on the command line -> module: one that is a `Format`, or one with an `ARCHITECTURE`."""
 
 
 def format_of(name: str) -> Format:
-    """The module of a format.
+    """What reads and writes a format.
 
     Raises:
         InputError: the format is unknown.
     """
     if name not in FORMATS:
         raise InputError(f"unknown format {name!r}; known are: {', '.join(FORMATS)}")
-    module: Format = importlib.import_module(FORMATS[name])
-    return module
+    module = importlib.import_module(FORMATS[name])
+    if not is_hugging_face(name):
+        own: Format = module
+        return own
+    from gpt_core.formats.hugging_face import HuggingFaceFormat
+
+    return HuggingFaceFormat(module.ARCHITECTURE)
 
 
 def is_hugging_face(name: str) -> bool:
     """Whether a format is one that transformers loads."""
-    return name.startswith("hf-")
+    return name in _HUGGING_FACE
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -49,9 +52,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"{path}: no such file or folder")
     if not is_folder(path):
         raise InputError(f"{path}: is a file; give the folder that holds config.json and the weights")
-    for name in FORMATS:
-        if format_of(name).matches(path):
-            return format_of(name).open_checkpoint(path)
+    model_type = model_type_of(path)
+    if model_type in MODEL_TYPES:
+        return format_of(format_name(model_type)).open_checkpoint(path)
+    refuse_foreign(path)
+    for module in map(importlib.import_module, _OWN.values()):
+        if module.matches(path):
+            checkpoint: Checkpoint = module.open_checkpoint(path)
+            return checkpoint
     pickled = next((p.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(ending)), None)
     if pickled:
         raise InputError(

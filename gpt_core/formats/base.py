@@ -42,11 +42,7 @@ class Checkpoint(Protocol):
 
 
 class Format(Protocol):
-    """A module of this package."""
-
-    def matches(self, path: Path) -> bool:
-        """Whether a folder looks like this format."""
-        ...
+    """A module of this package, or `HuggingFaceFormat` for one of its architectures."""
 
     def open_checkpoint(self, path: Path) -> Checkpoint:
         """Open it and hold its tensors against its config."""

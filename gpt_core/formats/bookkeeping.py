@@ -45,8 +45,16 @@ GROUPS = (
         "every version of transformers",
         "names of files, classes and versions",
         (
-            *("_name_or_path", "name_or_path", "_commit_hash", "architectures", "model_type", "tokenizer_class"),
-            *("transformers_version", "finetuning_task", "task_specific_params", "problem_type"),
+            *(
+                "_name_or_path",
+                "name_or_path",
+                "_model_name_or_path",
+                "_commit_hash",
+                "architectures",
+                "model_type",
+                "tokenizer_class",
+            ),
+            *("transformers_version", "finetuning_task", "task_specific_params", "problem_type", "auto_map"),
         ),
     ),
     Group(
@@ -54,7 +62,7 @@ GROUPS = (
         "what a call returns, and on which way it computes the same numbers",
         (
             *("output_attentions", "output_hidden_states", "output_past", "return_dict", "use_cache"),
-            *("torchscript", "xla_device", "gradient_checkpointing"),
+            *("torchscript", "xla_device", "gradient_checkpointing", "pretraining_tp", "cache_implementation"),
             *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
         ),
     ),
@@ -67,7 +75,7 @@ GROUPS = (
         "every version of transformers",
         "ids that a tokenizer or a generation puts in, and how a pad is masked",
         (
-            *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+            *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id"),
             *("forced_bos_token_id", "forced_eos_token_id", "prefix"),
         ),
     ),
@@ -98,6 +106,11 @@ GROUPS = (
         ("predict_special_tokens",),
     ),
     Group(
+        "nanotron, for SmolLM and SmolLM2",
+        "where the names of the fields come from",
+        ("is_llama_config",),
+    ),
+    Group(
         "BigCode's fork of transformers: santacoder, starcoder and what was trained from them",
         "buffers and checks of a faster way of decoding",
         (
@@ -117,6 +130,15 @@ FIXED = {
     "cross_attention_hidden_size": Fixed("transformers", (None,), "another architecture"),
     "is_decoder": Fixed("transformers", (False, True, None), "another architecture"),
     "pruned_heads": Fixed("transformers", ({}, None, []), "which says that heads were removed"),
+    "rope_interleaved": Fixed("nanotron", (False, None), "which turns neighbours instead of halves"),
+    "use_mrope": Fixed("Qwen 2.5", (False, None), "which gives a token several positions"),
     "chunk_size_feed_forward": Fixed("transformers", (0, None), "another order of computation"),
 }
 """Fields that may be absent or have one of some values, in every architecture."""
+
+BEYOND = {
+    "text_config": "a model of more than text: save its language model alone, whose config stands in text_config",
+    "kv_lora_rank": "whose keys and values are compressed (MLA)",
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "a mixture of experts"),
+}
+"""Fields that tell what an architecture has which our models have not."""

@@ -142,7 +142,8 @@ def write_card(
         sha256: Of the weights by value, as in the records of `parity record`.
     """
     content = read_json(folder / CONFIG_FILE)
-    window = "" if config.sliding_window is None else f", each token sees {config.sliding_window} keys"
+    who = "each token sees" if config.attention_pattern is None else "each token of a local layer (L) sees"
+    window = "" if config.sliding_window is None else f", {who} {config.sliding_window} keys"
     rows = [
         ("class", f"`{content['architectures'][0]}`"),
         ("attention variant", f"{variant}{window}"),
@@ -157,7 +158,7 @@ def write_card(
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        "tags: [gpt2, twingpt]",
+        f"tags: [{content['model_type']}, twingpt]",
         "---",
         f"# {name}",
         "",

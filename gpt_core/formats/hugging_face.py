@@ -5,8 +5,7 @@ An architecture is a map of tensors and two translations of its `config.json`. N
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import numpy as np
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.files.reading import read_json
-from gpt_core.formats.hf_fields import Fields, model_type_of
+from gpt_core.formats.hf_architecture import Architecture
+from gpt_core.formats.hf_fields import Fields
 from gpt_core.formats.hf_folder import token_ids, write_generation_config, write_tokenizer
 from gpt_core.formats.hf_shards import ShardsReader, write_shards
 from gpt_core.parameters import Parameter
@@ -28,7 +28,6 @@ from gpt_core.storage.weights import (
     DType,
     Slot,
     Source,
-    Spoke,
     parameter_dtypes,
     require_keys,
     slots,
@@ -38,39 +37,7 @@ from gpt_core.storage.weights import (
 from gpt_core.text.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
 
 MAX_SHARD_SIZE = 5_000_000_000
-_HEAD = "lm_head.weight"
 _ADAPTER = re.compile(r"\.(lora_\w+|base_layer|modules_to_save)\.")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One architecture of transformers.
-
-    Args:
-        model_type: Its name in config.json.
-        class_name: Its class with a language-modelling head.
-        prefix: What the keys of its body begin with; checkpoints of the body alone leave it out.
-        embedding: Key of the token embedding, which a tied head repeats.
-        spoke: The map of tensors for a config.
-        buffers: Keys, as a pattern, that are no weights: masks and frequencies that older versions saved.
-        read: Translates the fields of config.json.
-        write: Translates a config that `adapt` has returned.
-        adapt: The config under which this architecture holds a model; an InputError says why it cannot.
-        extra_files: Writes files that the architecture needs besides; most need none.
-        format: Name of the format, unless it is "hf-" and the model type.
-    """
-
-    model_type: str
-    class_name: str
-    prefix: str
-    embedding: str
-    spoke: Callable[[ModelConfig], Spoke]
-    buffers: str
-    read: Callable[[Fields], ModelConfig]
-    write: Callable[[ModelConfig], dict[str, Any]]
-    adapt: Callable[[ModelConfig], Adaptation]
-    extra_files: Callable[[Path], None] = lambda folder: None
-    format: str = ""
 
 
 def read_config(file: Path, architecture: Architecture) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -82,9 +49,13 @@ def read_config(file: Path, architecture: Architecture) -> tuple[ModelConfig, tu
     Raises:
         InputError: the file is missing or damaged, or a field is unknown, of the wrong kind or beyond our models.
     """
-    fields = Fields(file, read_json(file))
+    content = read_json(file)
+    fields = Fields(file, dict(architecture.defaults) | content if isinstance(content, dict) else content)
+    values = architecture.fixed
     try:
-        config = architecture.read(fields)
+        for part in architecture.parts:
+            values |= part.read(fields, values)
+        config = ModelConfig(**values)
     except InputError as error:
         raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
     fields.finish()
@@ -102,13 +73,17 @@ class HuggingFaceCheckpoint:
     def __init__(self, path: Path, architecture: Architecture) -> None:
         self.path = path
         self.architecture = architecture
-        self.format = architecture.format or f"hf-{architecture.model_type}"
+        self.format = architecture.format
         self.config, self.notices = read_config(path / CONFIG_FILE, architecture)
+        spoke = architecture.spoke(self.config)
+        self._embedding, self._head = spoke["token_embedding"][0], spoke["head.kernel"][0]
         buffers = re.compile(f"({'|'.join(map(re.escape, WRAPPERS))})*({architecture.buffers})")
         self._reader = ShardsReader(path, lambda key: buffers.fullmatch(key) is not None, self._is_tied)
         self._keys, self._wrapper, self._bare = self._full_keys()
-        self.tensors = {key: self._reader.tensors[stored] for key, stored in self._keys.items()}
-        self._expected = slots(self.config, architecture.spoke(self.config))
+        self.tensors: Mapping[str, TensorInfo] = {
+            key: self._reader.tensors[stored] for key, stored in self._keys.items()
+        }
+        self._expected = slots(self.config, spoke)
         shapes = {key: info.shape for key, info in self.tensors.items()}
         require_keys(str(path), self._expected, shapes, self._stored)
         self._source = source_of(self._expected, lambda key: self._reader.read(self._keys[key]))
@@ -135,8 +110,8 @@ class HuggingFaceCheckpoint:
 
     def _is_tied(self, stored: str) -> bool:
         """Whether a tensor of the file is one of the two that a tied head and its embedding may stand under."""
-        embedding = self.architecture.embedding.removeprefix(self.architecture.prefix)
-        return self.config.tied_embeddings and stored.endswith((_HEAD, embedding))
+        embedding = self._embedding.removeprefix(self.architecture.prefix)
+        return self.config.tied_embeddings and stored.endswith((self._head, embedding))
 
     def _full_keys(self) -> tuple[dict[str, str], str, bool]:
         """Full key of every tensor -> the key it is stored under; what wrappers put before all; whether the body's
@@ -144,21 +119,25 @@ class HuggingFaceCheckpoint:
 
         Of a tied head and its embedding one is kept, under the name of the embedding.
         """
-        prefix, embedding = self.architecture.prefix, self.architecture.embedding
+        prefix, embedding, head = self.architecture.prefix, self._embedding, self._head
         wrapper = wrapper_of(self._reader.tensors)
         self._refuse_adapters()
         inner = {stored.removeprefix(wrapper): stored for stored in self._reader.tensors}
-        bare = not any(key.startswith(prefix) for key in inner if key != _HEAD)
-        keys = {key if key == _HEAD or not bare else prefix + key: stored for key, stored in inner.items()}
-        if self.config.tied_embeddings and _HEAD in keys:
-            head = keys.pop(_HEAD)
-            other = keys.setdefault(embedding, head)
-            if other != head and not np.array_equal(_bytes(self._reader.read(head)), _bytes(self._reader.read(other))):
+        bare = not any(key.startswith(prefix) for key in inner if key != head)
+        keys = {key if key == head or not bare else prefix + key: stored for key, stored in inner.items()}
+        if self.config.tied_embeddings and head in keys:
+            stored = keys.pop(head)
+            other = keys.setdefault(embedding, stored)
+            if other != stored and not self._same_bytes(stored, other):
                 raise InputError(
-                    f"{self.path}: {head} differs from {other}, and config.json ties them; set tie_word_embeddings to "
-                    f"false if the head is one of its own"
+                    f"{self.path}: {stored} differs from {other}, and config.json ties them; set tie_word_embeddings "
+                    f"to false if the head is one of its own"
                 )
         return keys, wrapper, bare
+
+    def _same_bytes(self, *stored: str) -> bool:
+        one, two = (_bytes(self._reader.read(key)) for key in stored)
+        return np.array_equal(one, two)
 
     def _refuse_adapters(self) -> None:
         found = next((key for key in self._reader.tensors if _ADAPTER.search(key)), None)
@@ -170,19 +149,15 @@ class HuggingFaceCheckpoint:
 
     def _stored(self, key: str) -> str:
         """What the file calls a tensor, or would call one that is missing."""
-        bare = self._bare and key != _HEAD
+        bare = self._bare and key != self._head
         return self._keys.get(key, self._wrapper + (key.removeprefix(self.architecture.prefix) if bare else key))
 
 
 class HuggingFaceFormat:
-    """The functions of a format module for one architecture."""
+    """What a format module offers, for one architecture."""
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
-
-    def matches(self, path: Path) -> bool:
-        """Whether a folder's config.json names this architecture."""
-        return model_type_of(path) == self.architecture.model_type
 
     def open_checkpoint(self, path: Path) -> HuggingFaceCheckpoint:
         """Open a folder of this architecture.
@@ -192,11 +167,11 @@ class HuggingFaceFormat:
         """
         return HuggingFaceCheckpoint(path, self.architecture)
 
-    def adapt(self, config: ModelConfig) -> Adaptation:
+    def adapt_config(self, config: ModelConfig) -> Adaptation:
         """The config under which this architecture holds a model.
 
         Raises:
-            InputError: it cannot express the model; the message says why and names a format that can.
+            InputError: it cannot hold it; names the first field that keeps it out.
         """
         return self.architecture.adapt(config)
 
@@ -233,10 +208,13 @@ class HuggingFaceFormat:
         # One dtype for all in config.json: the widest, so that no reader narrows.
         dtype = max((info.dtype for info in tensors.values()), key=lambda dtype: dtype.itemsize).name
         ids = token_ids(inherit, tokenizer)
+        written: dict[str, Any] = {}
+        for part in self.architecture.parts:
+            written |= part.write(config)
         content = {
             "model_type": self.architecture.model_type,
             "architectures": [self.architecture.class_name],
-            **self.architecture.write(config),
+            **written,
             "tie_word_embeddings": config.tied_embeddings,
             "use_cache": True,
             "dtype": dtype,
@@ -248,39 +226,6 @@ class HuggingFaceFormat:
         self.architecture.extra_files(path)
         if tokenizer is not None:
             write_tokenizer(path, tokenizer, config.context_length)
-
-
-def require_whole_heads(config: ModelConfig, name: str) -> None:
-    """For architectures whose heads together are as wide as the residual stream.
-
-    Raises:
-        InputError: those of the config are not.
-    """
-    if config.n_heads * config.head_dim != config.embed_dim:
-        raise InputError(
-            f"hf-{name} needs n_heads x head_dim = embed_dim, and {config.n_heads} x {config.head_dim} is not "
-            f"{config.embed_dim}; --allow-remote-code exports it with its own modelling code"
-        )
-
-
-def require_learned(config: ModelConfig, name: str) -> None:
-    """For architectures that have learned positions.
-
-    Raises:
-        InputError: the config rotates.
-    """
-    if config.position != "learned":
-        raise InputError(f"hf-{name} has learned positions and this model rotates (rope); hf-starcoder2 expresses it")
-
-
-def full_mask(config: ModelConfig) -> bool:
-    """Whether every query sees all keys before it: no window, or one that covers the context."""
-    return config.sliding_window is None or config.sliding_window >= config.context_length
-
-
-def default_scale(config: ModelConfig) -> float:
-    """1 / sqrt(head_dim), as a config without attention_scale has it."""
-    return replace(config, attention_scale=None).attention_scale  # type: ignore[arg-type]  # None means the default
 
 
 def _dtype(slot: Slot, dtypes: Mapping[str, DType]) -> DType:

@@ -1,11 +1,12 @@
-"""Which format a model is written in: `hf` picks the architecture of transformers that expresses it, and says why."""
+"""Which format a model is written in: `hf` picks an architecture of transformers that holds it, and says why."""
 
 from dataclasses import dataclass
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
-from gpt_core.formats import FORMATS, format_of
-from gpt_core.formats.hugging_face import full_mask
+from gpt_core.formats import FORMATS, format_of, is_hugging_face
+from gpt_core.formats.hf_architecture import Architecture
+from gpt_core.formats.hugging_face import HuggingFaceFormat
 from gpt_core.storage.adaptation import Adaptation
 
 HUGGING_FACE = "hf"
@@ -15,6 +16,12 @@ REMOTE_CODE = "hf-twingpt"
 
 TARGETS = (*FORMATS, HUGGING_FACE)
 """What a checkpoint can be written as."""
+
+_PREFERRED = ("hf-llama", "hf-mistral", "hf-qwen2", "hf-starcoder2", "hf-gpt2", "hf-gpt_bigcode")
+"""Of architectures that change as little: those that most servers read come first, the others by name."""
+
+_TOLD = 3
+"""Misfits that a message names at most."""
 
 
 @dataclass(frozen=True)
@@ -48,31 +55,54 @@ def choose_target(to: str, config: ModelConfig, *, allow_remote_code: bool = Fal
             f"{REMOTE_CODE} brings its own modelling code, which readers must trust; pass --allow-remote-code to "
             f"export it, or let hf pick a native architecture"
         )
+    if to not in TARGETS:
+        raise InputError(f"unknown format {to!r}; known are: {', '.join(TARGETS)}")
     if to != HUGGING_FACE:
-        if to not in FORMATS:
-            raise InputError(f"unknown format {to!r}; known are: {', '.join(TARGETS)}")
-        return Target(to, format_of(to).adapt_config(config))
-    name, reason = _native(config)
-    try:
-        return Target(name, format_of(name).adapt_config(config), reason)
-    except InputError as error:
-        if not allow_remote_code:
-            raise
-        return Target(
-            REMOTE_CODE,
-            format_of(REMOTE_CODE).adapt_config(config),
-            f"no native architecture expresses it ({error})",
-        )
+        try:
+            return Target(to, format_of(to).adapt_config(config))
+        except InputError as error:
+            raise InputError(f"{error}; {_instead(config)}") from None
+    best = _best(config)
+    if best is not None:
+        return Target(best.format, best.adapt(config), best.summary)
+    if not allow_remote_code:
+        raise InputError(f"no architecture of transformers holds this model: {_nearest(config)}; {_instead(config)}")
+    remote = _architecture(REMOTE_CODE)
+    return Target(REMOTE_CODE, remote.adapt(config), f"{remote.summary} ({_nearest(config)})")
 
 
-def _native(config: ModelConfig) -> tuple[str, str]:
-    """The architecture that comes closest, and why."""
-    if config.position == "rope":
-        return "hf-starcoder2", "rotary positions: the one with GPT-2's block that rotates, with any heads and any mask"
-    if not full_mask(config):
-        return "hf-gpt_neo", "learned positions with a sliding window"
-    if config.attention_scale == 1.0 and not config.qkv_bias:
-        return "hf-gpt_neo", "learned positions, no q/k/v biases and attention_scale 1, as it has them"
-    if config.n_kv_heads == 1 and config.n_heads > 1:
-        return "hf-gpt_bigcode", "learned positions, a full mask and multi-query attention"
-    return "hf-gpt2", "learned positions and a full mask"
+def _best(config: ModelConfig) -> Architecture | None:
+    """The native architecture that holds a model after the least change, the preferred one of several."""
+    holding = [one for one in _natives() if not one.fit(config).misfits]
+    return min(holding, key=lambda one: one.fit(config).cost, default=None)
+
+
+def _nearest(config: ModelConfig) -> str:
+    """What keeps a model out of the architectures that come closest."""
+    fits = {one.format: one.fit(config) for one in _natives()}
+    least = min(fit.distance for fit in fits.values())
+    closest = [f"{name} has {fit.first}" for name, fit in fits.items() if fit.distance == least]
+    return "; ".join(closest[:_TOLD])
+
+
+def _instead(config: ModelConfig) -> str:
+    """What can hold a model."""
+    best = _best(config)
+    if best is not None:
+        return f"{best.format} holds it"
+    if not _architecture(REMOTE_CODE).fit(config).misfits:
+        return "--to hf --allow-remote-code exports it with its own modelling code"
+    return "train one that an architecture holds, or keep it as jax or torch"
+
+
+def _architecture(name: str) -> Architecture:
+    found = format_of(name)
+    assert isinstance(found, HuggingFaceFormat)
+    return found.architecture
+
+
+def _natives() -> list[Architecture]:
+    """The architectures that bring no code, the preferred ones first."""
+    names = [name for name in FORMATS if is_hugging_face(name) and name != REMOTE_CODE]
+    names.sort(key=lambda name: (_PREFERRED.index(name) if name in _PREFERRED else len(_PREFERRED), name))
+    return [_architecture(name) for name in names]

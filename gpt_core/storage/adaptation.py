@@ -1,8 +1,9 @@
 """Writing a model as another config of the same function, for formats that cannot express the first.
 
-Four changes are known, and each keeps the function: the rows that pad the vocabulary are cut, key/value heads are
-repeated for the query heads that read them, absent biases become zeros, and the attention scale moves into the queries.
-All but the last copy numbers bit by bit; a scale rounds unless its factor is a power of two.
+Five changes are known, and each keeps the function: the rows that pad the vocabulary are cut, key/value heads are
+repeated for the query heads that read them, absent biases become zeros, a window that covers the context is left out,
+and the attention scale moves into the queries. All but the last copy numbers bit by bit; a scale rounds unless its
+factor is a power of two.
 """
 
 import math
@@ -12,14 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from gpt_core.config import ModelConfig, differing_fields
+from gpt_core.config import ModelConfig
+from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.storage.tensor_info import Array
 from gpt_core.storage.weights import DType, Source
 
 _QUERY = ("blocks.attention.query.kernel", "blocks.attention.query.bias")
 _FREE = {"dropout", "init_std"}  # no part of the function of trained weights
-_CHANGES = {"n_kv_heads", "attention_scale", "bias", "qkv_bias", "pad_vocab_size_multiple", "sliding_window"}
+_CHANGES = {
+    *("n_kv_heads", "attention_scale", "bias", "qkv_bias", "mlp_bias", "pad_vocab_size_multiple"),
+    *("sliding_window", "attention_pattern", "rope_scaling"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,20 @@ def adapt(config: ModelConfig, **changes: Any) -> Adaptation:
 
     Args:
         config: The model's own config.
-        changes: Out of n_kv_heads (a multiple of the model's), attention_scale, bias, qkv_bias (only from off to on)
-            and sliding_window (null, where the window covers the whole context).
+        changes: Out of n_kv_heads (a multiple of the model's), attention_scale, bias, qkv_bias and mlp_bias (only from
+            off to on), what `without_window` changes, and rope_scaling (where it says the same of every layer).
+
+    Raises:
+        InputError: the attention scale cannot move, since a norm of the queries would undo it.
     """
+    if "attention_scale" in changes and config.qk_norm is not None:
+        raise InputError(
+            f"attention_scale {config.attention_scale:.6g} cannot move into queries that are normed (qk_norm = "
+            f"{config.qk_norm!r})"
+        )
     after = replace(config, **changes, pad_vocab_size_multiple=1)
-    assert {line.split()[0] for line in differing_fields(config, after).split(", ") if line} <= _CHANGES
+    before, stored = config.to_dict(), after.to_dict()
+    assert {name for name, value in before.items() if stored[name] != value} <= _CHANGES
     adaptation = Adaptation(config, after)
     notices = []
     if config.padded_vocab_size != after.padded_vocab_size:
@@ -114,6 +128,16 @@ def adapt(config: ModelConfig, **changes: Any) -> Adaptation:
     if config.sliding_window is not None and after.sliding_window is None:
         notices.append(f"sliding_window {config.sliding_window} covers the whole context and is left out")
     return replace(adaptation, notices=tuple(notices))
+
+
+def without_window(config: ModelConfig) -> ModelConfig:
+    """The same function without local layers; as it is where their window is too short or they turn otherwise."""
+    window, scaling = config.sliding_window, config.rope_scaling
+    turn_alike = config.rope_local_theta is None and (scaling is None or scaling.local_layers)
+    if window is None or window < config.context_length or not turn_alike:
+        return config
+    pattern = config.layer_kinds.replace("L", "G")
+    return replace(config, sliding_window=None, attention_pattern=pattern)
 
 
 def same_function(config: ModelConfig, other: ModelConfig) -> bool:

@@ -42,7 +42,7 @@ def read_checkpoint_config(folder: Path) -> ModelConfig:
         found = content.get("model_type") if isinstance(content, dict) else None
         raise InputError(
             f"{path}: model_type is {shown(found)}; only {MODEL_TYPE!r} checkpoints can be read, and `parity convert` "
-            f"makes one of GPT-2, GPT-BigCode, GPT-Neo and Starcoder2"
+            f"makes one of a folder of transformers"
         )
     if not is_version(content.get("format_version"), _VERSION):
         raise InputError(

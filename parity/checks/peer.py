@@ -91,7 +91,7 @@ def check_decode(
     Args:
         variant: Name of the case.
         dtype: What both were computed in.
-        ours: Greedy decoding without a cache.
+        ours: Greedy decoding with our cache.
         peer: The peer's, with its cache.
         gap: By how much our two best logits differ at a row and a token, to tell a tie from a mistake.
         peer_settings: How the peer generated where it is not as its folder says, for the report.
@@ -108,29 +108,19 @@ def check_decode(
     return CheckResult(variant, dtype, "decode", share, 0.0, passed=not len(wrong), reason=reason, measures=measures)
 
 
-def greedy(logits_of: Callable[[Array], Array], prompt: Array, new: int) -> tuple[Array, Callable[[int, int], float]]:
-    """Greedy decoding by running the whole model for every token, without a cache.
-
-    All runs have the final length, so that one compiled program does: a causal model does not see what follows.
+def gap_at(logits_of: Callable[[Array], Array], prompt: Array, written: Array, row: int, token: int) -> float:
+    """By how much the best two logits differ where a token was written, by a run without a cache.
 
     Args:
         logits_of: Token ids `[batch, time]` to logits `[batch, time, vocab]`.
         prompt: `[batch, time]`.
-        new: How many tokens to append.
-
-    Returns:
-        The tokens `[batch, new]`, and the difference of the best two logits at a row and a token.
+        written: What came behind it, `[batch, new]`.
+        row: Of the token.
+        token: Its number in `written`.
     """
-    ids = np.zeros((prompt.shape[0], prompt.shape[1] + new), np.int64)
-    ids[:, : prompt.shape[1]] = prompt
-    gaps = np.zeros((prompt.shape[0], new))
-    for token in range(new):
-        place = prompt.shape[1] + token
-        last = logits_of(ids)[:, place - 1]
-        best = np.partition(last, -2, axis=-1)[:, -2:]
-        gaps[:, token] = best[:, 1] - best[:, 0]
-        ids[:, place] = last.argmax(-1)
-    return ids[:, prompt.shape[1] :], lambda row, token: float(gaps[row, token])
+    text = np.concatenate([prompt, written], axis=1)
+    second, best = np.sort(logits_of(text)[row, prompt.shape[1] + token - 1])[-2:]
+    return float(best - second)
 
 
 def verdict(results: list[CheckResult]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,59 +16,34 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
+from gpt_core.formats.hf_architecture import Architecture
 from gpt_core.formats.hf_folder import GENERATION_CONFIG, TOKEN_IDS, read_object
-from gpt_core.formats.hugging_face import Architecture, HuggingFaceCheckpoint
+from gpt_core.formats.hugging_face import HuggingFaceCheckpoint
+from gpt_core.parameters import Parameter
 from gpt_core.precision import DType
 from gpt_core.storage.checkpoint_config import CONFIG_FILE
-from gpt_core.storage.weights import Weights, decode, slots
+from gpt_core.storage.weights import Slot, Spoke, Weights, decode, slots
 from parity.comparison.measures import Array
 from parity.sides.runs import Batch, Run
 from torch_gpt.arrays import to_numpy
 from torch_gpt.dtypes import torch_dtype
 
-_Place = tuple[str, str]
-"""A module by its path within a block, and whether its input ("in") or its output ("out") is the site."""
-
-_STARCODER2 = {
-    "input": ("input_layernorm", "in"),
-    "attention_norm": ("input_layernorm", "out"),
-    "attention.query": ("self_attn.q_proj", "out"),
-    "attention.key": ("self_attn.k_proj", "out"),
-    "attention.value": ("self_attn.v_proj", "out"),
-    "attention.mixed": ("self_attn.o_proj", "in"),
-    "attention.output": ("self_attn.o_proj", "out"),
-    "mlp_norm": ("post_attention_layernorm", "out"),
-    "mlp.hidden": ("mlp.c_proj", "in"),
-    "mlp.output": ("mlp.c_proj", "out"),
+_SITES = {
+    "attention_norm": ("attention_norm.scale", "out"),
+    "attention.query": ("attention.query.kernel", "out"),
+    "attention.key": ("attention.key.kernel", "out"),
+    "attention.value": ("attention.value.kernel", "out"),
+    "attention.normed_query": ("attention.query_norm.scale", "out"),
+    "attention.normed_key": ("attention.key_norm.scale", "out"),
+    "attention.mixed": ("attention.output.kernel", "in"),
+    "attention.output": ("attention.output.kernel", "out"),
+    "attention_post_norm": ("attention_post_norm.scale", "out"),
+    "mlp_norm": ("mlp_norm.scale", "out"),
+    "mlp.hidden": ("mlp.down.kernel", "in"),
+    "mlp.output": ("mlp.down.kernel", "out"),
+    "mlp_post_norm": ("mlp_post_norm.scale", "out"),
 }
-_GPT2 = {
-    "input": ("ln_1", "in"),
-    "attention_norm": ("ln_1", "out"),
-    "attention.query": ("attn.c_attn", "out"),
-    "attention.key": ("attn.c_attn", "out"),
-    "attention.value": ("attn.c_attn", "out"),
-    "attention.mixed": ("attn.c_proj", "in"),
-    "attention.output": ("attn.c_proj", "out"),
-    "mlp_norm": ("ln_2", "out"),
-    "mlp.hidden": ("mlp.c_proj", "in"),
-    "mlp.output": ("mlp.c_proj", "out"),
-}
-_GPT_NEO = _GPT2 | {
-    "attention.query": ("attn.attention.q_proj", "out"),
-    "attention.key": ("attn.attention.k_proj", "out"),
-    "attention.value": ("attn.attention.v_proj", "out"),
-    "attention.mixed": ("attn.attention.out_proj", "in"),
-    "attention.output": ("attn.attention.out_proj", "out"),
-}
-
-# Model type -> path of the blocks, path of the final norm, places within a block.
-_PLACES: dict[str, tuple[str, str, Mapping[str, _Place]]] = {
-    "gpt2": ("transformer.h", "transformer.ln_f", _GPT2),
-    "gpt_bigcode": ("transformer.h", "transformer.ln_f", _GPT2),
-    "gpt_neo": ("transformer.h", "transformer.ln_f", _GPT_NEO),
-    "twingpt_remote": ("transformer.h", "transformer.ln_f", _GPT_NEO),
-    "starcoder2": ("model.layers", "model.norm", _STARCODER2),
-}
+"""Site of a block -> a parameter of the module that computes it, and whether it takes ("in") or gives ("out") that."""
 
 
 class Peer:
@@ -98,8 +74,7 @@ class Peer:
         self.architecture: Architecture = checkpoint.architecture
         self.config: ModelConfig = checkpoint.config
         self.path: Path = path
-        # Its cache of a window keeps the last W - 1 keys by a slice, which for a W of 1 is all of them.
-        self.caches: bool = not (self.architecture.model_type == "starcoder2" and self.config.sliding_window == 1)
+        self._slots = slots(self.config, self._modules)
         self._double: bool = dtype == "float64"
         with self._computing():
             # from_pretrained is generic over classes that exist at run time alone
@@ -110,6 +85,10 @@ class Peer:
                 trust_remote_code=trust_remote_code,
                 generation_config=GenerationConfig(),
             ).eval()
+        # A token that pads is one like any other here, and has a gradient.
+        self.model.get_input_embeddings().padding_idx = None
+        # Its cache of a window keeps the last W - 1 keys by a slice, which for a W of 1 is all of them.
+        self.caches: bool = getattr(self.model.config, "sliding_window", None) != 1
 
     def run(self, tokens: Array, batch: Batch | None = None, *, gradients: bool = True, trace: bool = True) -> Run:
         """Run it once; its own loss and gradients where a batch says what to predict, sites with `trace`.
@@ -153,31 +132,50 @@ class Peer:
         off: tuple[Any, ...] = (None, 0, 1, "", [], {})  # no settings, no penalty, one beam
         return {name: value for name, value in found.items() if value is True or value not in off}
 
+    @property
+    def _modules(self) -> Spoke:
+        """The map of its parameters, as they are called in memory."""
+        return (self.architecture.modules or self.architecture.spoke)(self.config)
+
     def _gradients(self) -> Weights:
         arrays = {name: to_numpy(parameter.grad).copy() for name, parameter in self.model.named_parameters()}
         self.model.zero_grad()
-        spoke = self.architecture.spoke(self.config)
-        return decode({key: arrays[key] for key in slots(self.config, spoke)}, self.config, spoke, "the peer")
+        return decode({key: arrays[key] for key in self._slots}, self.config, self._modules, "the peer")
 
     def _sites(self, seen: Mapping[str, torch.Tensor]) -> dict[str, Array]:
-        sites = {site: to_numpy(tensor) for site, tensor in seen.items()}
-        for site, array in sites.items():
-            if site.endswith(("attention.query", "attention.key", "attention.value", "attention.mixed")):
-                sites[site] = self._heads(site, array)
-        return {"embedding": sites["blocks.0.input"]} | sites
+        sites = {site: self._shaped(site, to_numpy(tensor)) for site, tensor in seen.items()}
+        known = {site: array for site, array in sites.items() if array is not None}
+        return {"embedding": known["blocks.0.input"]} | known
 
-    def _heads(self, site: str, array: Array) -> Array:
-        """A projection's output as `[batch, time, heads, head_dim]`; three in one are taken apart."""
-        config = self.config
+    def _shaped(self, site: str, array: Array) -> Array | None:
+        """As our sites have it: what belongs to heads as `[batch, time, heads, head_dim]`, joined projections apart.
+
+        None where that cannot be told: some models norm queries and keys as `[batch, heads, time, head_dim]`.
+        """
         name = site.rpartition(".")[2]
-        parts = {"query": config.n_heads, "key": config.n_kv_heads, "value": config.n_kv_heads}
-        if name in parts and self.architecture.model_type in ("gpt2", "gpt_bigcode"):
-            index = list(parts).index(name)
-            if self.architecture.model_type == "gpt_bigcode" and config.n_kv_heads > 1:
-                return array.reshape(*array.shape[:2], config.n_heads, 3, config.head_dim)[:, :, :, index]
-            ends = np.cumsum([heads * config.head_dim for heads in parts.values()])
-            array = np.split(array, ends[:-1], axis=-1)[index]
-        return array.reshape(*array.shape[:2], -1, config.head_dim)
+        if name in ("query", "key", "value"):
+            return self._projected(f"blocks.attention.{name}.kernel", int(site.split(".")[1]), array)
+        if array.ndim == 4:
+            heads = self.config.n_heads if name == "normed_query" else self.config.n_kv_heads
+            if array.shape[1] == array.shape[2]:
+                return None
+            return array if array.shape[2] == heads else array.swapaxes(1, 2)
+        of_heads = name in ("mixed", "normed_query", "normed_key")
+        return array.reshape(*array.shape[:2], -1, self.config.head_dim) if of_heads else array
+
+    def _projected(self, name: str, layer: int, array: Array) -> Array:
+        """The part of a projection's output `[batch, time, outputs]` that one kernel makes: its map, without inputs."""
+        slot = next(slot for slot in self._slots.values() if (name, layer) in _held(slot))
+        sizes = {"batch": array.shape[0], "time": array.shape[1], **slot.sizes}
+
+        def outputs(parameter: Parameter) -> Parameter:
+            axes = ("batch", "time", *(axis for axis in parameter.axes if axis != "embed"))
+            return replace(parameter, axes=axes, shape=tuple(sizes[axis] for axis in axes))
+
+        pattern = f"batch time {slot.pattern.replace('embed', '')}"
+        joined = tuple(map(outputs, slot.joined))
+        whole = replace(slot, parameter=outputs(slot.parameter), joined=joined, pattern=pattern, sizes=sizes)
+        return whole.decode(array, _held(slot).index((name, layer)))
 
     @contextmanager
     def _hooks(self, seen: dict[str, torch.Tensor] | None) -> Iterator[None]:
@@ -185,13 +183,15 @@ class Peer:
         if seen is None:
             yield
             return
-        blocks, norm, places = _PLACES[self.architecture.model_type]
+        paths = {held: key.rpartition(".")[0] for key, slot in self._slots.items() for held in _held(slot)}
+        first = "attention_norm.scale" if ("blocks.attention_norm.scale", 0) in paths else "attention.query.kernel"
         wanted = [
-            (f"blocks.{layer}.{site}", f"{blocks}.{layer}.{module}", side)
+            (f"blocks.{layer}.{site}", paths[f"blocks.{name}", layer], side)
             for layer in range(self.config.n_layers)
-            for site, (module, side) in places.items()
+            for site, (name, side) in {"input": (first, "in"), **_SITES}.items()
+            if (f"blocks.{name}", layer) in paths
         ]
-        wanted.append(("final_norm", norm, "out"))
+        wanted.append(("final_norm", paths["final_norm.scale", None], "out"))
         modules = dict(self.model.named_modules())
 
         def note(site: str, side: str) -> Callable[..., None]:
@@ -214,6 +214,11 @@ class Peer:
                 yield
         else:
             yield
+
+
+def _held(slot: Slot) -> list[tuple[str, int | None]]:
+    """Name and block of every parameter in a tensor."""
+    return [(parameter.name, parameter.layer) for parameter in slot.parameters]
 
 
 class _InDouble(TorchFunctionMode):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hugging_face import SAMPLES, save, tokens
 
-from gpt_core.formats import open_checkpoint
+from gpt_core.formats import format_of, open_checkpoint
+from gpt_core.formats.architectures import MODEL_TYPES
+from gpt_core.formats.hf_architecture import format_name
 from gpt_core.parameters import parameter_table
 from gpt_core.precision import Precision
 from parity.checkpoints.convert import convert
@@ -90,6 +92,38 @@ def test_there_and_back_is_the_same_class_and_every_bit(name, saved, tmp_path):
     assert bits(folder) == bits(tmp_path / "back")
     classes = [json.loads((path / "config.json").read_text())["architectures"] for path in (folder, tmp_path / "back")]
     assert classes[0] == classes[1]
+    theirs, ours = as_transformers_reads(folder), as_transformers_reads(tmp_path / "back")
+    assert {field: ours.get(field) for field in theirs} == theirs
+
+
+# Rates that our models have not; numbers that a file may leave to follow others; and what the layers that are listed
+# leave without effect.
+IDLE = {
+    *("attn_pdrop", "n_inner", "intermediate_size", "max_window_layers", "no_rope_layer_interval"),
+    *("attention_types", "attention_layers", "window_size"),
+    *("_name_or_path", "transformers_version"),
+}
+
+
+def as_transformers_reads(folder):
+    from transformers import AutoConfig
+
+    content = AutoConfig.from_pretrained(folder).to_dict()
+    content.get("rope_parameters", {}).pop("type", None)  # version 4's name of rope_type
+    return {field: value for field, value in content.items() if field not in IDLE}
+
+
+@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if not name.endswith("_remote")])
+def test_what_a_file_leaves_out_is_what_transformers_gives_it(model_type):
+    """Each default that we declare is its config class's own, but for those that the class makes of other fields."""
+    from transformers import AutoConfig
+
+    declared = format_of(format_name(model_type)).architecture.defaults
+    theirs = AutoConfig.for_model(model_type).to_dict()
+    following = {"head_dim", "num_key_value_heads", "sliding_window", "sliding_window_pattern", "n_inner"}
+    assert len(declared) > 3
+    for field in declared.keys() & theirs.keys() - following:
+        assert theirs[field] == declared[field], field
 
 
 def bits(folder):
@@ -112,7 +146,10 @@ def test_shards_are_read_through_their_index(name, saved):
     assert {dtype.name for dtype in checkpoint.dtypes.values()} == {SAMPLES[name].dtype}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neo, local", "starcoder2, grouped, window"])
+TIED_NEOX = "gpt_neox, one branch after the other, tied"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo, local", "starcoder2, grouped, window", "gemma2", TIED_NEOX])
 def test_a_checkpoint_of_the_body_alone_is_the_same_model(name, saved, tmp_path):
     folder, model = saved(name)
     model.base_model.save_pretrained(tmp_path / "body")
@@ -220,15 +257,21 @@ def same_weights(folder, other):
     return all(np.array_equal(one.read(row), two.read(row)) for row in parameter_table(one.config).values())
 
 
-def test_masks_that_older_versions_saved_are_no_weights(saved, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "buffers"),
+    [
+        ("gpt2", ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"]),
+        ("llama, llama3", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
+        ("gpt_neox", [f"gpt_neox.layers.1.attention.{n}" for n in ("bias", "masked_bias", "rotary_emb.inv_freq")]),
+    ],
+)
+def test_masks_and_frequencies_that_older_versions_saved_are_no_weights(name, buffers, saved, tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
 
-    folder, _ = saved("gpt2")
+    folder, _ = saved(name)
     (tmp_path / "old").mkdir()
-    tensors = load_file(folder / "model.safetensors")
-    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 40, 40, dtype=torch.uint8)
-    tensors["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
+    tensors = load_file(folder / "model.safetensors") | {key: torch.ones(1, 1, 4, 4) for key in buffers}
     save_file(tensors, tmp_path / "old" / "model.safetensors", {"format": "pt"})
     (tmp_path / "old" / "config.json").write_bytes((folder / "config.json").read_bytes())
     assert set(open_checkpoint(tmp_path / "old").tensors) == set(open_checkpoint(folder).tensors)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hugging_face import SAMPLES, save, tokens
 from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
 from parity.checkpoints.convert import convert
-from parity.checks.peer import check_decode, check_runs, greedy
+from parity.checks.peer import check_decode, check_runs, gap_at
 from parity.sides.products import LibraryNoise
 from parity.sides.runs import Batch
 
@@ -134,21 +135,22 @@ def test_noise_beyond_three_times_the_peers_is_a_failure(folders):
     assert not logits_check(loud, {"torch": quieter, "transformers": louder}).passed
 
 
-def test_greedy_decoding_follows_the_largest_logit():
-    """A model that always says the token after the next: 0, 2, 4, ... modulo 7."""
+def test_a_token_that_parts_is_named_with_the_gap_of_our_best_two_logits():
+    """A model that says the token after the next, 0, 2, 4, ... modulo 7, and the one after it half as loud."""
 
     def logits_of(ids):
-        return np.eye(7)[(ids + 2) % 7]
+        return np.eye(7)[(ids + 2) % 7] + np.eye(7)[(ids + 3) % 7] / 2
 
-    found, gap = greedy(logits_of, np.array([[1, 4], [0, 5]]), 5)
-    assert found.tolist() == [[6, 1, 3, 5, 0], [0, 2, 4, 6, 1]]
-    assert gap(1, 3) == 1.0
+    prompt, found = np.array([[1, 4], [0, 5]]), np.array([[6, 1, 3, 5, 0], [0, 2, 4, 6, 1]])
+    gap = partial(gap_at, logits_of, prompt, found)
+    assert gap(1, 3) == 0.5
     assert check_decode("case", "float32", found, found.copy(), gap).passed
     other = found.copy()
     other[1, 3] = 5
     wrong = check_decode("case", "float32", found, other, gap)
     assert not wrong.passed
     assert "row 1 parts at token 4 of 5: 6 against 5" in wrong.reason
+    assert "differ by 5.0e-01" in wrong.reason
 
 
 def decoded(folder, new=20):
@@ -159,7 +161,8 @@ def decoded(folder, new=20):
     checkpoint, peer = open_checkpoint(folder), Peer(folder, "float64")
     prompt = tokens()[:, :7]
     model = torch_side.build(checkpoint.config, checkpoint.read, "float64")
-    ours, gap = greedy(torch_side.logits_function(model), prompt, new)
+    ours = torch_side.write(model, prompt, new)
+    gap = partial(gap_at, torch_side.logits_function(model), prompt, ours)
     return peer, check_decode("case", "float64", ours, peer.generate(prompt, new), gap)
 
 

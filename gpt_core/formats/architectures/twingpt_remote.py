@@ -5,23 +5,24 @@ model type that transformers does not have. Module names are GPT-Neo's, with bia
 them.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
-from gpt_core.formats import hf_gpt_neo
+from gpt_core.formats.architectures import gpt_neo
+from gpt_core.formats.hf_architecture import ANY, Architecture
 from gpt_core.formats.hf_fields import Fields
-from gpt_core.formats.hugging_face import Architecture, HuggingFaceFormat
-from gpt_core.storage.adaptation import Adaptation, adapt
+from gpt_core.formats.hf_parts import Translation
 from gpt_core.storage.weights import Spoke
 
 _ATTENTION = "transformer.h.{layer}.attn.attention"
-_CODE = Path(__file__).parent / "remote_code"
+_CODE = Path(__file__).parents[1] / "remote_code"
 _CONFIGURATION, _MODELLING = "configuration_twingpt", "modeling_twingpt"
 
 SPOKE: Spoke = {
-    **hf_gpt_neo.SPOKE,
+    **gpt_neo.SPOKE,
     "blocks.attention.query.bias": (f"{_ATTENTION}.q_proj.bias", "(heads head_dim)"),
     "blocks.attention.key.bias": (f"{_ATTENTION}.k_proj.bias", "(kv_heads head_dim)"),
     "blocks.attention.value.bias": (f"{_ATTENTION}.v_proj.bias", "(kv_heads head_dim)"),
@@ -40,14 +41,13 @@ _ALIASES = {
 }
 
 
-def _read(fields: Fields) -> ModelConfig:
+def _read(fields: Fields, known: Mapping[str, Any]) -> dict[str, Any]:
     config = ModelConfig.from_dict(fields.take("model", dict), source=str(fields.path))
     if config.padded_vocab_size != config.vocab_size:
         raise InputError(f"{fields.path}: model.pad_vocab_size_multiple must leave vocab_size as it is")
     for alias, name in _ALIASES.items():
         fields.same(alias, getattr(config, name), f"model.{name}")
-    fields.take("auto_map", dict, {})  # code that we bring ourselves and never run
-    return config
+    return config.to_dict()
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
@@ -61,28 +61,22 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _adapt(config: ModelConfig) -> Adaptation:
-    return adapt(config)
-
-
 def _write_code(folder: Path) -> None:
     for name in (_CONFIGURATION, _MODELLING):
         (folder / f"{name}.py").write_bytes((_CODE / f"{name}.py.txt").read_bytes())
 
 
-_FORMAT = HuggingFaceFormat(
-    Architecture(
-        model_type="twingpt_remote",
-        class_name="TwinGPTForCausalLM",
-        prefix="transformer.",
-        embedding="transformer.wte.weight",
-        spoke=lambda config: SPOKE,
-        buffers=r"(?!)",  # none
-        read=_read,
-        write=_write,
-        adapt=_adapt,
-        extra_files=_write_code,
-        format="hf-twingpt",
-    )
+ARCHITECTURE = Architecture(
+    model_type="twingpt_remote",
+    class_name="TwinGPTForCausalLM",
+    summary="no native architecture expresses it",
+    prefix="transformer.",
+    spoke=lambda config: SPOKE,
+    buffers=r"(?!)",  # none
+    holds=dict.fromkeys(
+        ("position", "n_kv_heads", "head_dim", "attention_scale", "sliding_window", "bias", "qkv_bias", "dropout"), ANY
+    ),
+    parts=(Translation(_read, _write),),
+    defaults={},
+    extra_files=_write_code,
 )
-matches, open_checkpoint, adapt_config, write = _FORMAT.matches, _FORMAT.open_checkpoint, _FORMAT.adapt, _FORMAT.write
