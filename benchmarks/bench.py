@@ -28,6 +28,8 @@ HERE = Path(__file__).parent
 SECTIONS: dict[str, tuple[str, list[str]]] = {
     "attention": ("attention alone", ["attention.py"]),
     "training": ("training GPT-2 124M", ["training.py"]),
+    "llama": ("training a Llama of 124M", ["llama_training.py"]),
+    "pattern": ("local and global layers", ["pattern.py"]),
     "window": ("training with a window", ["window_training.py"]),
     "table": ("the efficiency table", ["table.py", "--table", "{out}/table.json", "--work", "{out}/table"]),
     "decoding": ("cached decoding", ["decoding.py"]),

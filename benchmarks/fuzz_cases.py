@@ -38,7 +38,16 @@ class Fixture(NamedTuple):
 
 
 _MODEL = {"vocab_size": 50257, "context_length": 32, "n_layers": 2, "n_heads": 2, "embed_dim": 8}
-_ROPE = _MODEL | {"position": "rope", "n_kv_heads": 1, "sliding_window": 8}
+_ROPE = _MODEL | {
+    "position": "rope",
+    "n_kv_heads": 1,
+    "sliding_window": 8,
+    "attention_pattern": "LG",
+    "rope_scaling": {"kind": "llama3", "factor": 4.0, "original_context": 8},
+    "norm": "rms",
+    "qk_norm": "head",
+    "gated_mlp": True,
+}
 _RUN: dict[str, Any] = {
     "model": _ROPE,
     "data": {"source": "texts", "streams": 2, "validation_fraction": 0.3},

@@ -107,8 +107,8 @@ def decode_bytes(config: ModelConfig, rows: int, length: float) -> float:
         length: Positions in the cache of each.
     """
     read = {name: row for name, row in parameter_table(config).items() if row.decay and name != "position_embedding"}
-    held = min(length, config.sliding_window or length)
-    cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * held
+    held = sum(min(length, config.view(kind).window or length) for kind in config.layer_kinds)
+    cache = 2 * config.n_kv_heads * config.head_dim * held
     return HALF * (sum(row.size for row in read.values()) + rows * cache)
 
 

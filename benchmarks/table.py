@@ -91,7 +91,7 @@ def allocated_cache(framework: str, name: str) -> int:
     return cache(config, Precision(dtype, dtype), cache_slots(config, TIME, 1))
 
 
-def jax_cache(config: Any, precision: Any, slots: int) -> int:
+def jax_cache(config: Any, precision: Any, slots: tuple[int, ...]) -> int:
     import jax.numpy as jnp
 
     from jax_gpt.decode import prefill
@@ -102,7 +102,7 @@ def jax_cache(config: Any, precision: Any, slots: int) -> int:
     return sum(x.nbytes for x in (*cache.key, *cache.value))
 
 
-def torch_cache(config: Any, precision: Any, slots: int) -> int:
+def torch_cache(config: Any, precision: Any, slots: tuple[int, ...]) -> int:
     import torch
 
     from torch_gpt.decode import prefill

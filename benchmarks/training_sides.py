@@ -87,6 +87,22 @@ def hugging_face_gpt2_step(rows: int, length: int, dtype: str, *, compiled: bool
     return _hugging_face_step(GPT2LMHeadModel(config), rows, length, dtype, compiled=compiled)
 
 
+def hugging_face_llama_step(rows: int, length: int, dtype: str, *, compiled: bool, **sizes: Any) -> Step:
+    """`LlamaForCausalLM` of 124M, tied, attention through `scaled_dot_product_attention`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": VOCAB, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
+    config = LlamaConfig(
+        num_attention_heads=12,
+        max_position_embeddings=max(length, 1024),
+        tie_word_embeddings=True,
+        use_cache=False,
+        attn_implementation="sdpa",
+        **shape | sizes,
+    )
+    return _hugging_face_step(LlamaForCausalLM(config), rows, length, dtype, compiled=compiled)
+
+
 def hugging_face_starcoder2_step(
     rows: int, length: int, dtype: str, *, heads: int, kv_heads: int, window: int, compiled: bool, **sizes: Any
 ) -> Step:
