@@ -53,7 +53,8 @@ def check_grid(options: GridOptions, advance: Progress) -> Outcome:
     """
     cases = select(options.variants)
     names = [case.variant for case in cases]
-    planted_in = places(cases, full=options.full)
+    options = replace(options, whole=options.full or bool(options.variants))
+    planted_in = places(cases, full=options.full, whole=options.whole)
     groups = dtype_groups(options.dtypes)
     shares = [(group, names) for group in groups]
     last = max(2, round(_LAST * len(names)))

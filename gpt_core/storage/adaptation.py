@@ -144,7 +144,13 @@ def same_function(config: ModelConfig, other: ModelConfig) -> bool:
     """Whether two configs give the same function of the same weights."""
     a, b = config.to_dict(), other.to_dict()
     return all(
-        math.isclose(a[name], b[name], rel_tol=1e-12) if isinstance(a[name], float) else a[name] == b[name]
+        _same(a[name], b[name])
         for name in a
         if name not in _FREE and not (name == "rope_theta" and config.position == other.position == "learned")
     )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-12)
+    return bool(one == other)

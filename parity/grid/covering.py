@@ -131,12 +131,14 @@ class Chosen(NamedTuple):
         description: Its position, heads and mask, and every other choice that is not the first of its factor.
         config: The model.
         scan_layers: Whether the JAX twin scans over stacked blocks.
+        new: Whether it has a level that no row before it has.
     """
 
     name: str
     description: str
     config: ModelConfig
     scan_layers: bool
+    new: bool
 
 
 def covering(base: ModelConfig, window: int) -> list[Chosen]:
@@ -147,13 +149,16 @@ def covering(base: ModelConfig, window: int) -> list[Chosen]:
         window: Of local layers.
     """
     chosen = []
+    seen: set[tuple[str, str]] = set()
     for number, row in enumerate(_ROWS, start=1):
         levels = levels_of(row)
+        new = not seen.issuperset(levels.items())
+        seen.update(levels.items())
         always = (levels["position"], levels["heads"], levels["mask"])
         others = [level for name, level in levels.items() if level not in (*always, FACTORS[name][0])]
         model = _model(levels, base, window)
         chosen.append(
-            Chosen(f"covering-{number:02}", ", ".join([*always, *others]), model, levels["blocks"] == "scanned")
+            Chosen(f"covering-{number:02}", ", ".join([*always, *others]), model, levels["blocks"] == "scanned", new)
         )
     return chosen
 

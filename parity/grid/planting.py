@@ -22,6 +22,9 @@ from parity.sides.products import Libraries
 _FIRST = ("learned-mha-full", "rope-gqa-window")
 """Cases of the twelve in which a fault is planted before all others."""
 
+_LEFT_OUT = ("decode", "optimizer")
+"""Checks that a brief case has not."""
+
 _ENOUGH = 4
 """Cases in which the default run plants a fault. It bites in others too; --full plants it in them as well."""
 
@@ -51,13 +54,14 @@ class FaultRun:
     hint: str
 
 
-def places(cases: Sequence[Case], *, full: bool) -> dict[str, list[str]]:
+def places(cases: Sequence[Case], *, full: bool, whole: bool = True) -> dict[str, list[str]]:
     """Variant -> names of the faults that are planted in it.
 
     Args:
         cases: Where to plant.
         full: Everywhere where a fault bites; otherwise in some cases, first of the twelve and then, of those that
             cover all choices, in the ones that have the fewest.
+        whole: Whether the brief cases have every check; otherwise no fault is planted for one that they have not.
     """
     planted: dict[str, list[str]] = {case.variant: [] for case in cases}
     for fault in FAULTS:
@@ -65,6 +69,8 @@ def places(cases: Sequence[Case], *, full: bool) -> dict[str, list[str]]:
         if not full:
             # The noise floor's margin is that of a model, and the twelve show it.
             biting = [case for case in biting if fault.caught_by != "noise" or not case.covering]
+            if fault.caught_by in _LEFT_OUT and not whole:
+                biting = [case for case in biting if not case.brief]
             biting.sort(key=lambda case: (case.variant not in _FIRST, not case.covering, len(planted[case.variant])))
             biting = biting[:_ENOUGH]
         for case in biting:

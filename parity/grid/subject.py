@@ -77,8 +77,17 @@ def rates(steps: int) -> list[float]:
 class Subject:
     """One case in one dtype: weights, tokens, and both twins' runs, each made when it is first asked for."""
 
-    def __init__(self, case: Case, dtype: DType, attention: Attention = Attention(), *, full: bool = False) -> None:
+    def __init__(
+        self,
+        case: Case,
+        dtype: DType,
+        attention: Attention = Attention(),
+        *,
+        full: bool = False,
+        whole: bool = True,
+    ) -> None:
         self.case, self.dtype, self.config, self.attention = case, dtype, case.config, attention
+        self.whole = full or whole or not case.brief  # or what is brief, briefly
         self.full, self.gradients = full, dtype == "float64" or (full and dtype == "float32")
         self.jax, self.torch = side_of("jax"), side_of("torch")
         stored = DTYPES[Precision.of(dtype).param_dtype]

@@ -53,12 +53,14 @@ class Case:
         config: The model.
         scan_layers: Whether the JAX twin scans over stacked blocks.
         description: What it has, where the name does not say it; "" for the twelve.
+        brief: Whether decoding, steps of training and bf16 are left to the cases before it; not with --full.
     """
 
     variant: str
     config: ModelConfig
     scan_layers: bool = True
     description: str = ""
+    brief: bool = False
 
     @property
     def covering(self) -> bool:
@@ -78,9 +80,10 @@ def attention_variants() -> list[Case]:
 
 
 def covering_cases() -> list[Case]:
-    """Every pair of choices of the family, in about twice as many cases."""
+    """Every pair of choices of the family; a case that brings no choice of its own is brief."""
     return [
-        Case(chosen.name, chosen.config, chosen.scan_layers, chosen.description) for chosen in covering(_BASE, WINDOW)
+        Case(chosen.name, chosen.config, chosen.scan_layers, chosen.description, brief=not chosen.new)
+        for chosen in covering(_BASE, WINDOW)
     ]
 
 

@@ -26,6 +26,7 @@ class GridOptions:
         faults: Whether to plant every fault where it bites, and see it caught.
         places: Variant -> faults that are planted in it.
         full: Run what is heavier too: training curves, fp32 gradients, every fault in every variant.
+        whole: Run every check of the cases that are brief too, as where they are named.
         attention: What each side runs.
     """
 
@@ -36,6 +37,7 @@ class GridOptions:
     faults: bool = False
     places: Mapping[str, Sequence[str]] = field(default_factory=dict)
     full: bool = False
+    whole: bool = True
     attention: Attention = field(default_factory=Attention)
 
 
@@ -55,7 +57,7 @@ def worker(emit: Emit, options: GridOptions) -> None:
     fault = None if options.fault is None else fault_named(options.fault)
     for case in select(options.variants):
         for dtype in options.dtypes:
-            subject = Subject(case, dtype, attention, full=options.full)
+            subject = Subject(case, dtype, attention, full=options.full, whole=options.whole)
             found: list[Any] = list(checks(subject, fault)) if options.checks else []
             if options.faults:
                 found += fault_runs(subject, options.places.get(case.variant, ()))

@@ -32,8 +32,12 @@ def model_of(config: ModelConfig, *, scan_layers: bool = True) -> GPT:
     return GPT(config, create, precision=FP64, scan_layers=scan_layers)
 
 
+PATTERNS = ("gemma-2", "gemma-3", "olmo", "smollm", "learned-pattern", "scaled-window")
+
+
 @pytest.mark.parametrize(
-    ("name", "new"), [*((name, 1) for name in CONFIGS), ("rope-gqa-window", 3), ("learned-mqa-full", 3), ("gemma-3", 3)]
+    ("name", "new"),
+    [*((name, 1) for name in (*VARIANTS, *PATTERNS)), ("rope-gqa-window", 3), ("learned-mqa-full", 3), ("gemma-3", 3)],
 )
 def test_cached_logits_are_the_models_at_every_position(name: str, new: int, x64: None) -> None:
     """Rows of different length, beyond two windows, one and several tokens a step."""

@@ -193,7 +193,7 @@ def test_what_accelerate_is_configured_for_and_is_not_there_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-COMPILED = ["--train.steps", "3", "--train.dtype", "float64", "--torch.attention", "banded"]
+COMPILED = ["--train.steps", "2", "--train.dtype", "float64", "--torch.attention", "banded"]
 COMPILED += ["--model.n_layers", "1", "--train.evaluation_batches", "1"]
 # All that a block can be made of: what a compiler sees must be the whole of it.
 COMPILED += ["--model.norm", "rms", "--model.norm_placement", "sandwich", "--model.norm_unit_offset", "true"]
