@@ -8,7 +8,7 @@ Llama, Mistral, Qwen, Gemma, OLMo, SmolLM, Phi, Granite, GPT-NeoX. docs/variants
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -37,6 +37,7 @@ _FLAGS = (
     *("tied_embeddings", "bias", "qkv_bias", "mlp_bias"),
     *("norm_unit_offset", "parallel_residual", "gated_mlp"),
 )
+_RANGE = "from 1e-6 to 1e6"
 _MOST = {
     "vocab_size": LARGEST_VOCABULARY,
     "context_length": 2**30,
@@ -189,11 +190,14 @@ class ModelConfig:
         for name in ("attention_scale", "norm_eps", "init_std"):
             self._require_number(name, "a positive number", lambda value: value > 0)
         for name in ("embedding_scale", "residual_scale", "logit_scale"):
-            self._require_number(name, "a positive number", lambda value: value > 0)
-        for name, least in (("rope_local_theta", 1.0), ("attention_softcap", 1e-6), ("logit_softcap", 1e-6)):
+            self._require_number(name, f"a positive number {_RANGE}", lambda value: 1e-6 <= value <= 1e6)
+        for name in ("attention_softcap", "logit_softcap"):
             if getattr(self, name) is not None:
-                what = f"a positive number of at least {least:g}, or null"
-                self._require_number(name, what, lambda value, least=least: value >= least)  # type: ignore[misc]  # mypy on defaults
+                self._require_number(name, f"a positive number {_RANGE}, or null", lambda value: 1e-6 <= value <= 1e6)
+        if self.rope_local_theta is not None:
+            self._require_number(
+                "rope_local_theta", "a positive number of at least 1, or null", lambda value: value >= 1
+            )
         self._require_number("dropout", "a number in [0, 1)", lambda value: 0 <= value < 1)
         self._require_number("rope_fraction", "a number in (0, 1]", lambda value: 0 < value <= 1)
         self._follow("qkv_bias", self.bias)
@@ -234,6 +238,16 @@ class ModelConfig:
             object.__setattr__(self, "sliding_window", None)
         alike = layers[:size] == ("G" if self.sliding_window is None else "L")
         object.__setattr__(self, "attention_pattern", None if alike else layers[:size])
+        self._leave_out(set(pattern) - set(layers), set(layers))
+
+    def _leave_out(self, cut: set[str], kept: set[str]) -> None:
+        """What belongs to kinds of layers that the pattern has and the model, which is shorter, has not."""
+        if "G" in cut and "L" in kept and self.rope_local_theta is not None:
+            object.__setattr__(self, "rope_theta", self.rope_local_theta)
+        if cut & {"L", "G"}:
+            object.__setattr__(self, "rope_local_theta", None)
+        if "G" in cut and not (self.rope_scaling is not None and RopeScaling.of(self.rope_scaling).local_layers):
+            object.__setattr__(self, "rope_scaling", None)
 
     def _require_rotation(self) -> None:
         if self.rope_scaling is not None:
@@ -262,6 +276,9 @@ class ModelConfig:
         if self.rope_local_theta == self.rope_theta:
             object.__setattr__(self, "rope_local_theta", None)
         scaling = self.rope_scaling
+        if scaling is not None and scaling.local_layers and "L" not in kinds:  # which says nothing
+            scaling = replace(scaling, local_layers=False)
+            object.__setattr__(self, "rope_scaling", scaling)
         if scaling is not None and not kinds & ({"L", "G"} if scaling.local_layers else {"G"}):
             ways = "set rope_scaling.local_layers to true, or leave it out" if "L" in kinds else "leave it out"
             raise InputError(f"rope_scaling scales no layer of the kinds {', '.join(sorted(kinds))}; {ways}")

@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 
 from gpt_core.cli import parser, print_json, say
-from gpt_core.config import find_config
+from gpt_core.config import ModelConfig, find_config
 from gpt_core.errors import InputError
 from gpt_core.files.reading import is_file, read_yaml
 from gpt_core.runs.config import RunConfig
@@ -71,7 +71,13 @@ def add_run_arguments(command: ArgumentParser, instead: Mapping[str, Any] | None
     action = type("FileOrPreset", (_FileOrPreset,), {"instead": instead or {}})
     command.add_argument("--config", action=action, help="a YAML file, or the name of a preset")
     for section in fields(RunConfig):
-        command.add_class_arguments(section.default_factory, section.name)
+        skip = {"rope_scaling"} if section.default_factory is ModelConfig else set()
+        command.add_class_arguments(section.default_factory, section.name, skip=skip)
+        for name in sorted(skip):
+            # As it is given, for the config to read: as a class it would be merged with the file's field by field, and
+            # could name another one to import.
+            what = "Section of its own, as JSON or YAML; see `gpt_core.rotary.RopeScaling`, or null. (default: null)"
+            command.add_argument(f"--{section.name}.{name}", type=Any, default=None, help=what)
     command.set_defaults(dict(instead or {}))
 
 

@@ -132,6 +132,9 @@ FIXED = {
     "pruned_heads": Fixed("transformers", ({}, None, []), "which says that heads were removed"),
     "rope_interleaved": Fixed("nanotron", (False, None), "which turns neighbours instead of halves"),
     "use_mrope": Fixed("Qwen 2.5", (False, None), "which gives a token several positions"),
+    "quantization_config": Fixed(
+        "transformers", (None,), "whose weights are quantized: dequantize it in transformers and save it"
+    ),
     "chunk_size_feed_forward": Fixed("transformers", (0, None), "another order of computation"),
 }
 """Fields that may be absent or have one of some values, in every architecture."""

@@ -122,17 +122,21 @@ class Architecture:
         }
 
     def fit(self, config: ModelConfig) -> Fit:
-        """Hold a model against what the architecture allows."""
-        changes, misfits = {}, {}
-        for name in (field.name for field in fields(config)):
-            value, allowed = getattr(config, name), self._allowed(name, config)
+        """Hold a model against what the architecture allows; what a field may be follows from the changes before it."""
+        misfits, changed = {}, config
+        names = [field.name for field in fields(config)]
+        for name in names:
+            value, allowed = getattr(changed, name), self._allowed(name, changed)
             if _among(value, allowed):
                 continue
-            others = [other for other in _same_function(config, name) if _among(other, allowed)]
-            if others:
-                changes[name] = others[0]
+            others = [other for other in _same_function(changed, name) if _among(other, allowed)]
+            if others and name in ("sliding_window", "attention_pattern"):
+                changed = without_window(changed)  # both, which need each other
+            elif others:
+                changed = replace(changed, **{name: others[0]})
             else:
                 misfits[name] = f"{name} {_asked(allowed)} and this model {_shown(value)}"
+        changes = {name: getattr(changed, name) for name in names if getattr(changed, name) != getattr(config, name)}
         return Fit(changes, misfits)
 
     def adapt(self, config: ModelConfig) -> Adaptation:

@@ -51,7 +51,7 @@ _SIZES = {
 
 
 def _read(fields: Fields, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Kinds of layers, counted before they are listed; alike where the window sees as much as a full mask."""
+    """Kinds of layers, counted before they are listed."""
     n_layers, window = known["n_layers"], fields.take("window_size", int)
     types = fields.take("attention_types", list)
     if not all(_is_type(entry) for entry in types):
@@ -67,7 +67,7 @@ def _read(fields: Fields, known: Mapping[str, Any]) -> dict[str, Any]:
     listed = [name for names, repeats in cycles for _ in range(repeats) for name in names]
     if named is not None and named != listed:
         raise InputError(f"{fields.path}: attention_layers and attention_types name other layers; they must agree")
-    if "local" not in found or ("global" in found and window >= known["context_length"]):
+    if "local" not in found:
         return {}
     return {"sliding_window": window, "attention_pattern": "".join("L" if name == "local" else "G" for name in listed)}
 
