@@ -295,6 +295,7 @@ def test_no_field_has_two_entries() -> None:
 
 
 OTHER_VALUES = {
+    "quantization_config": {"quant_method": "gptq", "bits": 4},
     "n_special": 3,
     "is_encoder_decoder": True,
     "tie_encoder_decoder": True,
