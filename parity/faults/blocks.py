@@ -46,7 +46,7 @@ def another_head(model: Model) -> None:
 
     unembed, table = model.unembed, model.token_embedding
     noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(0)).to(table)
-    fresh = noise * table.std()
+    fresh = noise * table.detach().std()
     model.unembed = lambda x, *head: unembed(x, *(head or (fresh,)))
 
 

@@ -52,7 +52,7 @@ def by_kind(wide, narrow):
         ("gpt2", "add_cross_attention", True, "add_cross_attention is true"),
         ("gpt2", "n_ctx", 41, "n_ctx is 41 and n_positions is 40"),
         ("gpt2", "rope_theta", 1e4, "unknown field 'rope_theta'"),
-        ("gpt2", "quantization_config", {"bits": 4}, "unknown field 'quantization_config'"),
+        ("gpt2", "quantization_config", {"bits": 4}, "whose weights are quantized: dequantize it"),
         ("gpt2", "n_layer", ..., "n_layer is missing"),
         ("gpt2", "n_head", 3, r"embed_dim = 40 is not a multiple of n_heads = 3"),
         ("gpt_bigcode, multi-query", "scale_attn_weights", False, "scale_attn_weights is false"),
