@@ -214,6 +214,7 @@ def grid_worker(emit: Emit, variants: list[str], dtypes: list[DType]) -> None:
                         next_token_batch(tokens),
                         new_tokens=NEW_TOKENS,
                         trust_remote_code=True,
+                        unrolled=dtype == "float64" and target != "hf",
                     )
                 )
                 if dtype == dtypes[0]:
@@ -233,6 +234,7 @@ def peer_checks(
     *,
     new_tokens: int,
     trust_remote_code: bool = False,
+    unrolled: bool = False,
 ) -> Iterator[CheckResult]:
     """Every comparison of a folder in one dtype, for each of our frameworks that is installed.
 
@@ -244,6 +246,7 @@ def peer_checks(
         batch: What to predict.
         new_tokens: How many tokens to generate greedily.
         trust_remote_code: Whether transformers may run modelling code that lies in the folder.
+        unrolled: Whether the JAX twin runs once more, its blocks one after the other.
     """
     peer_side, checkpoint = side_of(TRANSFORMERS), open_checkpoint(path)
     config = checkpoint.config
@@ -267,6 +270,9 @@ def peer_checks(
             settings = {"set_aside": peer.set_aside} if peer.set_aside else {}
             settings |= {} if peer.caches else {"peer_cache": False}
             yield check_decode(name, dtype, ours, generated, gap, settings)
+        if unrolled and framework == "jax":
+            run = side.run(side.build(config, checkpoint.read, dtype, scan_layers=False), tokens, batch)
+            yield from check_runs(f"{name}, unrolled", dtype, config, framework, run, theirs, truth, libraries)
 
 
 def _prompt(tokens: Array, context_length: int, new: int) -> tuple[Array, int]:
