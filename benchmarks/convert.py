@@ -23,7 +23,7 @@ import numpy as np
 from gpt_core.config import ModelConfig
 from gpt_core.formats import FORMATS, format_of
 from gpt_core.parameters import Parameter, parameter_table
-from gpt_core.text.tokenizer import gpt2_tokenizer
+from gpt_core.text.gpt2 import gpt2_tokenizer
 from parity.checkpoints.convert import convert
 
 SECONDS, PEAK = 2.0, 1.5  # targets: seconds of conversion, peak memory in checkpoints

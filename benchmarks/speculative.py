@@ -61,7 +61,7 @@ def prompts() -> list[list[int]]:
     import importlib
     import inspect
 
-    from gpt_core.text.tokenizer import gpt2_tokenizer
+    from gpt_core.text.gpt2 import gpt2_tokenizer
 
     sources = [inspect.getsource(importlib.import_module(module)) for module in MODULES]
     return [gpt2_tokenizer().encode(source[len(source) // 2 :][:1000])[:PROMPT] for source in sources]

@@ -20,7 +20,7 @@ from gpt_core.data.config import DataConfig
 from gpt_core.data.prepare import prepare
 from gpt_core.data.records import Reader
 from gpt_core.data.sources import find_files
-from gpt_core.text.tokenizer import gpt2_tokenizer
+from gpt_core.text.gpt2 import gpt2_tokenizer
 
 RATIO = 0.8
 CORES = 0.8  # of the workers

@@ -25,7 +25,7 @@ from gpt_core.runs.training import (
     perplexity,
 )
 from gpt_core.storage.checkpoint_config import read_checkpoint_config
-from gpt_core.text.tokenizer import rows_without_tokens, tokenizer_for
+from gpt_core.text.finding import rows_without_tokens, tokenizer_for
 from jax_gpt.attention import picks
 from jax_gpt.checkpoint import load
 from jax_gpt.device import peak_memory, total_peak_flops

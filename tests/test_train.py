@@ -19,7 +19,7 @@ import pytest
 from gpt_core.runs.folder import saved_steps
 from gpt_core.runs.tracking import read_metrics
 from gpt_core.runs.training import Journal
-from gpt_core.text.tokenizer import tokenizer_of
+from gpt_core.text.finding import tokenizer_of
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,11 +7,14 @@ from gpt_core.files.reading import real_path
 from gpt_core.formats.hf_folder import CARD_FILE, GENERATION_CONFIG
 from gpt_core.runs.folder import RUN_FILE
 from gpt_core.storage.checkpoint_config import CHECKPOINTS, CONFIG_FILE, PARAMS_FOLDER
-from gpt_core.text.tokenizer_rules import TOKENIZER_FILES
+from gpt_core.text.tokenizer_rules import ADDITIONAL_TEMPLATES, TOKENIZER_FILES
 
 _PARTS = "|".join(
     (
-        *map(re.escape, (CONFIG_FILE, PARAMS_FOLDER, CARD_FILE, GENERATION_CONFIG, *TOKENIZER_FILES)),
+        *map(
+            re.escape,
+            (CONFIG_FILE, PARAMS_FOLDER, CARD_FILE, GENERATION_CONFIG, *TOKENIZER_FILES, ADDITIONAL_TEMPLATES),
+        ),
         r"model(-\d+-of-\d+)?\.safetensors",
         r"model\.safetensors\.index\.json",
         r"(configuration|modeling)_twingpt\.py",
@@ -43,7 +46,7 @@ def kept_checkpoint(folder: Path) -> str:
 
 
 def _is_folder(path: Path) -> bool:
-    return path.name == PARAMS_FOLDER
+    return path.name in {PARAMS_FOLDER, ADDITIONAL_TEMPLATES}
 
 
 def _is_of_orbax(path: Path) -> bool:

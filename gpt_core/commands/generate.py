@@ -12,8 +12,9 @@ from gpt_core.errors import InputError
 from gpt_core.precision import PARAM_DTYPES, Precision
 from gpt_core.runs.folder import find_checkpoint
 from gpt_core.storage.checkpoint_config import read_checkpoint_config
+from gpt_core.text.finding import text_tokenizer
 from gpt_core.text.generation import SamplingConfig, Written, pack_draft_prompts, pack_prompts
-from gpt_core.text.tokenizer import Tokenizer, text_tokenizer
+from gpt_core.text.tokenizer import Tokenizer
 
 Chunks = Iterator[Written]
 

@@ -11,7 +11,8 @@ from gpt_core.config import ModelConfig
 from gpt_core.files.writing import refuse_existing
 from gpt_core.parameters import parameter_count
 from gpt_core.sections import LARGEST_SEED, require_flag_count
-from gpt_core.text.tokenizer import Tokenizer, rows_without_tokens, tokenizer_for
+from gpt_core.text.finding import rows_without_tokens, tokenizer_for
+from gpt_core.text.tokenizer import Tokenizer
 
 
 def init_parser(program: str) -> ArgumentParser:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,13 @@ from rich.table import Table
 
 from gpt_core.cli import SUCCESS, parser, print_json, progress, run, say
 from gpt_core.data.config import DataConfig
+from gpt_core.data.records import Reader
+from gpt_core.data.sources import find_files
 from gpt_core.errors import one_line
+from gpt_core.files.writing import atomic_directory, refuse_existing
+from gpt_core.text.finding import open_tokenizer
+from gpt_core.text.gpt2 import GPT2
+from gpt_core.text.tokenizer_rules import TOKENIZER_FILES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = top.add_subcommands(required=True, dest="subcommand")
     commands.add_subcommand("prepare", _prepare_parser(), help="tokenize text into memory-mapped shards")
     commands.add_subcommand("inspect", _inspect_parser(), help="show what a prepared folder holds")
-    return run(top, {"prepare": _prepare, "inspect": _inspect}, arguments)
+    commands.add_subcommand("tokenizer", _tokenizer_parser(), help="learn a tokenizer of one's own text")
+    return run(top, {"prepare": _prepare, "inspect": _inspect, "tokenizer": _tokenizer}, arguments)
 
 
 def _prepare_parser() -> ArgumentParser:
@@ -34,10 +42,13 @@ def _prepare_parser() -> ArgumentParser:
         "  gpt-data prepare stdlib data/stdlib\n"
         "  gpt-data prepare 'texts/*.jsonl.zst' data/texts --text-field body --on-error skip\n"
         "  gpt-data prepare s3://bucket/corpus/ data/corpus --validation-fraction 0.001\n"
-        "  gpt-data prepare hf:Salesforce/wikitext:wikitext-103-raw-v1 data/wikitext",
+        "  gpt-data prepare hf:Salesforce/wikitext:wikitext-103-raw-v1 data/wikitext\n"
+        "  gpt-data prepare 'texts/*.jsonl' data/texts --tokenizer HuggingFaceTB/SmolLM2-135M",
     )
-    command.add_argument("source", type=str, help="file, folder, glob or URL; hf:NAME[:CONFIG]; or stdlib")
-    command.add_argument("destination", type=Path, help="folder to write")
+    _add_source(command)
+    command.add_argument(
+        "--tokenizer", default=GPT2, help="folder with tokenizer.json, a name on the Hugging Face hub, or gpt2"
+    )
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that tokenize")
     command.add_argument("--seed", type=int, default=defaults.seed, help="of the split")
     command.add_argument(
@@ -46,13 +57,37 @@ def _prepare_parser() -> ArgumentParser:
         default=defaults.validation_fraction,
         help="share of the documents kept for validation, chosen by their content",
     )
+    _add_reading(command)
+    command.add_argument("--force", action="store_true", help="replace a folder that exists")
+    command.add_argument("--json", action="store_true", help="print what was written as JSON")
+    return command
+
+
+def _tokenizer_parser() -> ArgumentParser:
+    command = parser(
+        "Learn a byte-level BPE tokenizer of one's own text, in the files that transformers reads too.",
+        "  gpt-data tokenizer stdlib data/tokenizer --vocab-size 8192\n"
+        "  gpt-data prepare stdlib data/stdlib --tokenizer data/tokenizer",
+    )
+    _add_source(command)
+    command.add_argument("--vocab-size", type=int, required=True, help="tokens, the end of text included")
+    _add_reading(command)
+    command.add_argument("--force", action="store_true", help="replace a tokenizer that exists")
+    command.add_argument("--json", action="store_true", help="print what was written as JSON")
+    return command
+
+
+def _add_source(command: ArgumentParser) -> None:
+    command.add_argument("source", type=str, help="file, folder, glob or URL; hf:NAME[:CONFIG]; or stdlib")
+    command.add_argument("destination", type=Path, help="folder to write")
+
+
+def _add_reading(command: ArgumentParser) -> None:
+    defaults = DataConfig()
     command.add_argument("--text-field", default=defaults.text_field, help="field or column that holds the text")
     command.add_argument(
         "--on-error", default=defaults.on_error, choices=["stop", "skip"], help="what a broken record does"
     )
-    command.add_argument("--force", action="store_true", help="replace a folder that exists")
-    command.add_argument("--json", action="store_true", help="print what was written as JSON")
-    return command
 
 
 def _inspect_parser() -> ArgumentParser:
@@ -76,6 +111,7 @@ def _prepare(options: Namespace) -> int:
         validation_fraction=options.validation_fraction,
         seed=options.seed,
     )
+    tokenizer = open_tokenizer(options.tokenizer)
     started = time.perf_counter()
     console = Console(stderr=True, highlight=False)
     try:
@@ -84,6 +120,7 @@ def _prepare(options: Namespace) -> int:
             done = prepare(
                 config,
                 options.destination,
+                tokenizer=tokenizer,
                 workers=options.workers,
                 force=options.force,
                 advance=lambda read, total: bar.update(task, advance=read, total=total),
@@ -130,6 +167,40 @@ def _prepare(options: Namespace) -> int:
         reused = f", {done.reused} shards were done already" if done.reused else ""
         say(f"{options.destination}: {counts}; {speed}{reused}")
     return SUCCESS
+
+
+def _tokenizer(options: Namespace) -> int:
+    from gpt_core.text.training import require_vocabulary, train_tokenizer, write_trained
+
+    require_vocabulary(options.vocab_size)
+    replace = _kept_tokenizer if options.force else None
+    refuse_existing(options.destination, replace=replace)
+    reader = Reader(options.text_field, options.on_error)
+    files = find_files(options.source)
+    with progress() as bar, atomic_directory(options.destination, replace=replace) as folder:
+        task = bar.add_task("reading text, MB", total=None)
+
+        def texts() -> Iterator[str]:
+            for _, document in (document for file in files for document in reader.documents(file)):
+                bar.update(task, advance=len(document) / 1e6)
+                yield document.decode("utf-8")
+
+        made = train_tokenizer(texts(), options.vocab_size)
+        write_trained(made, folder)
+    count = made.get_vocab_size()
+    if options.json:
+        print_json({"destination": str(options.destination), "vocab_size": count, "skipped": reader.skipped})
+    else:
+        say(f"{options.destination}: {count:,} tokens")
+        if count < options.vocab_size:
+            say(f"note: no pair is left that occurs twice: {count:,} tokens are fewer than --vocab-size asks for")
+    return SUCCESS
+
+
+def _kept_tokenizer(folder: Path) -> str:
+    """Why a folder must not be replaced by a tokenizer; "" where it holds one alone, or nothing."""
+    strange = sorted(path.name for path in folder.iterdir() if path.name not in TOKENIZER_FILES)
+    return f"holds {strange[0]}, which is no part of a tokenizer" if strange else ""
 
 
 def _inspect(options: Namespace) -> int:

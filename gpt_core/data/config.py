@@ -30,6 +30,8 @@ class DataConfig:
             the interpreter's own library.
         prepared: Folder of tokens, written by `gpt-data prepare`. Null: `source` is tokenized while training.
         text_field: Field or column of JSON Lines, CSV, Parquet and datasets that holds the text.
+        tokenizer: That cuts `source` into tokens: a folder with `tokenizer.json`, a name on the Hugging Face hub, or
+            "gpt2". Null: the one of the weights that the run starts from, or GPT-2's.
         on_error: What a broken record does: "stop" with its file and line, or "skip" it and count.
         validation_fraction: Share of the documents kept for validation, chosen by their content and the seed.
         seed: Of the order and of the split.
@@ -45,6 +47,7 @@ class DataConfig:
     source: str = "stdlib"
     prepared: str | None = None
     text_field: str = "text"
+    tokenizer: str | None = None
     on_error: OnError = "stop"
     validation_fraction: float = 0.05
     seed: int = 0
@@ -54,7 +57,8 @@ class DataConfig:
     prefetch: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("source", "text_field", *(["prepared"] if self.prepared is not None else [])):
+        optional = [name for name in ("prepared", "tokenizer") if getattr(self, name) is not None]
+        for name in ("source", "text_field", *optional):
             require_text(self, name)
         require_one_of(self, "on_error", get_args(OnError))
         require_number(self, "validation_fraction", "a number in [0, 1)", lambda x: 0 <= x < 1)

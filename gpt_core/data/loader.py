@@ -13,6 +13,7 @@ from gpt_core.data.order import Split
 from gpt_core.data.prepared import PreparedTokens
 from gpt_core.data.streaming import StreamedBatches, streamed_chunks
 from gpt_core.errors import InputError
+from gpt_core.text.tokenizer import Tokenizer
 
 
 class BatchIterator:
@@ -93,7 +94,12 @@ def _make_ahead(source: BatchSource, state: dict[str, Any], waiting: "queue.Queu
 
 
 def training_batches(
-    config: DataConfig, batch_size: int, context_length: int, rows: Sequence[int] | None = None
+    config: DataConfig,
+    batch_size: int,
+    context_length: int,
+    rows: Sequence[int] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
 ) -> BatchIterator:
     """The batches to train on, prepared or streamed as the config says.
 
@@ -102,11 +108,14 @@ def training_batches(
         batch_size: Rows of the global batch.
         context_length: Tokens of a row.
         rows: Rows of the global batch that this host reads (`host_rows`); all by default.
+        tokenizer: Of text that is not prepared; GPT-2's unless given.
 
     Raises:
         InputError: the data is missing, damaged or too short.
     """
-    return BatchIterator(batch_source(config, "train", batch_size, context_length, rows), config.prefetch)
+    return BatchIterator(
+        batch_source(config, "train", batch_size, context_length, rows, tokenizer=tokenizer), config.prefetch
+    )
 
 
 def validation_batches(
@@ -115,6 +124,8 @@ def validation_batches(
     context_length: int,
     rows: Sequence[int] | None = None,
     limit: int | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[Batch]:
     """The validation text once, in order; the same for any number of hosts. Arguments as `training_batches`.
 
@@ -132,7 +143,7 @@ def validation_batches(
         else:
             batches = spread_batches(tokens, batch_size, context_length, limit, rows)
     else:
-        chunks = streamed_chunks(config, "validation")
+        chunks = streamed_chunks(config, "validation", tokenizer)
         batches = islice(evaluation_batches(chunks, batch_size, context_length, rows), limit)
     first = next(batches, None)
     if first is None:
@@ -144,7 +155,13 @@ def validation_batches(
 
 
 def batch_source(
-    config: DataConfig, split: Split, batch_size: int, context_length: int, rows: Sequence[int] | None = None
+    config: DataConfig,
+    split: Split,
+    batch_size: int,
+    context_length: int,
+    rows: Sequence[int] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
 ) -> BatchSource:
     """What makes the batches of a split; nothing is made yet. Arguments as `training_batches`.
 
@@ -152,6 +169,6 @@ def batch_source(
         InputError: the data is missing, damaged or too short.
     """
     if config.prepared is None:
-        return StreamedBatches(config, split, batch_size, context_length, rows)
+        return StreamedBatches(config, split, batch_size, context_length, rows, tokenizer)
     folder = Path(config.prepared)
     return PreparedBatches(folder, split, batch_size, context_length, config.seed, rows, verify=config.verify)

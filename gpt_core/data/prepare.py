@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gpt_core.data.config import DataConfig
 from gpt_core.data.order import Split, split_of
@@ -30,7 +29,9 @@ from gpt_core.files.reading import read_json
 from gpt_core.files.writing import atomic_file, held_name, refuse_existing, remove, replace_directory, temporary_name
 from gpt_core.interrupts import uninterrupted
 from gpt_core.sections import from_record, is_whole
-from gpt_core.text.tokenizer import Tokenizer, gpt2_tokenizer
+from gpt_core.text.gpt2 import gpt2_tokenizer, is_gpt2, named
+from gpt_core.text.tokenizer import Tokenizer
+from gpt_core.text.tokenizer_rules import ADDITIONAL_TEMPLATES, TOKENIZER_FILES
 
 SHARD_BYTES = 64 << 20  # of text; about 32 MB of tokens
 _PIECE_BYTES = 1 << 20  # of text: what one worker takes at a time
@@ -100,6 +101,7 @@ def prepare(
     config: DataConfig,
     destination: Path,
     *,
+    tokenizer: Tokenizer | None = None,
     workers: int = 1,
     force: bool = False,
     advance: Progress = lambda read, total: None,
@@ -109,7 +111,8 @@ def prepare(
 
     Args:
         config: `source`, `text_field`, `on_error`, `validation_fraction` and `seed` are read.
-        destination: The folder to be.
+        destination: The folder to be; another tokenizer than GPT-2's lies in it as well.
+        tokenizer: GPT-2's unless given.
         workers: Threads that tokenize.
         force: Replace a folder that exists, and start again where an interrupted run had other settings.
         advance: Told how far reading is.
@@ -123,15 +126,18 @@ def prepare(
     refuse_existing(destination, replace=replace)
     if not is_whole(workers, 1, _MOST_WORKERS):
         raise InputError(f"workers = {workers} must be a whole number of at least 1 and at most {_MOST_WORKERS:,}")
+    tokenizer = tokenizer or gpt2_tokenizer()
+    tokenizer.end_of_text  # noqa: B018  # one that has none is refused before anything is read
     files = find_files(config.source)
     partial = partial_folder(destination)
+    settings = _settings(config, tokenizer)
     with held_name(destination) as lease, held_name(partial):
-        _begin(partial, _plan(config, shard_bytes), force=force)
+        _begin(partial, settings | {"shard_bytes": shard_bytes}, force=force)
         try:
-            done = _prepare(config, files, partial, workers, advance, shard_bytes)
+            done = _prepare(config, tokenizer, settings, files, partial, workers, advance, shard_bytes)
             refuse_existing(destination, replace=replace)  # what came meanwhile is somebody's
             lease.require()
-            _complete(partial, destination, done.index)
+            _complete(partial, destination, done.index, tokenizer)
             return done
         except BaseException:
             if not _any_finished(partial):
@@ -144,25 +150,26 @@ def partial_folder(destination: Path) -> Path:
     return destination.with_name(f"{destination.name}.partial")
 
 
-def _settings(config: DataConfig) -> dict[str, Any]:
+def _settings(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "source": config.source,
         "text_field": config.text_field,
         "on_error": config.on_error,
         "validation_fraction": config.validation_fraction,
         "seed": config.seed,
-        "tokenizer": "gpt2",
-    }
-
-
-def _plan(config: DataConfig, shard_bytes: int) -> dict[str, Any]:
-    return _settings(config) | {"shard_bytes": shard_bytes}
+    } | named(tokenizer)
 
 
 def _prepare(
-    config: DataConfig, files: list[File], partial: Path, workers: int, advance: Progress, shard_bytes: int
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+    files: list[File],
+    partial: Path,
+    workers: int,
+    advance: Progress,
+    shard_bytes: int,
 ) -> Prepared:
-    tokenizer = gpt2_tokenizer()
     reader = Reader(config.text_field, config.on_error)
     text_bytes = reused = 0
     splits: dict[Split, list[Shard]] = {split: [] for split in get_args(Split)}
@@ -199,20 +206,15 @@ def _prepare(
         raise InputError(
             f"{config.source}: holds no text" + (f"; {reader.skipped} broken records" * bool(reader.skipped))
         )
-    index = Index(_settings(config), tokenizer.vocab_size, tokenizer.end_of_text, reader.skipped, splits)
+    index = Index(settings, tokenizer.vocab_size, tokenizer.end_of_text, reader.skipped, splits)
     return Prepared(index, text_bytes, reused, reader.first_skipped)
 
 
 def encode(tokenizer: Tokenizer, documents: list[bytes]) -> Tokens:
     """Token ids of documents, each followed by end-of-text, in the smallest type that holds the vocabulary."""
-    encoded = [tokenizer.encode_array(document.decode("utf-8")) for document in documents]
-    tokens: NDArray[Any] = np.empty(sum(map(len, encoded)) + len(encoded), np.min_scalar_type(tokenizer.vocab_size - 1))
-    position = 0
-    for ids in encoded:
-        tokens[position : position + len(ids)] = ids
-        position += len(ids) + 1
-        tokens[position - 1] = tokenizer.end_of_text
-    return tokens
+    encoded = tokenizer.encode_documents([document.decode("utf-8") for document in documents])
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    return np.concatenate([ids.astype(dtype) for ids in encoded]) if encoded else np.empty(0, dtype)
 
 
 def _begin(partial: Path, plan: dict[str, Any], *, force: bool) -> None:
@@ -223,7 +225,8 @@ def _begin(partial: Path, plan: dict[str, Any], *, force: bool) -> None:
     if partial.exists():
         if before is None and any(not path.name.startswith(".") for path in partial.iterdir()):
             raise InputError(f"{partial}: is where unfinished shards go, and holds something else; move it away")
-        differing = ", ".join(name for name in plan if before and plan[name] != before[name] and name not in _FREE)
+        names = sorted({*plan, *(before or {})} - _FREE)
+        differing = ", ".join(name for name in names if before and plan.get(name) != before.get(name))
         if differing and not force and _any_finished(partial):
             raise InputError(
                 f"{partial}: left by an interrupted run with other settings ({differing}); repeat those to go on, or "
@@ -239,7 +242,8 @@ def _read_plan(folder: Path) -> dict[str, Any] | None:
     """What an interrupted run was to do; None where there is no plan of ours."""
     with suppress(InputError):
         content = read_json(folder / _PLAN_FILE)
-        if isinstance(content, dict) and content.keys() == _plan(DataConfig(), 0).keys():
+        ours = {*_settings(DataConfig(), gpt2_tokenizer()), "shard_bytes"}
+        if isinstance(content, dict) and ours == content.keys() - {"tokenizer_sha256"}:
             return content
     return None
 
@@ -295,7 +299,7 @@ def _write(partial: Path, text: _Text) -> Shard:
     return shard
 
 
-def _complete(partial: Path, destination: Path, index: Index) -> None:
+def _complete(partial: Path, destination: Path, index: Index, tokenizer: Tokenizer) -> None:
     """Give the finished folder its name; shards and records that the index does not know are removed before."""
     keep = {shard.file for shards in index.splits.values() for shard in shards}
     temporary = temporary_name(destination)  # what is left under it goes by its lease, should we end here
@@ -303,7 +307,9 @@ def _complete(partial: Path, destination: Path, index: Index) -> None:
         index.write(partial)
         for path in partial.iterdir():
             if path.name not in keep | {INDEX_FILE}:
-                path.unlink()
+                remove(path)
+        if not is_gpt2(tokenizer):
+            tokenizer.save(partial)
         with uninterrupted():
             partial.replace(temporary)
             replace_directory(temporary, destination)
@@ -321,6 +327,7 @@ def _kept(folder: Path) -> str:
         Index.read(folder)
     except InputError:
         return "holds no index of prepared tokens"
-    parts = rf"{INDEX_FILE}|({'|'.join(get_args(Split))})-\d+\.npy"
+    own = "|".join(map(re.escape, (INDEX_FILE, *TOKENIZER_FILES, ADDITIONAL_TEMPLATES)))
+    parts = rf"{own}|({'|'.join(get_args(Split))})-\d+\.npy"
     strange = [name for name in found if not re.fullmatch(parts, name)]
     return f"holds {strange[0]}, which is no part of prepared tokens" if strange else ""

@@ -26,7 +26,8 @@ from gpt_core.data.records import Reader
 from gpt_core.data.sources import File, find_files
 from gpt_core.errors import InputError
 from gpt_core.sections import from_record
-from gpt_core.text.tokenizer import gpt2_tokenizer
+from gpt_core.text.gpt2 import gpt2_tokenizer, is_gpt2
+from gpt_core.text.tokenizer import Tokenizer
 
 # With this many files for each stream whole files are dealt, so that no file is read by two; with fewer, records.
 _FILES_A_STREAM = 16
@@ -80,7 +81,7 @@ class _Stream:
 
     def _documents(self, place: Place) -> Iterator[tuple[Place, Tokens]]:
         """Tokens of the documents from a place on, for ever."""
-        tokenizer = gpt2_tokenizer()
+        tokenizer = self._text.tokenizer
         first, skip = place.document, place.token
         for begin, block in self._blocks(replace(place, document=0, token=0)):
             key = key_of("block", self._text.seed, self._number, begin.epoch, begin.file, begin.record)
@@ -118,12 +119,14 @@ class StreamedText:
     Args:
         config: All fields are read but `prepared` and those of it.
         split: Which split.
+        tokenizer: GPT-2's unless given.
 
     Raises:
         InputError: the source is wrong.
     """
 
-    def __init__(self, config: DataConfig, split: Split) -> None:
+    def __init__(self, config: DataConfig, split: Split, tokenizer: Tokenizer | None = None) -> None:
+        self.tokenizer = tokenizer or gpt2_tokenizer()
         self.source, self.split, self.seed = config.source, split, config.seed
         self.streams, self.shuffle_window = config.streams, config.shuffle_window
         self._validation_fraction = config.validation_fraction
@@ -147,7 +150,7 @@ class StreamedText:
             "seed": self.seed,
             "streams": self.streams,
             "shuffle_window": self.shuffle_window,
-        }
+        } | ({} if is_gpt2(self.tokenizer) else {"tokenizer_sha256": self.tokenizer.sha256})
 
     def documents(self, stream: int, place: Place) -> Iterator[tuple[int, int, bytes]]:
         """(file, record, text) of a stream's documents from a place's block to the end of its epoch."""
@@ -183,6 +186,7 @@ class StreamedBatches:
         batch_size: Rows of the global batch.
         context_length: Tokens of a row.
         rows: Rows of the global batch that this host reads; all by default.
+        tokenizer: GPT-2's unless given.
 
     Raises:
         InputError: the source is wrong, or there are more streams than rows.
@@ -195,13 +199,14 @@ class StreamedBatches:
         batch_size: int,
         context_length: int,
         rows: Sequence[int] | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         if config.streams > batch_size:
             raise InputError(
                 f"streams = {config.streams} is more than the {batch_size} rows of a batch, so some text would never "
                 f"be read; lower data.streams to {batch_size} or less"
             )
-        self._text = StreamedText(config, split)
+        self._text = StreamedText(config, split, tokenizer)
         self._batch_size, self._context_length = batch_size, context_length
         self._rows = list(range(batch_size) if rows is None else rows)
         self._identity = self._text.identity | {"batch_size": batch_size, "context_length": context_length}
@@ -245,7 +250,7 @@ class StreamedBatches:
             yield batch, {"kind": "streamed", "step": step + 1, "identity": self._identity, "places": places}
 
     def _require_one_context(self) -> None:
-        tokens, tokenizer = 0, gpt2_tokenizer()
+        tokens, tokenizer = 0, self._text.tokenizer
         for document in self._text.all_documents():
             tokens += len(encode(tokenizer, [document]))
             if tokens > self._context_length:
@@ -256,12 +261,12 @@ class StreamedBatches:
         )
 
 
-def streamed_chunks(config: DataConfig, split: Split) -> Iterator[Tokens]:
+def streamed_chunks(config: DataConfig, split: Split, tokenizer: Tokenizer | None = None) -> Iterator[Tokens]:
     """Tokens of every document of a split, once, in the order of the source."""
-    tokenizer = gpt2_tokenizer()
-    documents = StreamedText(config, split).all_documents()
+    text = StreamedText(config, split, tokenizer)
+    documents = text.all_documents()
     while some := list(islice(documents, 64)):
-        yield encode(tokenizer, some)
+        yield encode(text.tokenizer, some)
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

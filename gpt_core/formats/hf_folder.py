@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from gpt_core.config import ModelConfig
-from gpt_core.errors import InputError
+from gpt_core.errors import InputError, shown
 from gpt_core.files.reading import read_json
 from gpt_core.files.writing import atomic_file
 from gpt_core.formats.hf_fields import HUGGING_FACE_TYPES, model_type_of
 from gpt_core.parameters import parameter_count
+from gpt_core.sections import is_whole
 from gpt_core.storage.checkpoint_config import CONFIG_FILE, config_home
+from gpt_core.text.gpt2 import Gpt2Tokenizer
 from gpt_core.text.tokenizer import Tokenizer
 from gpt_core.text.tokenizer_rules import END_OF_TEXT, TOKENIZER_CONFIG, TOKENIZER_FILE, tokenizer_files
 
@@ -35,7 +37,9 @@ def carry(source: Path, folder: Path) -> None:
     if _is_hugging_face(home) and not (folder / GENERATION_CONFIG).exists():
         write_generation_config(folder, token_ids(home, None))
     for file in (*tokenizer_files(home), *([generation] if generation.is_file() else [])):
-        shutil.copyfile(file, folder / file.name)
+        target = folder / file.relative_to(home)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def token_ids(source: Path | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def token_ids(source: Path | None, tokenizer: Tokenizer | None) -> dict[str, Any
 
     Args:
         source: The checkpoint that it came from.
-        tokenizer: GPT-2's, or None.
+        tokenizer: Its own, or None.
 
     Raises:
         InputError: a file that names them is damaged.
@@ -56,6 +60,23 @@ def token_ids(source: Path | None, tokenizer: Tokenizer | None) -> dict[str, Any
             return {name: content.get(name) for name in TOKEN_IDS}
     end = None if tokenizer is None else tokenizer.end_of_text
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+
+
+def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end what a checkpoint writes: all that came with it, or the tokenizer's end of text.
+
+    Raises:
+        InputError: a file that names them is damaged, or none does.
+    """
+    home = config_home(folder)
+    for file in (home / GENERATION_CONFIG, home / CONFIG_FILE):
+        found = read_object(file).get("eos_token_id") if file.is_file() else None
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(is_whole(number, 0) for number in ids):
+            raise InputError(f"{file}: eos_token_id = {shown(found)} must be a token id, or a list of some")
+        if ids:
+            return tuple(ids)
+    return (tokenizer.end_of_text,)
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -75,8 +96,10 @@ def _is_hugging_face(folder: Path) -> bool:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
-    """Write GPT-2's tokenizer: the two original files, and the two that AutoTokenizer reads without a network."""
+    """Write a tokenizer's files; of GPT-2's also the two that AutoTokenizer reads without a network."""
     tokenizer.save(folder)
+    if not isinstance(tokenizer, Gpt2Tokenizer):
+        return
     _write_json(folder / TOKENIZER_FILE, _tokenizer_json(tokenizer), indent=None)
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     # Not "GPT2Tokenizer": transformers 5 rebuilds that one from vocab.json and merges.txt instead of reading
@@ -85,7 +108,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> 
     _write_json(folder / TOKENIZER_CONFIG, config | {"clean_up_tokenization_spaces": False})
 
 
-def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+def _tokenizer_json(tokenizer: Gpt2Tokenizer) -> dict[str, Any]:
     """GPT-2's byte-level BPE in the file format of the library `tokenizers`."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end = {"id": tokenizer.end_of_text, "content": END_OF_TEXT, "single_word": False, "lstrip": False}

@@ -34,7 +34,8 @@ from gpt_core.storage.weights import (
     source_of,
     wrapper_of,
 )
-from gpt_core.text.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
+from gpt_core.text.finding import find_tokenizer, tokenizer_of
+from gpt_core.text.tokenizer import Tokenizer
 
 MAX_SHARD_SIZE = 5_000_000_000
 _ADAPTER = re.compile(r"\.(lora_\w+|base_layer|modules_to_save)\.")

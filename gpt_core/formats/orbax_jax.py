@@ -16,7 +16,8 @@ from gpt_core.storage.checkpoint_config import PARAMS_FOLDER, read_checkpoint_co
 from gpt_core.storage.orbax_file import OrbaxReader, write_orbax
 from gpt_core.storage.tensor_info import FLOATS, Array, TensorInfo
 from gpt_core.storage.weights import DType, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
-from gpt_core.text.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
+from gpt_core.text.finding import find_tokenizer, tokenizer_of
+from gpt_core.text.tokenizer import Tokenizer
 
 
 def spoke(config: ModelConfig, *, scan_layers: bool = True) -> Spoke:

@@ -16,7 +16,8 @@ from gpt_core.storage.checkpoint_config import WEIGHTS_FILE, read_checkpoint_con
 from gpt_core.storage.safetensors_file import SafetensorsReader, write_safetensors
 from gpt_core.storage.tensor_info import Array, TensorInfo
 from gpt_core.storage.weights import DType, Source, parameter_dtypes, require_keys, slots, source_of
-from gpt_core.text.tokenizer import Tokenizer, find_tokenizer, tokenizer_of
+from gpt_core.text.finding import find_tokenizer, tokenizer_of
+from gpt_core.text.tokenizer import Tokenizer
 
 SPOKE = {
     "token_embedding": ("token_embedding", "vocab embed"),

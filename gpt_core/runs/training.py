@@ -23,7 +23,7 @@ from gpt_core.runs.config import RunConfig
 from gpt_core.runs.folder import Framework, StepRecord
 from gpt_core.runs.summary import environment, loss_curve, write_summary
 from gpt_core.runs.tracking import Tracker
-from gpt_core.text.tokenizer import gpt2_tokenizer
+from gpt_core.text.gpt2 import gpt2_tokenizer
 
 
 class StopRequest:

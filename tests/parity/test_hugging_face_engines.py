@@ -6,7 +6,7 @@ import numpy as np
 import numpy_gpt
 import pytest
 
-from gpt_core.text.tokenizer import gpt2_tokenizer
+from gpt_core.text.gpt2 import gpt2_tokenizer
 from parity.checkpoints.convert import convert
 
 

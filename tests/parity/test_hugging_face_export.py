@@ -14,7 +14,7 @@ import pytest
 from hugging_face import greedy
 
 from gpt_core.formats import open_checkpoint
-from gpt_core.text.tokenizer import gpt2_tokenizer
+from gpt_core.text.gpt2 import gpt2_tokenizer
 from parity.checkpoints.convert import convert
 
 PROMPT, NEW = 11, 32  # more than ten windows in all

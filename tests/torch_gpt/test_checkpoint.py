@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from gpt_core.errors import InputError
 from gpt_core.precision import Precision
 from gpt_core.storage.checkpoint_config import write_checkpoint_config
-from gpt_core.text.tokenizer import gpt2_tokenizer, tokenizer_of
+from gpt_core.text.finding import tokenizer_of
+from gpt_core.text.gpt2 import gpt2_tokenizer
 from torch_gpt.checkpoint import load, save
 from torch_gpt.model import GPT, initialiser
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_core.text.tokenizer import tokenizer_of
+from gpt_core.text.finding import tokenizer_of
 from torch_gpt.checkpoint import load
 from torch_gpt.cli import main
 

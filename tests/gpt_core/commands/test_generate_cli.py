@@ -10,7 +10,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.storage.checkpoint_config import write_checkpoint_config
 from gpt_core.text.generation import Written
-from gpt_core.text.tokenizer import gpt2_tokenizer
+from gpt_core.text.gpt2 import gpt2_tokenizer
 
 
 @pytest.fixture

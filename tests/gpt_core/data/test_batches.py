@@ -153,7 +153,7 @@ def test_an_epoch_of_streams_reads_each_document_once(tmp_path: Path) -> None:
     source = write_json_lines(tmp_path / "a.jsonl", documents)
     config = DataConfig(source=str(source), streams=4, shuffle_window=16, validation_fraction=0)
     batches, _ = take(StreamedBatches(config, "train", 4, 8), 400)
-    from gpt_core.text.tokenizer import gpt2_tokenizer
+    from gpt_core.text.gpt2 import gpt2_tokenizer
 
     for stream in range(4):
         tokens = np.concatenate([batch["tokens"][stream] for batch in batches]).tolist()

@@ -12,7 +12,7 @@ from gpt_core.data.config import DataConfig
 from gpt_core.data.prepare import prepare
 from gpt_core.data.prepared import Index, PreparedTokens, unigram_entropy, verify_shards
 from gpt_core.errors import InputError
-from gpt_core.text.tokenizer import gpt2_tokenizer
+from gpt_core.text.gpt2 import gpt2_tokenizer
 
 SHARD = 20_000
 

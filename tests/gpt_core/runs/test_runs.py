@@ -30,7 +30,7 @@ from gpt_core.runs.folder import (
     set_aside,
 )
 from gpt_core.storage.checkpoint_config import read_checkpoint_config
-from gpt_core.text.tokenizer import gpt2_tokenizer
+from gpt_core.text.gpt2 import gpt2_tokenizer
 
 CONFIG = RunConfig.from_dict(
     {

@@ -8,16 +8,9 @@ import pytest
 
 from gpt_core.data.stdlib import prose
 from gpt_core.errors import InputError
-from gpt_core.text import tokenizer as module
-from gpt_core.text.tokenizer import (
-    Tokenizer,
-    find_tokenizer,
-    gpt2_tokenizer,
-    rows_without_tokens,
-    text_tokenizer,
-    tokenizer_for,
-    tokenizer_of,
-)
+from gpt_core.text import gpt2 as module
+from gpt_core.text.finding import find_tokenizer, rows_without_tokens, text_tokenizer, tokenizer_for, tokenizer_of
+from gpt_core.text.gpt2 import Gpt2Tokenizer, gpt2_tokenizer
 
 # Unicode's White_Space, and characters that are none of it although Python or a reader may think so.
 BLANKS = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
@@ -187,17 +180,17 @@ def test_merges_and_vocabulary_cannot_change_places(tmp_path: Path) -> None:
     gpt2_tokenizer().save(tmp_path)
     shutil.move(tmp_path / "vocab.json", tmp_path / "x")
     with pytest.raises(InputError, match="not the files of the GPT-2 tokenizer"):
-        Tokenizer(merges=tmp_path / "x", vocabulary=tmp_path / "merges.txt")
+        Gpt2Tokenizer(merges=tmp_path / "x", vocabulary=tmp_path / "merges.txt")
 
 
 def test_nothing_is_read_out_of_tiktokens_cache_nor_left_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It knows files by their path: a good copy would hide that the file was exchanged."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
     gpt2_tokenizer().save(tmp_path)
-    made = Tokenizer(merges=tmp_path / "merges.txt", vocabulary=tmp_path / "vocab.json")
+    made = Gpt2Tokenizer(merges=tmp_path / "merges.txt", vocabulary=tmp_path / "vocab.json")
     assert made.encode("Hello world") == [15496, 995]
     assert not (tmp_path / "cache").exists()
     assert os.environ["TIKTOKEN_CACHE_DIR"] == str(tmp_path / "cache")
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(InputError, match=r"not the files of the GPT-2 tokenizer: merges\.txt is another"):
-        Tokenizer(merges=tmp_path / "merges.txt", vocabulary=tmp_path / "vocab.json")
+        Gpt2Tokenizer(merges=tmp_path / "merges.txt", vocabulary=tmp_path / "vocab.json")

@@ -12,7 +12,8 @@ import pytest
 from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
 from gpt_core.parameters import parameter_table
-from gpt_core.text.tokenizer import gpt2_tokenizer, tokenizer_of
+from gpt_core.text.finding import tokenizer_of
+from gpt_core.text.gpt2 import gpt2_tokenizer
 from parity.checkpoints.convert import conversion_parts, convert
 
 SHAPES = {

@@ -7,7 +7,7 @@ import pytest
 
 from gpt_core.config import ModelConfig
 from gpt_core.files.hashes import write_hashes
-from gpt_core.text.tokenizer import gpt2_tokenizer
+from gpt_core.text.gpt2 import gpt2_tokenizer
 
 
 @pytest.mark.parametrize("format", ["jax", "torch"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gpt_core.errors import InputError
-from gpt_core.text.tokenizer import gpt2_tokenizer
+from gpt_core.text.gpt2 import gpt2_tokenizer
 from parity.records.tokens import require_fitting, tokens_for
 
 VOCABULARY = 50257
