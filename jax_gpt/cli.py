@@ -5,8 +5,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from gpt_core.checkpoints.hub import local_folder
 from gpt_core.cli import SUCCESS, parser, run
-from gpt_core.commands.generate import Chunks, Request, generate_command, generate_parser
+from gpt_core.commands.generate import Request, Writer, generate_command, generate_parser
 from gpt_core.commands.init import init_command, init_parser
 from gpt_core.commands.train import (
     eval_config,
@@ -18,7 +19,6 @@ from gpt_core.commands.train import (
 )
 from gpt_core.config import ModelConfig
 from gpt_core.runs.config import MOST_DEVICES, RunConfig
-from gpt_core.runs.folder import find_checkpoint
 from gpt_core.runs.sweep import sweep_command, sweep_parser
 from gpt_core.sections import require_flag_count
 from gpt_core.text.generation import Written
@@ -37,11 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_subcommand("plan", plan_parser(), help="will it fit on a TPU slice, and what will it cost")
     commands.add_subcommand("init", init_parser("jax-gpt"), help="write a checkpoint with fresh weights")
     actions = {
-        "train": _train,
+        "train": lambda options: _train(options, given=top.parse_args(arguments, defaults=False).train),
         "eval": lambda options: _eval(options, given=top.parse_args(arguments, defaults=False).eval),
         "sweep": _sweep,
         "generate": _generate,
-        "plan": plan_command,
+        "plan": lambda options: plan_command(options, given=top.parse_args(arguments, defaults=False).plan),
         "init": _init,
     }
     return run(top, actions, arguments)
@@ -55,8 +55,8 @@ def _train_parser() -> ArgumentParser:
     return command
 
 
-def _train(options: Namespace) -> int:
-    config, run = train_config(options)
+def _train(options: Namespace, given: Namespace) -> int:
+    config, run = train_config(options, given)
     _set_up(config, options)
     from jax_gpt.hosts import ending_together
     from jax_gpt.train import train
@@ -69,7 +69,7 @@ def _train(options: Namespace) -> int:
 
 
 def _eval(options: Namespace, given: Namespace) -> int:
-    checkpoint = find_checkpoint(options.checkpoint)
+    checkpoint = local_folder(options.checkpoint)
     config = eval_config(options, given, checkpoint)
     _set_up(config)
     from jax_gpt.train import evaluate_checkpoint
@@ -99,25 +99,26 @@ def _set_up(config: RunConfig, options: Namespace | None = None) -> None:
 
 
 def _generate(options: Namespace) -> int:
-    def start(request: Request) -> Chunks:
+    def load(request: Request) -> Writer:
         import jax
 
         if request.precision.wide_dtype == "float64":
             jax.config.update("jax_enable_x64", True)
         from jax_gpt import generate, speculate
-        from jax_gpt.checkpoint import load
         from jax_gpt.model import GPT
 
         def model(path: Path) -> GPT:
-            return load(path, precision=request.precision, implementation="auto")
+            return GPT.from_pretrained(path, precision=request.precision, implementation="auto")
 
-        target, prompts = model(request.checkpoint), request.prompts
+        target = model(request.checkpoint)
         if request.draft is None:
-            return map(Written.plain, generate.stream(target, prompts, request.options, chunk=4))
+            return lambda prompts, sampling: map(Written.plain, generate.stream(target, prompts, sampling, chunk=4))
         draft, count = model(request.draft), request.draft_tokens
-        return speculate.stream(target, draft, prompts, request.options, draft_tokens=count, rounds=1)
+        return lambda prompts, sampling: speculate.stream(
+            target, draft, prompts, sampling, draft_tokens=count, rounds=1
+        )
 
-    return generate_command(options, start)
+    return generate_command(options, load)
 
 
 def _init(options: Namespace) -> int:

@@ -11,7 +11,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from gpt_core.checkpoints.start import Start, begin, tokenizer_of_data
 from gpt_core.data.loader import training_batches
+from gpt_core.formats import open_checkpoint
 from gpt_core.runs.config import RunConfig
 from gpt_core.runs.folder import held_run, open_run, resume_notices
 from gpt_core.runs.tracking import Tracker
@@ -24,14 +26,14 @@ from gpt_core.runs.training import (
     evaluation_text,
     perplexity,
 )
-from gpt_core.storage.checkpoint_config import read_checkpoint_config
-from gpt_core.text.finding import rows_without_tokens, tokenizer_for
+from gpt_core.text.finding import rows_without_tokens
+from gpt_core.text.tokenizer import Tokenizer
 from jax_gpt.attention import picks
-from jax_gpt.checkpoint import load
 from jax_gpt.device import peak_memory, total_peak_flops
 from jax_gpt.distributed import all_agree, is_primary, merged_state, preempted, wait_for_all
 from jax_gpt.run_checkpoint import RunCheckpoints
 from jax_gpt.sharding import check_divides, create_mesh, local_rows, place_batch
+from jax_gpt.start import placed, started
 from jax_gpt.step import Program, create_program
 
 
@@ -52,27 +54,45 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
     mesh = create_mesh(config.jax.mesh)
     check_divides(config, mesh)
     check_dtype(config, "jax")
-    check_data(config)
-    tokenizer = tokenizer_for(config.model.vocab_size)
+    start = begin(config, run)
+    check_data(config, start.tokenizer)
     with held_run(run, primary=is_primary(), agree=all_agree) as require_hold:
-        before = open_run(run, config, "jax", tokenizer, primary=is_primary(), agree=all_agree)
+        before = open_run(
+            run,
+            config,
+            "jax",
+            start.saved_tokenizer(config.model),
+            origin=lambda: start.origin(config),
+            primary=is_primary(),
+            agree=all_agree,
+        )
         wait_for_all("the run's folder is there")
-        return _train(config, run, before, mesh, require_hold)
+        return _train(config, run, before, mesh, require_hold, start)
 
 
 def _train(
-    config: RunConfig, run: Path, before: RunConfig | None, mesh: Mesh, require_hold: Callable[[], None]
+    config: RunConfig,
+    run: Path,
+    before: RunConfig | None,
+    mesh: Mesh,
+    require_hold: Callable[[], None],
+    start: Start,
 ) -> tuple[dict[str, Any] | None, int]:
     """Train in a folder that is held (`require_hold` is asked before each save); `before` is what it was to be then."""
     program = create_program(config, mesh)
     rows = local_rows(mesh, config.train.batch_size)
     steps = config.train.steps
-    opening = rows_without_tokens(config.model.vocab_size)
+    opening = rows_without_tokens(config.model.vocab_size, start.tokenizer)
     if config.jax.attention == "auto":
         opening.append(f"attention: {picks(jax.default_backend(), config.train.dtype, config.model)}")
     with StopRequest() as stop, RunCheckpoints(run, config.train, opening.append) as checkpoints:
         restored = checkpoints.restore(program.state)
-        state, record = restored or (program.create(), None)
+        if restored is not None:
+            state, record = restored
+        elif start.checkpoint is not None:
+            state, record = started(program, config, start.checkpoint.read), None
+        else:
+            state, record = program.create(), None
         first = 0 if record is None else record.step
         with (
             Tracker(
@@ -83,7 +103,9 @@ def _train(
                 step=first,
                 primary=is_primary(),
             ) as tracker,
-            training_batches(config.data, config.train.batch_size, config.context_length, rows) as batches,
+            training_batches(
+                config.data, config.train.batch_size, config.context_length, rows, tokenizer=start.tokenizer
+            ) as batches,
         ):
             opening += resume_notices(before, config, first)
             for text in [*opening, *([f"going on after step {first}"] if first else [])]:
@@ -91,6 +113,9 @@ def _train(
             if record is not None:
                 batches.restore(record.data)
             journal = Journal(config, tracker, record, total_peak_flops(config.train.dtype))
+            if record is None and start.checkpoint is not None:  # from here on the source is not needed
+                checkpoints.save(state, journal.record(0, merged_state(batches.state()), "jax", evaluated=False))
+                journal.resume_clock()
             following = place_batch(next(batches), mesh, config.train.batch_size) if first < steps else {}
             waiting = None
             for done in range(first + 1, steps + 1):
@@ -112,7 +137,7 @@ def _train(
                 journal.note(*waiting)
                 waiting = None
                 if evaluating:
-                    journal.evaluated(done, evaluate(program, state.parameters, config, mesh))
+                    journal.evaluated(done, evaluate(program, state.parameters, config, mesh, start.tokenizer))
                 if saving:
                     require_hold()
                     checkpoints.save(state, journal.record(done, merged_state(data_state), "jax", evaluated=evaluating))
@@ -123,13 +148,13 @@ def _train(
                 journal.resume_clock()
             checkpoints.wait()
             if journal.validation_loss is None or math.isnan(journal.train_loss):  # it was complete already
-                journal.evaluated(steps, evaluate(program, state.parameters, config, mesh))
-            return (journal.finish(run, "jax", peak_memory()) if is_primary() else None), 0
+                journal.evaluated(steps, evaluate(program, state.parameters, config, mesh, start.tokenizer))
+            return (journal.finish(run, "jax", peak_memory(), start.tokenizer) if is_primary() else None), 0
 
 
-def evaluate(program: Program, parameters: nnx.State, config: RunConfig, mesh: Mesh) -> float:
+def evaluate(program: Program, parameters: nnx.State, config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> float:
     """Mean loss over the validation text, or as much of it as `train.evaluation_batches` says, in nats a token."""
-    return _summed(program, parameters, config, mesh)[0]
+    return _summed(program, parameters, config, mesh, tokenizer)[0]
 
 
 def evaluate_checkpoint(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
@@ -137,7 +162,7 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
 
     Args:
         config: Names data, batches and precision; the model is the checkpoint's.
-        checkpoint: Folder with weights, of a run or of a model.
+        checkpoint: Folder with weights, of a run or of a model, in any format.
 
     Returns:
         `validation_loss` in nats a token, `validation_perplexity`, `tokens`.
@@ -145,27 +170,29 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
     Raises:
         InputError: checkpoint, data or mesh do not fit.
     """
-    config = replace(config, model=read_checkpoint_config(checkpoint))
+    opened = open_checkpoint(checkpoint)
+    config = replace(config, model=opened.config)
     mesh = create_mesh(config.jax.mesh)
     check_divides(config, mesh)
     check_dtype(config, "jax")
-    check_vocabulary(config)
+    tokenizer = tokenizer_of_data(config, checkpoint)
+    check_vocabulary(config, tokenizer)
     program = create_program(config, mesh)
-    model = load(checkpoint, precision=config.precision, scan_layers=config.jax.scan_layers)
-    places = jax.tree.map(lambda leaf: leaf.sharding, program.state.parameters)
-    loss, tokens = _summed(program, jax.device_put(nnx.state(model, nnx.Param), places), config, mesh)
+    loss, tokens = _summed(program, placed(program.state.parameters, config, opened.read), config, mesh, tokenizer)
     return {"validation_loss": loss, "validation_perplexity": perplexity(loss), "tokens": tokens}
 
 
-def _summed(program: Program, parameters: nnx.State, config: RunConfig, mesh: Mesh) -> tuple[float, int]:
+def _summed(
+    program: Program, parameters: nnx.State, config: RunConfig, mesh: Mesh, tokenizer: Tokenizer
+) -> tuple[float, int]:
     total, count = 0.0, 0
-    for batch in _placed(config, mesh):
+    for batch in _placed(config, mesh, tokenizer):
         loss, tokens = program.evaluate(parameters, batch)
         total, count = total + float(loss), count + int(tokens)
     return total / count, count
 
 
-def _placed(config: RunConfig, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+def _placed(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Iterator[dict[str, jax.Array]]:
     size = config.train.batch_size
-    for batch in evaluation_text(config, local_rows(mesh, size)):
+    for batch in evaluation_text(config, tokenizer, local_rows(mesh, size)):
         yield place_batch(batch, mesh, size)

@@ -250,12 +250,18 @@ def test_eval_reads_a_run_and_gives_the_loss_that_training_saw(
     assert found["validation_loss"] == pytest.approx(summary["validation_loss"], rel=1e-6)
 
 
-def test_a_run_of_the_other_framework_is_refused_with_the_command_that_converts_it(
-    framework: str, undisturbed: Path, capfd: pytest.CaptureFixture[str]
+def test_a_run_of_the_other_framework_is_read_as_it_is(
+    framework: str, config: Path, undisturbed: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Both evaluate and continue it; training goes on where it began, or is carried over."""
     other = {"jax": "torch", "torch": "jax"}[framework]
-    folder = undisturbed / "checkpoints" / "12"
-    assert main(other, "generate", str(undisturbed), "the") == 2
-    assert capfd.readouterr().err.endswith(f"parity convert {folder} DESTINATION --to {other}\n")
-    assert main(other, "eval", str(undisturbed)) == 2
-    assert "Traceback" not in capfd.readouterr().err
+    found = {}
+    for name in (framework, other):
+        assert main(name, "generate", str(undisturbed), "the", "--max-new-tokens", "4", "--json") == 0
+        text = json.loads(capfd.readouterr().out)
+        assert main(name, "eval", str(undisturbed), "--json") == 0
+        found[name] = (text, json.loads(capfd.readouterr().out)["validation_loss"])
+    assert found[framework][0] == found[other][0]
+    assert found[framework][1] == pytest.approx(found[other][1], rel=1e-5)
+    assert train(other, config, undisturbed) == 2
+    assert f"parity convert --state {undisturbed} NEW_RUN --to {other}" in capfd.readouterr().err

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from gpt_core.checkpoints.hub import local_folder
 from gpt_core.cli import SUCCESS, parser, run
-from gpt_core.commands.generate import Chunks, Request, generate_command, generate_parser
+from gpt_core.commands.generate import Request, Writer, generate_command, generate_parser
 from gpt_core.commands.init import init_command, init_parser
 from gpt_core.commands.train import (
     eval_config,
@@ -17,7 +18,6 @@ from gpt_core.commands.train import (
     train_parser,
 )
 from gpt_core.config import ModelConfig
-from gpt_core.runs.folder import find_checkpoint
 from gpt_core.runs.sweep import sweep_command, sweep_parser
 from gpt_core.text.generation import Written
 from gpt_core.text.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_subcommand("generate", _generate_parser(), help="continue prompts")
     commands.add_subcommand("init", init_parser("torch-gpt"), help="write a checkpoint with fresh weights")
     actions = {
-        "train": _train,
+        "train": lambda options: _train(options, given=top.parse_args(arguments, defaults=False).train),
         "eval": lambda options: _eval(options, given=top.parse_args(arguments, defaults=False).eval),
         "sweep": _sweep,
         "generate": _generate,
@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     return run(top, actions, arguments)
 
 
-def _train(options: Namespace) -> int:
-    config, run = train_config(options)
+def _train(options: Namespace, given: Namespace) -> int:
+    config, run = train_config(options, given)
     from torch_gpt.train import train
 
     summary, code = train(config, run)
@@ -53,7 +53,7 @@ def _train(options: Namespace) -> int:
 
 
 def _eval(options: Namespace, given: Namespace) -> int:
-    checkpoint = find_checkpoint(options.checkpoint)
+    checkpoint = local_folder(options.checkpoint)
     config = eval_config(options, given, checkpoint)
     from torch_gpt.distributed import is_primary
     from torch_gpt.train import evaluate_checkpoint
@@ -75,27 +75,27 @@ def _generate_parser() -> ArgumentParser:
 
 
 def _generate(options: Namespace) -> int:
-    def start(request: Request) -> Chunks:
+    def load(request: Request) -> Writer:
         import torch
 
         from torch_gpt import generate, speculate
-        from torch_gpt.checkpoint import load
         from torch_gpt.model import GPT
 
         def model(path: Path) -> GPT:
-            loaded = load(path, precision=request.precision, implementation="auto")
+            loaded = GPT.from_pretrained(path, precision=request.precision, implementation="auto")
             return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
-        target, prompts = model(request.checkpoint), request.prompts
+        target = model(request.checkpoint)
         if request.draft is None:
-            chunks = generate.stream(target, prompts, request.options, compiled=options.compile, chunk=4)
-            return map(Written.plain, chunks)
+            return lambda prompts, sampling: map(
+                Written.plain, generate.stream(target, prompts, sampling, compiled=options.compile, chunk=4)
+            )
         draft, count = model(request.draft), request.draft_tokens
-        return speculate.stream(
-            target, draft, prompts, request.options, draft_tokens=count, compiled=options.compile, rounds=1
+        return lambda prompts, sampling: speculate.stream(
+            target, draft, prompts, sampling, draft_tokens=count, compiled=options.compile, rounds=1
         )
 
-    return generate_command(options, start)
+    return generate_command(options, load)
 
 
 def _init(options: Namespace) -> int:

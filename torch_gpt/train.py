@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from gpt_core.checkpoints.start import Start, begin, tokenizer_of_data
 from gpt_core.data.loader import training_batches
+from gpt_core.formats import open_checkpoint
 from gpt_core.runs.config import RunConfig
 from gpt_core.runs.folder import held_run, open_run, resume_notices
 from gpt_core.runs.tracking import Tracker
@@ -22,15 +24,15 @@ from gpt_core.runs.training import (
     evaluation_text,
     perplexity,
 )
-from gpt_core.storage.checkpoint_config import read_checkpoint_config
-from gpt_core.text.finding import rows_without_tokens, tokenizer_for
+from gpt_core.text.finding import rows_without_tokens
+from gpt_core.text.tokenizer import Tokenizer
 from torch_gpt.attention import picks
-from torch_gpt.checkpoint import load
 from torch_gpt.device import peak_memory, total_peak_flops
 from torch_gpt.distributed import all_agree, connect, is_primary, merged_state, preempted, wait_for_all
 from torch_gpt.memory import keep_freed_memory
-from torch_gpt.parallel import check_divides, like, local_rows, place_batch
+from torch_gpt.parallel import check_divides, local_rows, place_batch
 from torch_gpt.run_checkpoint import RunCheckpoints
+from torch_gpt.start import started
 from torch_gpt.step import Program, create_program
 
 
@@ -52,27 +54,42 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
     accelerator = connect()
     check_divides(config)
     check_dtype(config, "torch")
-    check_data(config)
-    tokenizer = tokenizer_for(config.model.vocab_size)
+    start = begin(config, run)
+    check_data(config, start.tokenizer)
     with held_run(run, primary=is_primary(), agree=all_agree) as require_hold:
-        before = open_run(run, config, "torch", tokenizer, primary=is_primary(), agree=all_agree)
+        before = open_run(
+            run,
+            config,
+            "torch",
+            start.saved_tokenizer(config.model),
+            origin=lambda: start.origin(config),
+            primary=is_primary(),
+            agree=all_agree,
+        )
         wait_for_all("the run's folder is there")
-        return _train(config, run, before, accelerator, require_hold)
+        return _train(config, run, before, accelerator, require_hold, start)
 
 
 def _train(
-    config: RunConfig, run: Path, before: RunConfig | None, accelerator: Accelerator, require_hold: Callable[[], None]
+    config: RunConfig,
+    run: Path,
+    before: RunConfig | None,
+    accelerator: Accelerator,
+    require_hold: Callable[[], None],
+    start: Start,
 ) -> tuple[dict[str, Any] | None, int]:
     """Train in a folder that is held (`require_hold` is asked before each save); `before` is what it was to be then."""
     program = create_program(config, accelerator)
     rows = local_rows(config.train.batch_size)
     steps = config.train.steps
-    opening = rows_without_tokens(config.model.vocab_size)
+    opening = rows_without_tokens(config.model.vocab_size, start.tokenizer)
     if config.torch.attention == "auto":
         opening.append(f"attention: {picks(program.device.type, config.train.dtype, config.model)}")
     with StopRequest() as stop, RunCheckpoints(run, config.train, opening.append) as checkpoints:
         restored = checkpoints.restore(program.state)
         state, record = restored or (program.state, None)
+        if record is None and start.checkpoint is not None:
+            state = started(program, config, start.checkpoint.read)
         first = 0 if record is None else record.step
         with (
             Tracker(
@@ -83,7 +100,9 @@ def _train(
                 step=first,
                 primary=is_primary(),
             ) as tracker,
-            training_batches(config.data, config.train.batch_size, config.context_length, rows) as batches,
+            training_batches(
+                config.data, config.train.batch_size, config.context_length, rows, tokenizer=start.tokenizer
+            ) as batches,
         ):
             opening += resume_notices(before, config, first)
             for text in [*opening, *([f"going on after step {first}"] if first else [])]:
@@ -91,6 +110,9 @@ def _train(
             if record is not None:
                 batches.restore(record.data)
             journal = Journal(config, tracker, record, total_peak_flops(config.train.dtype))
+            if record is None and start.checkpoint is not None:  # from here on the source is not needed
+                checkpoints.save(state, journal.record(0, merged_state(batches.state()), "torch", evaluated=False))
+                journal.resume_clock()
             following = place_batch(next(batches), program.device) if first < steps else {}
             for done in range(first + 1, steps + 1):
                 batch, data_state = following, batches.state()
@@ -106,7 +128,7 @@ def _train(
                 if not (evaluating or saving):
                     continue
                 if evaluating:
-                    journal.evaluated(done, evaluate(program, config))
+                    journal.evaluated(done, evaluate(program, config, start.tokenizer))
                 if saving:
                     require_hold()
                     data = merged_state(data_state)
@@ -118,13 +140,13 @@ def _train(
                 journal.resume_clock()
             checkpoints.wait()
             if journal.validation_loss is None or math.isnan(journal.train_loss):  # it was complete already
-                journal.evaluated(steps, evaluate(program, config))
-            return (journal.finish(run, "torch", peak_memory()) if is_primary() else None), 0
+                journal.evaluated(steps, evaluate(program, config, start.tokenizer))
+            return (journal.finish(run, "torch", peak_memory(), start.tokenizer) if is_primary() else None), 0
 
 
-def evaluate(program: Program, config: RunConfig) -> float:
+def evaluate(program: Program, config: RunConfig, tokenizer: Tokenizer) -> float:
     """Mean loss over the validation text, or as much of it as `train.evaluation_batches` says, in nats a token."""
-    return _summed(program, config)[0]
+    return _summed(program, config, tokenizer)[0]
 
 
 def evaluate_checkpoint(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
@@ -132,7 +154,7 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
 
     Args:
         config: Names data, batches and precision; the model is the checkpoint's.
-        checkpoint: Folder with weights, of a run or of a model.
+        checkpoint: Folder with weights, of a run or of a model, in any format.
 
     Returns:
         `validation_loss` in nats a token, `validation_perplexity`, `tokens`.
@@ -140,28 +162,27 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
     Raises:
         InputError: checkpoint, data or processes do not fit.
     """
-    config = replace(config, model=read_checkpoint_config(checkpoint))
+    opened = open_checkpoint(checkpoint)
+    config = replace(config, model=opened.config)
     accelerator = connect()
     check_divides(config)
     check_dtype(config, "torch")
-    check_vocabulary(config)
+    tokenizer = tokenizer_of_data(config, checkpoint)
+    check_vocabulary(config, tokenizer)
     program = create_program(config, accelerator)
-    saved = dict(load(checkpoint, precision=config.precision).named_parameters())
-    with torch.no_grad():
-        for key, parameter in program.state.parameters.items():
-            parameter.copy_(like(saved[key], parameter))
-    loss, tokens = _summed(program, config)
+    started(program, config, opened.read)
+    loss, tokens = _summed(program, config, tokenizer)
     return {"validation_loss": loss, "validation_perplexity": perplexity(loss), "tokens": tokens}
 
 
-def _summed(program: Program, config: RunConfig) -> tuple[float, int]:
+def _summed(program: Program, config: RunConfig, tokenizer: Tokenizer) -> tuple[float, int]:
     total, count = 0.0, 0
-    for batch in _placed(program, config):
+    for batch in _placed(program, config, tokenizer):
         loss, tokens = program.evaluate(batch)
         total, count = total + float(loss), count + int(tokens)
     return total / count, count
 
 
-def _placed(program: Program, config: RunConfig) -> Iterator[dict[str, torch.Tensor]]:
-    for batch in evaluation_text(config, local_rows(config.train.batch_size)):
+def _placed(program: Program, config: RunConfig, tokenizer: Tokenizer) -> Iterator[dict[str, torch.Tensor]]:
+    for batch in evaluation_text(config, tokenizer, local_rows(config.train.batch_size)):
         yield place_batch(batch, program.device)

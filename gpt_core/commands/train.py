@@ -8,7 +8,9 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 
+from gpt_core.checkpoints.start import model_of, started_model
 from gpt_core.cli import parser, print_json, say
+from gpt_core.commands.generate import CHECKPOINT
 from gpt_core.config import ModelConfig, find_config
 from gpt_core.errors import InputError
 from gpt_core.files.reading import is_file, read_yaml
@@ -55,7 +57,7 @@ def eval_parser(program: str) -> ArgumentParser:
         f"  {program} eval runs/tiny-cpu\n"
         f"  {program} eval runs/tiny-cpu@best --data.prepared data/stdlib --train.evaluation_batches 100",
     )
-    command.add_argument("checkpoint", help="RUN, RUN@STEP, RUN@best, RUN@last, or the folder of a model")
+    command.add_argument("checkpoint", help=CHECKPOINT)
     add_run_arguments(command)
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     return command
@@ -81,11 +83,28 @@ def add_run_arguments(command: ArgumentParser, instead: Mapping[str, Any] | None
     command.set_defaults(dict(instead or {}))
 
 
-def train_config(options: Namespace) -> tuple[RunConfig, Path]:
-    """The config and the folder that a command line of `train` means."""
+def train_config(options: Namespace, given: Namespace) -> tuple[RunConfig, Path]:
+    """The config and the folder that a command line of `train` means.
+
+    Args:
+        options: Of the command line.
+        given: The same without defaults.
+
+    Raises:
+        InputError: a bad field, or a model that is not that of the weights to start from.
+    """
     files = options.config or []
     name = Path(str(files[-1])).stem if files else "default"
-    return run_config(options), options.out or _default_folder(name)
+    run = options.out or _default_folder(name)
+    start_from = options.train.start_from
+    if not start_from:
+        return run_config(options), run
+    changes = given.model.as_dict() if "model" in given else {}
+    try:
+        model = started_model(model_of(start_from, run), changes, start_from)
+    except InputError as error:
+        raise InputError(f"{_source(options)}: {error}") from None
+    return run_config(options, {"model": model.to_dict()}), run
 
 
 def _default_folder(config: str) -> Path:
@@ -124,12 +143,16 @@ def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_config(options: Namespace) -> RunConfig:
-    """The config that the flags of `add_run_arguments` mean."""
+def run_config(options: Namespace, instead: Mapping[str, Any] | None = None) -> RunConfig:
+    """The config that the flags of `add_run_arguments` mean; sections of `instead` stand in place of theirs."""
     given = {section.name: options[section.name] for section in fields(RunConfig)}
     # What a file gives in place of a section is no Namespace, and is refused by its name.
     sections = {name: value.as_dict() if isinstance(value, Namespace) else value for name, value in given.items()}
-    return RunConfig.from_dict(sections, source="command line" if not options.config else str(options.config[-1]))
+    return RunConfig.from_dict(sections | dict(instead or {}), source=_source(options))
+
+
+def _source(options: Namespace) -> str:
+    return "command line" if not options.config else str(options.config[-1])
 
 
 def print_summary(summary: dict[str, Any], run: Path, *, as_json: bool) -> None:

@@ -28,6 +28,7 @@ from gpt_core.sections import (
     require_flag,
     require_number,
     require_one_of,
+    require_text,
 )
 
 Remat = Literal["none", "dots", "full"]
@@ -89,7 +90,7 @@ class TrainConfig:
     """How long a run is, what a step is, and what happens between steps.
 
     Args:
-        steps: Updates of the whole run.
+        steps: Updates of the whole run; 0 with weights to start from only takes them over.
         batch_size: Rows of a step, over all devices and micro-batches together.
         context_length: Tokens of a row. Default: the model's context_length.
         accumulation: Micro-batches that a step is computed in. Gradients are those of the mean over all tokens of the
@@ -97,6 +98,8 @@ class TrainConfig:
         dtype: Format of computation; parameters are float32 with bfloat16 and float16. float16, with a loss scale that
             finds itself, is for PyTorch on GPUs without bfloat16; float64 is for proofs.
         seed: Of fresh weights and of dropout.
+        start_from: Whose weights the run begins with: a checkpoint of any format, a run (`RUN@best`), or a name on the
+            Hugging Face hub. `model` may then be left out. Null: fresh weights.
         log_every: Steps between two records of the loss.
         evaluate_every: Steps between two evaluations on the validation text; the end has one too.
         evaluation_batches: Batches of an evaluation. Null: the whole validation text.
@@ -117,6 +120,7 @@ class TrainConfig:
     accumulation: int = 1
     dtype: DType = "float32"
     seed: int = 0
+    start_from: str | None = None
     log_every: int = 10
     evaluate_every: int = 250
     evaluation_batches: int | None = 50
@@ -127,7 +131,10 @@ class TrainConfig:
     max_skipped: int = 10
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulation", "log_every", "evaluate_every", "checkpoint_every")
+        if self.start_from is not None:
+            require_text(self, "start_from")
+        require_count(self, "steps", least=1 if self.start_from is None else 0)
+        counts = ("batch_size", "accumulation", "log_every", "evaluate_every", "checkpoint_every")
         for name in (*counts, "keep_last", "max_skipped"):
             require_count(self, name, most=_MOST.get(name, LARGEST_COUNT))
         for name in ("context_length", "evaluation_batches", "keep_every"):

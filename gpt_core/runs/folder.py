@@ -20,6 +20,7 @@ from gpt_core.files.hashes import check_hashes
 from gpt_core.files.lease import Lease
 from gpt_core.files.reading import exists, is_file, read_json, read_yaml
 from gpt_core.files.writing import atomic_file, held_folder, remove
+from gpt_core.formats.hf_folder import GENERATION_CONFIG, carry
 from gpt_core.interrupts import uninterrupted
 from gpt_core.runs.config import RunConfig
 from gpt_core.runs.summary import CURVE_FILE, SUMMARY_FILE
@@ -27,7 +28,7 @@ from gpt_core.runs.tracking import METRICS_FILE
 from gpt_core.sections import from_record
 from gpt_core.storage.checkpoint_config import CHECKPOINTS, CONFIG_FILE, write_checkpoint_config
 from gpt_core.text.tokenizer import Tokenizer
-from gpt_core.text.tokenizer_rules import TOKENIZER_FILES
+from gpt_core.text.tokenizer_rules import ADDITIONAL_TEMPLATES, TOKENIZER_FILES, tokenizer_files
 
 Framework = Literal["jax", "torch"]
 Found = TypeVar("Found")
@@ -37,7 +38,7 @@ RECORD_FILE = "record/record.json"  # within a checkpoint; Orbax gives every par
 DAMAGED = "damaged"
 _FILES = {
     *(RUN_FILE, CONFIG_FILE, CHECKPOINTS, DAMAGED, METRICS_FILE, SUMMARY_FILE, CURVE_FILE, *TOKENIZER_FILES),
-    *("wandb", "wandb-id.txt", "tensorboard"),
+    *("wandb", "wandb-id.txt", "tensorboard", GENERATION_CONFIG, ADDITIONAL_TEMPLATES),
 }
 """Names of what a trainer writes into a run's folder."""
 
@@ -87,6 +88,21 @@ class StepRecord:
             InputError: it is of another program or version, or damaged.
         """
         return from_record(cls, values, "record", source)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose weights a run began with.
+
+    Args:
+        name: As `train.start_from` says it.
+        weights_sha256: By value.
+        folder: Where they lie: tokenizer files and token ids are taken along.
+    """
+
+    name: str
+    weights_sha256: str
+    folder: Path
 
 
 @contextmanager
@@ -164,6 +180,7 @@ def open_run(
     framework: Framework,
     tokenizer: Tokenizer | None,
     *,
+    origin: Callable[[], Origin | None] = lambda: None,
     primary: bool = True,
     agree: Callable[[bool], bool] = lambda yes: yes,
 ) -> RunConfig | None:
@@ -174,6 +191,7 @@ def open_run(
         config: What is to run.
         framework: Which trainer asks.
         tokenizer: Written beside the model's config, so that checkpoints can be used with text.
+        origin: Asked once, where this process writes: whose weights it begins with.
         primary: Whether this process writes; the others only check.
         agree: Whether every process says yes.
 
@@ -195,14 +213,16 @@ def open_run(
     # All have looked before one writes, and none goes on where it could not.
     together(check, agree, f"{run}: was refused in another process, which says why")
     together(
-        lambda: write_run(run, config, framework, tokenizer) if primary else None,
+        lambda: write_run(run, config, framework, tokenizer, origin()) if primary else None,
         agree,
         f"{run}: cannot be written; process 0 says why",
     )
     return found[0] if found else None
 
 
-def write_run(run: Path, config: RunConfig, framework: Framework, tokenizer: Tokenizer | None) -> None:
+def write_run(
+    run: Path, config: RunConfig, framework: Framework, tokenizer: Tokenizer | None, origin: Origin | None = None
+) -> None:
     """Write what every run's folder holds; one that is there has been checked.
 
     Args:
@@ -210,17 +230,22 @@ def write_run(run: Path, config: RunConfig, framework: Framework, tokenizer: Tok
         config: What is to run.
         framework: Which trainer.
         tokenizer: Written beside the model's config, so that checkpoints can be used with text.
+        origin: Whose weights it begins with; what is recorded of one that has begun stays.
 
     Raises:
         InputError: it cannot be written.
     """
+    origin = origin or (origin_of(run) if is_file(run / RUN_FILE) else None)
+    start = {} if origin is None else {"start": {"from": origin.name, "weights_sha256": origin.weights_sha256}}
     # First of all: whatever a process that was killed here leaves behind is recognised as this run.
     with atomic_file(run / RUN_FILE) as temporary:
-        content = {"framework": framework, "run": config.to_dict()}
+        content = {"framework": framework, "run": config.to_dict()} | start
         temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     try:
         write_checkpoint_config(run, config.model)
-        if tokenizer is not None:
+        if origin is not None and origin.folder != run:
+            carry(origin.folder, run)
+        if tokenizer is not None and not tokenizer_files(run):
             tokenizer.save(run)
     except OSError as error:
         raise InputError(f"{run}: cannot be written: {error.strerror or error}") from None
@@ -240,6 +265,21 @@ def read_run(run: Path) -> tuple[RunConfig, str]:
     if framework not in get_args(Framework):
         raise InputError(f"{file}: framework = {shown(framework)} must be one of: {', '.join(get_args(Framework))}")
     return RunConfig.from_dict(content.get("run"), source=str(file)), str(framework)
+
+
+def origin_of(run: Path) -> Origin | None:
+    """Whose weights a run began with, as its folder records it; None where they were fresh.
+
+    Raises:
+        InputError: its config is damaged.
+    """
+    start = read_yaml(run / RUN_FILE).get("start")
+    if start is None:
+        return None
+    name, sha256 = (start.get(key) for key in ("from", "weights_sha256")) if isinstance(start, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(sha256, str):
+        raise InputError(f"{run / RUN_FILE}: start = {shown(start)} must have the texts 'from' and 'weights_sha256'")
+    return Origin(name, sha256, run)
 
 
 def _check_same_run(file: Path, config: RunConfig, framework: Framework) -> RunConfig:

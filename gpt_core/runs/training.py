@@ -23,7 +23,8 @@ from gpt_core.runs.config import RunConfig
 from gpt_core.runs.folder import Framework, StepRecord
 from gpt_core.runs.summary import environment, loss_curve, write_summary
 from gpt_core.runs.tracking import Tracker
-from gpt_core.text.gpt2 import gpt2_tokenizer
+from gpt_core.text.gpt2 import is_gpt2
+from gpt_core.text.tokenizer import Tokenizer
 
 
 class StopRequest:
@@ -158,7 +159,7 @@ class Journal:
             environment=environment(),
         )
 
-    def finish(self, run: Path, framework: Framework, peak_memory_bytes: int) -> dict[str, Any]:
+    def finish(self, run: Path, framework: Framework, peak_memory_bytes: int, tokenizer: Tokenizer) -> dict[str, Any]:
         """Write `summary.json` and the curve of a run that has ended; returns the summary."""
         steps, loss = self._config.train.steps, self.validation_loss
         summary = {
@@ -168,7 +169,7 @@ class Journal:
             "train_loss": self.train_loss,
             "validation_loss": loss,
             "validation_perplexity": None if loss is None else perplexity(loss),
-            "unigram_entropy": validation_unigram_entropy(self._config),
+            "unigram_entropy": validation_unigram_entropy(self._config, tokenizer),
             "tokens_per_second": self.tokens_per_second,
             "skipped_steps": self.skipped,
             "peak_memory_bytes": peak_memory_bytes,
@@ -185,7 +186,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def validation_unigram_entropy(config: RunConfig) -> float:
+def validation_unigram_entropy(config: RunConfig, tokenizer: Tokenizer) -> float:
     """What a model that knows only token frequencies would lose on the text of the evaluations, in nats a token."""
     counts = np.zeros(config.model.vocab_size, np.int64)
     if config.data.prepared is not None and config.train.evaluation_batches is None:
@@ -193,32 +194,33 @@ def validation_unigram_entropy(config: RunConfig) -> float:
         for chunk in tokens.chunks():
             counts += np.bincount(chunk, minlength=len(counts))
     else:
-        for batch in evaluation_text(config):
+        for batch in evaluation_text(config, tokenizer):
             counts += np.bincount(batch["targets"][batch["mask"]], minlength=len(counts))
     return unigram_entropy(counts)
 
 
-def evaluation_text(config: RunConfig, rows: Any = None) -> Any:
+def evaluation_text(config: RunConfig, tokenizer: Tokenizer, rows: Any = None) -> Any:
     """The batches of an evaluation: the validation text once, or as much of it as `train.evaluation_batches` says.
 
     Args:
         config: The run.
+        tokenizer: Of its text.
         rows: Rows of every batch that this host reads; all by default.
     """
-    train = config.train
-    return validation_batches(config.data, train.batch_size, config.context_length, rows, train.evaluation_batches)
+    data, size, limit = config.data, config.train.batch_size, config.train.evaluation_batches
+    return validation_batches(data, size, config.context_length, rows, limit, tokenizer=tokenizer)
 
 
-def check_data(config: RunConfig) -> None:
+def check_data(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Find out before anything is written whether there is text to train and to evaluate on.
 
     Raises:
         InputError: the data is missing, damaged or too short, a split is empty, or the model has no row for a token.
     """
-    check_vocabulary(config)
+    check_vocabulary(config, tokenizer)
     unverified = replace(config, data=replace(config.data, verify=False))  # checksums are for who reads all of it
-    batch_source(unverified.data, "train", config.train.batch_size, config.context_length)
-    next(evaluation_text(unverified))
+    batch_source(unverified.data, "train", config.train.batch_size, config.context_length, tokenizer=tokenizer)
+    next(evaluation_text(unverified, tokenizer))
 
 
 def check_dtype(config: RunConfig, framework: str) -> None:
@@ -234,7 +236,7 @@ def check_dtype(config: RunConfig, framework: str) -> None:
         )
 
 
-def check_vocabulary(config: RunConfig) -> None:
+def check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Refuse data with tokens that the model has no row for.
 
     Raises:
@@ -244,7 +246,8 @@ def check_vocabulary(config: RunConfig) -> None:
         index = PreparedTokens(Path(config.data.prepared), "train", verify=False).index
         known, source = index.vocab_size, config.data.prepared
     else:
-        known, source = gpt2_tokenizer().vocab_size, "the GPT-2 tokenizer"
+        known = tokenizer.vocab_size
+        source = "the GPT-2 tokenizer" if is_gpt2(tokenizer) else f"the tokenizer {tokenizer.name}"
     if known > config.model.vocab_size:
         raise InputError(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the {known} tokens of {source}; raise it"

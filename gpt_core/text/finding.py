@@ -64,9 +64,14 @@ class FoundTokenizer:
         return "other" if self.difference else "gpt2"
 
     @property
+    def readable(self) -> bool:
+        """Whether text can be read with it here."""
+        return self.kind == "gpt2" or any(file.name == TOKENIZER_FILE for file in self.files)
+
+    @property
     def notices(self) -> tuple[str, ...]:
         """What a person should know who takes it along."""
-        if self.kind != "other" or any(file.name == TOKENIZER_FILE for file in self.files):
+        if self.kind is None or self.readable:
             return ()
         return (f"its tokenizer goes along as it is, and no text can be read with it here: {unreadable(self.files)}",)
 
@@ -134,7 +139,7 @@ def _opened(found: FoundTokenizer, folder: Path, otherwise: str, name: str = "")
     if found.kind == "gpt2" and not has_template(found.files):
         return gpt2_tokenizer()
     sha256 = gpt2_tokenizer().sha256 if found.kind == "gpt2" else None
-    if all(file.name != TOKENIZER_FILE for file in found.files):
+    if not found.readable:
         raise InputError(
             f"{folder}: its tokenizer is not GPT-2's ({found.difference}), and {unreadable(found.files)}; {otherwise}"
         )

@@ -125,7 +125,10 @@ class FileTokenizer(Tokenizer):
         return template_of(self._folder, self._config)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text: a special token in it is text like any other, and nothing is added."""
+        """Token ids of plain text: a special token in it is text like any other, and nothing is added.
+
+        A Unigram model whose special tokens are among its pieces finds them all the same.
+        """
         ids: list[int] = self._plain.encode(text_of(text), add_special_tokens=False).ids
         return ids
 
@@ -140,11 +143,18 @@ class FileTokenizer(Tokenizer):
 
     def encode_prompt(self, text: str) -> list[int]:
         """The same with what the tokenizer puts in front of a text, and not with what it puts behind."""
-        inner = self.encode_marked(text)
-        ids: list[int] = self.backend.encode(text).ids
-        places = range(len(ids) - len(inner) + 1)
-        front = next((place for place in places if ids[place : place + len(inner)] == inner), 0)
-        return ids[: front + len(inner)] if inner else ids
+        found = self.backend.encode(text_of(text))
+        ids, added = list(found.ids), list(found.special_tokens_mask)
+        end = len(ids)
+        while end > self._front and added[end - 1]:
+            end -= 1
+        return ids[:end]
+
+    @cached_property
+    def _front(self) -> int:
+        """Tokens that are put in front of a text."""
+        added: list[int] = self.backend.encode("x").special_tokens_mask
+        return added.index(0) if 0 in added else len(added)
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """Plain texts as documents to train on, on all cores: what it puts in front, the text, and the end of text."""

@@ -30,11 +30,11 @@ def plan_parser() -> ArgumentParser:
     return command
 
 
-def plan_command(options: Namespace) -> int:
-    """Plan a run; returns the exit code."""
+def plan_command(options: Namespace, given: Namespace) -> int:
+    """Plan a run; returns the exit code. `given` is of the command line too, without defaults."""
     topology = parse_topology(options.topology, options.slices)
     options.out = None
-    config, _ = train_config(options)
+    config, _ = train_config(options, given)
     devices = topology.devices()  # sets up JAX, which comes after it
     from jax_gpt.plan.plan import described, make_plan, search, written
 

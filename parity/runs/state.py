@@ -28,6 +28,7 @@ from gpt_core.runs.folder import (
     Framework,
     StepRecord,
     checkpoint_folder,
+    origin_of,
     read_record,
     read_run,
     write_run,
@@ -131,7 +132,7 @@ def convert_state(
     state = read_state(checkpoint)
     target: Framework = "jax" if to == "jax" else "torch"
     with atomic_directory(destination, replace=kept_checkpoint if force else None) as folder:
-        write_run(folder, config, target, None)
+        write_run(folder, config, target, None, origin_of(run))
         carry(run, folder)
         records = [record for record in read_metrics(run) if record["step"] <= state.record.step]
         (folder / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -3,39 +3,94 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from gpt_core.commands.generate import Chunks, Request, generate_command, generate_parser
+from gpt_core.commands.generate import Chunks, Request, Writer, generate_command, generate_parser
 from gpt_core.config import ModelConfig
+from gpt_core.data.stdlib import prose
 from gpt_core.errors import InputError
-from gpt_core.storage.checkpoint_config import write_checkpoint_config
-from gpt_core.text.generation import Written
+from gpt_core.formats import safetensors_torch
+from gpt_core.parameters import parameter_table
+from gpt_core.text.generation import SamplingConfig, Written
 from gpt_core.text.gpt2 import gpt2_tokenizer
+
+Asked = list[tuple[list[list[int]], SamplingConfig]]
+
+
+def written(folder: Path, vocab_size: int) -> Path:
+    """A checkpoint of zeros, without a tokenizer."""
+    model = ModelConfig(vocab_size=vocab_size, context_length=64, n_layers=1, n_heads=2, embed_dim=8)
+    dtypes = dict.fromkeys(parameter_table(model), np.dtype(np.float32))
+    safetensors_torch.write(folder, model, lambda p: np.zeros(p.shape, np.float32), dtypes, None)
+    return folder
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    write_checkpoint_config(tmp_path, ModelConfig(vocab_size=50304, n_layers=1, n_heads=2, embed_dim=8))
-    gpt2_tokenizer().save(tmp_path)
+    gpt2_tokenizer().save(written(tmp_path, 50304))
     return tmp_path
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """A checkpoint whose tokenizer puts a token in front, and whose texts may end in two ways."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>", "<end>"], show_progress=False)
+    made.train_from_iterator([prose()[:20_000]], trainer)
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.save(str(written(tmp_path, 320) / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    return tmp_path
+
+
+def run(checkpoint: Path, *words: str, rows: list[list[int]]) -> Asked:
+    asked: Asked = []
+
+    def load(request: Request) -> Writer:
+        def write(prompts: list[list[int]], sampling: SamplingConfig) -> Chunks:
+            asked.append((prompts, sampling))
+            for column in zip(*rows, strict=True):
+                yield Written.plain([[token] for token in column])
+
+        return write
+
+    assert generate_command(generate_parser("x").parse_args([str(checkpoint), *words]), load) == 0
+    return asked
 
 
 def test_only_tokens_that_the_tokenizer_knows_are_asked_for(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[Request] = []
-
-    def start(request: Request) -> Chunks:
-        asked.append(request)
-        yield Written.plain([[995, 50300]])
-
     for more in ([], ["--json"]):
-        assert generate_command(generate_parser("x").parse_args([str(checkpoint), "Hello", *more]), start) == 0
-    assert {request.options.known_tokens for request in asked} == {50257}
+        [(prompts, sampling)] = run(checkpoint, "Hello", *more, rows=[[995, 50300]])
+        assert prompts == [[15496]]
+        assert (sampling.known_tokens, sampling.stop_tokens) == (50257, (50256,))
     shown = capsys.readouterr().out
     line, _, rest = shown.partition("\n")
     assert line == "Hello world\ufffd"
     assert json.loads(rest)[0]["text"] == " world\ufffd"
+
+
+@pytest.mark.parametrize(("stop", "ends"), [([], (1, 2)), (["--stop", "<end>"], (2,))])
+def test_prompts_stops_and_texts_are_those_of_the_checkpoints_own_tokenizer(
+    stop: list[str], ends: tuple[int, ...], other: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tokenizers.Tokenizer.from_file(str(other / "tokenizer.json"))
+    prompt, new = own.encode("the name").ids, own.encode("of a class", add_special_tokens=False).ids
+    assert prompt[0] == 0
+    [(prompts, sampling)] = run(other, "the name", *stop, rows=[new])
+    assert prompts == [prompt]
+    assert (sampling.known_tokens, sampling.stop_tokens) == (300, ends)
+    assert capsys.readouterr().out == "the name of a class\n"
+    run(other, "the name", "and", *stop, rows=[new, new])
+    assert capsys.readouterr().out == "the name of a class\n\nand of a class\n"
+    run(other, "the name", "--json", *stop, rows=[new])
+    assert json.loads(capsys.readouterr().out)[0] == {"prompt": "the name", "text": " of a class", "tokens": new}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +103,7 @@ def test_only_tokens_that_the_tokenizer_knows_are_asked_for(
         ),
     ],
 )
-def test_without_gpt2s_tokenizer_text_is_refused(
+def test_without_a_tokenizer_that_can_be_read_text_is_refused(
     checkpoint: Path, config: dict[str, bool] | None, message: str
 ) -> None:
     if config is None:
@@ -57,4 +112,11 @@ def test_without_gpt2s_tokenizer_text_is_refused(
     else:
         (checkpoint / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=f"{checkpoint}: .*{message}"):
-        generate_command(generate_parser("x").parse_args([str(checkpoint), "Hello"]), lambda request: iter(()))
+        run(checkpoint, "Hello", rows=[])
+
+
+@pytest.mark.parametrize("ends", ["text", [1, "2"], {"a": 1}, -1])
+def test_an_end_that_is_no_token_is_refused(ends: object, other: Path) -> None:
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(InputError, match=r"generation_config.json: eos_token_id = .* must be a token id"):
+        run(other, "the", rows=[])

@@ -34,6 +34,11 @@ def config(checkpoint: Path, *flags: str) -> RunConfig:
     return eval_config(top.parse_args(words).eval, top.parse_args(words, defaults=False).eval, checkpoint)
 
 
+def command_line(*words: str) -> RunConfig:
+    parser = train_parser("prog")
+    return train_config(parser.parse_args(words), parser.parse_args(words, defaults=False))[0]
+
+
 def test_without_flags_it_is_that_of_the_run(checkpoint: Path) -> None:
     assert config(checkpoint) == SAVED
 
@@ -76,7 +81,7 @@ def test_a_model_alone_takes_all_from_the_command_line(tmp_path: Path) -> None:
 def test_a_file_of_the_command_line_is_read_within_bounds(content: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(content)
     with pytest.raises(InputError) as caught:
-        train_config(train_parser("prog").parse_args(["--config", str(tmp_path / "run.yaml")]))
+        command_line("--config", str(tmp_path / "run.yaml"))
     assert told in str(caught.value)
 
 
@@ -89,6 +94,5 @@ def test_another_model_is_refused(checkpoint: Path) -> None:
 def test_what_is_no_section_is_refused_by_its_name(value: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(f"optimizer: {value}\n")
-    parser = train_parser("prog")
     with pytest.raises((InputError, ArgumentError), match="optimizer"):
-        train_config(parser.parse_args(["--config", str(file)]))
+        command_line("--config", str(file))

@@ -206,7 +206,7 @@ def test_the_rate_climbs_to_its_peak_and_falls_to_the_final_one() -> None:
 
 
 def parse(parser: ArgumentParser, *words: str) -> tuple[RunConfig, Path]:
-    return train_config(parser.parse_args(list(words)))
+    return train_config(parser.parse_args(words), parser.parse_args(words, defaults=False))
 
 
 def test_a_file_on_the_command_line_is_the_file(parser: ArgumentParser, tmp_path: Path) -> None:

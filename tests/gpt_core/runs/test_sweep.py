@@ -122,7 +122,8 @@ def test_wandb_agent_runs_a_shipped_sweep_as_it_is(name: str, monkeypatch: pytes
         macros = {"${program}": [content["program"]], "${args}": arguments["args"]}
         words = [word for chunk in create_sweep_command(content["command"]) for word in macros.get(chunk, [chunk])]
         assert words[:2] == ["jax-gpt", "train"]
-        config, folder = train_config(train_parser("jax-gpt").parse_args(words[2:]))
+        parser = train_parser("jax-gpt")
+        config, folder = train_config(parser.parse_args(words[2:]), parser.parse_args(words[2:], defaults=False))
         assert config.tracking.wandb == "online"
         for dotted, value in parameters.items():
             section, field = dotted.split(".")
