@@ -73,7 +73,10 @@ class FoundTokenizer:
         """What a person should know who takes it along."""
         if self.kind is None or self.readable:
             return ()
-        return (f"its tokenizer goes along as it is, and no text can be read with it here: {unreadable(self.files)}",)
+        return (
+            f"its tokenizer is not GPT-2's ({self.difference}): it goes along as it is, and no text can be read with "
+            f"it here: {unreadable(self.files)}",
+        )
 
 
 def find_tokenizer(folder: Path) -> FoundTokenizer:

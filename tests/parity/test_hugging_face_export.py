@@ -299,7 +299,7 @@ class TestFolder:
             (foreign / name).unlink()
         changed = (foreign / "tokenizer.json").read_text().replace('"Hello"', '"Hallo"', 1)
         (foreign / "tokenizer.json").write_text(changed)
-        assert any("tokenizer" in notice for notice in convert(foreign, tmp_path / "lost", "torch").notices)
+        convert(foreign, tmp_path / "lost", "torch")
         assert open_checkpoint(tmp_path / "lost").tokenizer is None
         convert(foreign, tmp_path / "kept", "hf", dtype="bfloat16")
         assert (tmp_path / "kept" / "tokenizer.json").read_text() == changed
@@ -363,7 +363,8 @@ class TestTokenizer:
         steps = [folder, tmp_path / "jax", tmp_path / "torch", tmp_path / "hf"]
         for before, after in itertools.pairwise(steps):
             notices = convert(before, after, after.name).notices
-            assert any("its tokenizer is not GPT-2's" in notice for notice in notices) == (kind == "other")
+            unread = kind == "other" and not (before / "tokenizer.json").is_file()
+            assert any("its tokenizer is not GPT-2's" in notice for notice in notices) == unread
             found = self.files(after)
             assert found | wanted == found, "as they were, and others where they were missing"
             if kind != "gpt2":
