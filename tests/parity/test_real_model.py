@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chat_templates import conversations
 
 from gpt_core.checkpoints.hashing import hash_weights
 from gpt_core.config import ModelConfig
 from gpt_core.data.stdlib import prose
 from gpt_core.formats import open_checkpoint
 from gpt_core.parameters import parameter_count
+from gpt_core.text.chat import Chat
+from gpt_core.text.finding import open_tokenizer
 from gpt_core.text.generation import SamplingConfig
 from parity.checkpoints.convert import convert
 from parity.comparison.measures import difference
@@ -69,6 +72,18 @@ def tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+def test_its_conversations_are_those_of_transformers(folder: Path, tokenizer: Any) -> None:
+    chat = Chat(open_tokenizer(str(folder)))
+    for number, messages in enumerate(conversations(100)):
+        prompt = number % 2 == 0
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
+        assert chat.encode(messages, add_generation_prompt=prompt) == expected
+        tokens, written = chat.encode_turns(messages)
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        if not any(answer[0].isspace() for answer in answers):  # which becomes one token with the newline before it
+            assert tokenizer.decode(tokens[written]) == "".join(f"{answer}<|im_end|>" for answer in answers)
 
 
 def test_it_is_the_preset_of_its_name(folder: Path) -> None:
