@@ -136,6 +136,8 @@ def _train(
                     continue
                 journal.note(*waiting)
                 waiting = None
+                for text in batches.notices():
+                    tracker.message(text)
                 if evaluating:
                     journal.evaluated(done, evaluate(program, state.parameters, config, mesh, start.tokenizer))
                 if saving:

@@ -127,6 +127,8 @@ def _train(
                 saving = last or stopping or done % config.train.checkpoint_every == 0
                 if not (evaluating or saving):
                     continue
+                for text in batches.notices():
+                    tracker.message(text)
                 if evaluating:
                     journal.evaluated(done, evaluate(program, config, start.tokenizer))
                 if saving:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
@@ -19,12 +19,15 @@ class Batch(TypedDict):
     Args:
         tokens: What the model reads.
         targets: The token that comes next at each position.
-        mask: Whether a position counts; False only in the padding at the end of an evaluation.
+        mask: Whether a position counts; False where nothing is learned: in padding, between documents that are
+            separate, in what others say.
+        segments: Which document a position belongs to, from 0 in each row; there where documents are separate.
     """
 
     tokens: Int32[np.ndarray, "batch time"]
     targets: Int32[np.ndarray, "batch time"]
     mask: Bool[np.ndarray, "batch time"]
+    segments: NotRequired[Int32[np.ndarray, "batch time"]]
 
 
 class BatchSource(Protocol):
@@ -36,6 +39,10 @@ class BatchSource(Protocol):
 
     def iterate(self, state: dict[str, Any]) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """Batches from a state on, each with the state after it."""
+        ...
+
+    def notices(self) -> dict[str, str]:
+        """What was left out or changed so far, that a person should know: what it is -> a sentence."""
         ...
 
 
@@ -54,6 +61,7 @@ class PreparedBatches:
         seed: Of the order.
         rows: Rows of the global batch that this host reads; all by default.
         verify: Whether to check checksums now.
+        separate: Whether documents do not see each other.
 
     Raises:
         InputError: the folder is missing or damaged, or the split is shorter than one context.
@@ -69,6 +77,7 @@ class PreparedBatches:
         rows: Sequence[int] | None = None,
         *,
         verify: bool = True,
+        separate: bool = False,
     ) -> None:
         self.tokens = PreparedTokens(folder, split, verify=verify)
         self._windows = (len(self.tokens) - 1) // context_length
@@ -85,7 +94,8 @@ class PreparedBatches:
             "seed": seed,
             "batch_size": batch_size,
             "context_length": context_length,
-        }
+        } | ({"separate_documents": True} if separate else {})
+        self._end_of_text = self.tokens.index.end_of_text if separate else None
 
     def batch(self, step: int) -> Batch:
         """The rows of this host in batch `step`, counted from 0."""
@@ -97,7 +107,7 @@ class PreparedBatches:
             key = key_of("windows", self._seed, int(epoch))
             for row, window in zip(chosen, permute(indices[chosen], self._windows, key), strict=True):
                 windows[row] = self.tokens.read(int(window) * self._context_length, self._context_length + 1)
-        return next_token_batch(windows)
+        return separated(next_token_batch(windows), self._end_of_text)
 
     def initial_state(self) -> dict[str, Any]:
         """The state before the first batch: step 0."""
@@ -113,12 +123,31 @@ class PreparedBatches:
         for step in range(state["step"], 2**63):
             yield self.batch(step), state | {"step": step + 1}
 
+    def notices(self) -> dict[str, str]:
+        """Nothing: `gpt-data prepare` said it."""
+        return {}
+
 
 def next_token_batch(windows: Integer[np.ndarray, "batch window"]) -> Batch:
     """Rows of one token more than a context become tokens and their targets."""
     windows = windows.astype(np.int32, copy=False)
     tokens, targets = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
     return {"tokens": tokens, "targets": targets, "mask": np.ones(tokens.shape, bool)}
+
+
+def separated(batch: Batch, end_of_text: int | None) -> Batch:
+    """Documents that do not see each other: what comes behind an end of text is another, and is not its target.
+
+    Args:
+        batch: Rows of documents, one behind the other.
+        end_of_text: The token that ends each; None leaves the batch as it is.
+    """
+    if end_of_text is None:
+        return batch
+    ends = batch["tokens"] == end_of_text
+    segments = np.zeros(ends.shape, np.int32)
+    np.cumsum(ends[:, :-1], axis=1, out=segments[:, 1:])
+    return {**batch, "mask": batch["mask"] & ~ends, "segments": segments}
 
 
 def evaluation_batches(
@@ -190,7 +219,8 @@ def check_identity(state: dict[str, Any], kind: str, identity: dict[str, Any]) -
     if not is_whole(state.get("step"), 0, 2**63 - 1):
         raise InputError(f"the saved state of the data is damaged: its step is {shown(state.get('step'))}")
     theirs = state["identity"] if isinstance(state.get("identity"), dict) else {}
-    changed = [name for name in identity if theirs.get(name) != identity[name]]
+    changed = [name for name in {**identity, **theirs} if theirs.get(name) != identity.get(name)]
     if changed:
-        differing = ", ".join(f"{name} {shown(theirs.get(name))} against {shown(identity[name])}" for name in changed)
+        pairs = ((name, shown(theirs.get(name)), shown(identity.get(name))) for name in changed)
+        differing = ", ".join(f"{name} {saved} against {now}" for name, saved, now in pairs)
         raise InputError(f"the saved state of the data does not fit: {differing}; go on with the saved values")

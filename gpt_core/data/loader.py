@@ -7,12 +7,21 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self
 
-from gpt_core.data.batches import Batch, BatchSource, PreparedBatches, evaluation_batches, spread_batches
+from gpt_core.data.batches import (
+    Batch,
+    BatchSource,
+    PreparedBatches,
+    evaluation_batches,
+    separated,
+    spread_batches,
+)
+from gpt_core.data.chats import ChatBatches, chat_evaluation_batches
 from gpt_core.data.config import DataConfig
 from gpt_core.data.order import Split
 from gpt_core.data.prepared import PreparedTokens
 from gpt_core.data.streaming import StreamedBatches, streamed_chunks
 from gpt_core.errors import InputError
+from gpt_core.text.gpt2 import gpt2_tokenizer
 from gpt_core.text.tokenizer import Tokenizer
 
 
@@ -32,6 +41,7 @@ class BatchIterator:
 
     def __init__(self, source: BatchSource, prefetch: int = 2) -> None:
         self._source, self._prefetch = source, prefetch
+        self._told: set[str] = set()
         self._start(source.initial_state())
 
     def __iter__(self) -> Self:
@@ -59,6 +69,12 @@ class BatchIterator:
         """
         self.close()
         self._start(state)
+
+    def notices(self) -> list[str]:
+        """What a person should know of what was left out so far; each kind is told once."""
+        new = {name: text for name, text in self._source.notices().items() if name not in self._told}
+        self._told |= new.keys()
+        return list(new.values())
 
     def close(self) -> None:
         """End the thread."""
@@ -142,9 +158,16 @@ def validation_batches(
             batches = evaluation_batches(tokens.chunks(), batch_size, context_length, rows)
         else:
             batches = spread_batches(tokens, batch_size, context_length, limit, rows)
+        end_of_text = tokens.index.end_of_text
+    elif config.kind == "chat":
+        batches = islice(chat_evaluation_batches(config, batch_size, context_length, rows, tokenizer), limit)
     else:
-        chunks = streamed_chunks(config, "validation", tokenizer)
+        known = tokenizer or gpt2_tokenizer()
+        chunks = streamed_chunks(config, "validation", known)
         batches = islice(evaluation_batches(chunks, batch_size, context_length, rows), limit)
+        end_of_text = known.end_of_text
+    if config.kind == "text" and config.separates:
+        batches = (separated(batch, end_of_text) for batch in batches)
     first = next(batches, None)
     if first is None:
         raise InputError(
@@ -169,6 +192,15 @@ def batch_source(
         InputError: the data is missing, damaged or too short.
     """
     if config.prepared is None:
-        return StreamedBatches(config, split, batch_size, context_length, rows, tokenizer)
-    folder = Path(config.prepared)
-    return PreparedBatches(folder, split, batch_size, context_length, config.seed, rows, verify=config.verify)
+        streamed = ChatBatches if config.kind == "chat" else StreamedBatches
+        return streamed(config, split, batch_size, context_length, rows, tokenizer)
+    return PreparedBatches(
+        Path(config.prepared),
+        split,
+        batch_size,
+        context_length,
+        config.seed,
+        rows,
+        verify=config.verify,
+        separate=config.separates,
+    )

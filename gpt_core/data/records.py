@@ -2,10 +2,11 @@
 
 import csv
 import io
+import json
 import lzma
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, cast
@@ -20,11 +21,16 @@ from gpt_core.files.reading import parse_json
 # after any line, beyond twice as many), so that no document is huge and a single long file still has two splits.
 TEXT_PART = 32 * 1024
 
+CHAT_FIELDS = ("messages", "prompt", "completion", "tools")
+"""Of a record: a conversation, or a question and its answer; and the tools that a chat template is told of."""
+
+_WITH_FIELDS = {"jsonl", "parquet", "dataset"}
+
 LONGEST = 16 << 20
 """Bytes of a document, and of a line or a row that holds one: several times the longest book. In memory a line takes up
 to thirty times as much, and a compressed file may hold endless ones."""
 
-Document = tuple[int, bytes]  # number of the record in its file, text in UTF-8
+Document = tuple[int, bytes]  # number of the record in its file, text (or the JSON of a chat's fields) in UTF-8
 Wanted = Callable[[int], bool]
 
 
@@ -35,12 +41,14 @@ class Reader:
     Args:
         text_field: Field or column that holds the text.
         on_error: Whether a broken record stops, or is skipped and counted.
+        chats: Whether a document is the JSON of a chat's fields instead of a text.
         skipped: Records that were skipped.
         first_skipped: Where and why the first one was.
     """
 
     text_field: str = "text"
     on_error: OnError = "stop"
+    chats: bool = False
     skipped: int = field(default=0, init=False)
     first_skipped: str | None = field(default=None, init=False)
 
@@ -59,6 +67,11 @@ class Reader:
             "dataset": self._dataset,
             "topics": self._topics,
         }
+        if self.chats and file.format not in _WITH_FIELDS:
+            raise InputError(
+                f"{file.name}: has no fields: chats (data.kind: chat) are read out of JSON Lines, Parquet and Hugging "
+                f"Face datasets"
+            )
         try:
             for number, text in readers[file.format](file, wanted):
                 if text:
@@ -66,7 +79,16 @@ class Reader:
         except (OSError, EOFError, ImportError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
             raise InputError(f"{file.name}: cannot be read: {error}") from None
 
-    def _broken(self, where: str, why: str) -> None:
+    def broken(self, where: str, why: str) -> None:
+        """Stop at a broken record, or count it.
+
+        Args:
+            where: Its file and place.
+            why: What is wrong with it.
+
+        Raises:
+            InputError: `on_error` is "stop".
+        """
         if self.on_error == "stop":
             raise InputError(f"{where}: {why}; mend it, or pass --on-error skip (data.on_error: skip)")
         self.skipped += 1
@@ -77,14 +99,14 @@ class Reader:
             if not wanted(number):
                 continue
             if part is None:
-                self._broken(f"{file.name}:{first_line}", f"the line {_TOO_LONG}")
+                self.broken(f"{file.name}:{first_line}", f"the line {_TOO_LONG}")
                 continue
             try:
                 part.decode("utf-8")
             except UnicodeDecodeError as error:
                 if not file.skip_if_not_utf8:
                     line = first_line + part.count(b"\n", 0, error.start)
-                    self._broken(f"{file.name}:{line}", f"not valid UTF-8 ({error.reason})")
+                    self.broken(f"{file.name}:{line}", f"not valid UTF-8 ({error.reason})")
                 continue
             yield number, part
 
@@ -92,23 +114,23 @@ class Reader:
         for number, line in enumerate(_lines(file)):
             if not wanted(number) or (line is not None and not line.strip()):
                 continue
-            where = f"{file.name}:{number + 1}"
+            where = place(file, number)
             if line is None:
-                self._broken(where, f"the line {_TOO_LONG}")
+                self.broken(where, f"the line {_TOO_LONG}")
                 continue
             try:
                 record = parse_json(line.decode("utf-8"), "not a JSON record")
             except UnicodeDecodeError as error:
-                self._broken(where, f"not valid UTF-8 ({error.reason})")
+                self.broken(where, f"not valid UTF-8 ({error.reason})")
             except InputError as error:
-                self._broken(where, str(error))
+                self.broken(where, str(error))
             else:
                 if not isinstance(record, dict):
-                    self._broken(where, f"a record must be an object with fields, not {type(record).__name__}")
-                elif self.text_field not in record:
-                    self._broken(where, f"{self._no_field()}; it has: {_listed(record)}")
+                    self.broken(where, f"a record must be an object with fields, not {type(record).__name__}")
+                elif not self._fields(record):
+                    self.broken(where, f"{self._no_field()}; it has: {_listed(record)}")
                 else:
-                    yield from self._checked(number, record[self.text_field], where)
+                    yield from self._taken(number, record, where)
 
     def _csv(self, file: File, wanted: Wanted) -> Iterator[Document]:
         csv.field_size_limit(LONGEST)
@@ -135,7 +157,7 @@ class Reader:
             if not row or not wanted(number - 1):
                 continue
             if len(row) != len(header):
-                self._broken(where, f"has {len(row)} columns where the header has {len(header)}")
+                self.broken(where, f"has {len(row)} columns where the header has {len(header)}")
             else:
                 yield from self._checked(number - 1, row[column], where)
 
@@ -151,18 +173,19 @@ class Reader:
                 # Page by page: a row group may be as large as the file. Few rows at a time: a text that repeats is
                 # stored once, and stands in memory as often as it is repeated.
                 table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
-                if self.text_field not in table.schema_arrow.names:
-                    columns = _listed(table.schema_arrow.names)
-                    raise InputError(f"{file.name}: {self._no_field()}; its columns are: {columns}")
+                names = table.schema_arrow.names
+                columns = self._fields(dict.fromkeys(names, True))
+                if not columns:
+                    raise InputError(f"{file.name}: {self._no_field()}; its columns are: {_listed(names)}")
                 number = 0
-                for batch in table.iter_batches(batch_size=16, columns=[self.text_field]):
-                    for value in batch.column(0):
+                for batch in table.iter_batches(batch_size=16, columns=columns):
+                    for row in range(batch.num_rows):
                         if wanted(number):
-                            where = f"{file.name}: row {number + 1}"
-                            if isinstance(value, pyarrow.BinaryScalar) and len(value.as_buffer() or b"") > LONGEST:
-                                self._broken(where, f"field {self.text_field!r} {_TOO_LONG}")
+                            record = batch.slice(row, 1)
+                            if record.nbytes > 2 * LONGEST:  # offsets and all
+                                self.broken(place(file, number), f"{self._named()} {_TOO_LONG}")
                             else:
-                                yield from self._checked(number, value.as_py(), where)
+                                yield from self._taken(number, record.to_pylist()[0], place(file, number))
                         number += 1
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise InputError(f"{file.name}: not a valid Parquet file: {error}") from None
@@ -178,10 +201,10 @@ class Reader:
             for number, record in enumerate(records):
                 if not wanted(number):
                     continue
-                where = f"{file.name}: row {number + 1}"
-                if self.text_field not in record:
+                where = place(file, number)
+                if not self._fields(record):
                     raise InputError(f"{where}: {self._no_field()}; it has: {_listed(record)}")
-                yield from self._checked(number, record[self.text_field], where)
+                yield from self._taken(number, record, where)
         except InputError:
             raise
         except Exception as error:  # whatever the network, the hub and the dataset's own files may do
@@ -193,22 +216,55 @@ class Reader:
             if wanted(number):
                 yield number, text.encode("utf-8")
 
+    def _fields(self, record: Mapping[str, Any]) -> list[str]:
+        """Which fields of a record make its document; none where they are not there."""
+        if not self.chats:
+            return [self.text_field] if self.text_field in record else []
+        there = [name for name in CHAT_FIELDS if record.get(name) is not None]
+        return there if "messages" in there or {"prompt", "completion"} <= {*there} else []
+
+    def _taken(self, number: int, record: Mapping[str, Any], where: str) -> Iterator[Document]:
+        """The document of a record."""
+        if not self.chats:
+            yield from self._checked(number, record[self.text_field], where)
+            return
+        fields = self._fields(record)
+        if not fields:
+            self.broken(where, f"{self._no_field()}; the others are null")
+            return
+        try:
+            chat = json.dumps({name: record[name] for name in fields}, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            self.broken(where, f"{self._named()} hold what is no JSON ({error})")
+            return
+        yield from self._checked(number, chat, where)
+
+    def _named(self) -> str:
+        return "the fields of a chat" if self.chats else f"field {self.text_field!r}"
+
     def _no_field(self) -> str:
+        if self.chats:
+            return "no field 'messages', nor 'prompt' and 'completion'"
         return f"no field {self.text_field!r} (choose one with --text-field, data.text_field)"
 
     def _checked(self, number: int, text: Any, where: str) -> Iterator[Document]:
         if not isinstance(text, str):
-            self._broken(where, f"field {self.text_field!r} must be text, not {type(text).__name__}")
+            self.broken(where, f"field {self.text_field!r} must be text, not {type(text).__name__}")
             return
         try:
             document = text.encode("utf-8")
         except UnicodeEncodeError as error:
-            self._broken(where, f"field {self.text_field!r} is no valid Unicode ({error.reason})")
+            self.broken(where, f"{self._named()} is no valid Unicode ({error.reason})")
             return
         if len(document) > LONGEST:
-            self._broken(where, f"field {self.text_field!r} {_TOO_LONG}")
+            self.broken(where, f"{self._named()} {_TOO_LONG}")
         else:
             yield number, document
+
+
+def place(file: File, number: int) -> str:
+    """Where a record of fields stands: its file, and its line or row."""
+    return f"{file.name}:{number + 1}" if file.format == "jsonl" else f"{file.name}: row {number + 1}"
 
 
 _TOO_LONG = f"has more than {LONGEST >> 20} MiB; cut it into shorter ones"

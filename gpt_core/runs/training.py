@@ -189,7 +189,8 @@ def perplexity(loss: float) -> float:
 def validation_unigram_entropy(config: RunConfig, tokenizer: Tokenizer) -> float:
     """What a model that knows only token frequencies would lose on the text of the evaluations, in nats a token."""
     counts = np.zeros(config.model.vocab_size, np.int64)
-    if config.data.prepared is not None and config.train.evaluation_batches is None:
+    whole = config.train.evaluation_batches is None and not config.data.separates
+    if config.data.prepared is not None and whole:
         tokens = PreparedTokens(Path(config.data.prepared), "validation", verify=False)
         for chunk in tokens.chunks():
             counts += np.bincount(chunk, minlength=len(counts))

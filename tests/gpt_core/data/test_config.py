@@ -26,6 +26,9 @@ def test_a_config_survives_its_dictionary() -> None:
         ("streams", 0, "streams = 0 must be a whole number of at least 1"),
         ("shuffle_window", 1.5, "shuffle_window = 1.5"),
         ("prefetch", True, "prefetch = True"),
+        ("kind", "chats", "kind = 'chats' must be one of: text, chat"),
+        ("too_long", "cut", "too_long = 'cut' must be one of: truncate, drop"),
+        ("separate_documents", "no", "separate_documents = 'no' must be true or false"),
         ("verify", "no", "verify = 'no' must be true or false"),
         ("sources", "x", "unknown data field 'sources'; known are: source, "),
     ],
@@ -38,3 +41,16 @@ def test_bad_fields_are_named(field: str, value: Any, message: str) -> None:
 def test_a_section_must_be_a_mapping() -> None:
     with pytest.raises(InputError, match="expected a mapping of data fields, found list"):
         DataConfig.from_dict([])
+
+
+def test_chats_are_not_prepared() -> None:
+    with pytest.raises(InputError, match=r"prepared = 'tokens' does not go with kind = 'chat': .*leave prepared out"):
+        DataConfig(kind="chat", prepared="tokens")
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "expected"),
+    [("text", None, False), ("chat", None, True), ("text", True, True), ("chat", False, False)],
+)
+def test_documents_are_separate_in_chats_unless_one_says_otherwise(kind: Any, asked: Any, expected: bool) -> None:
+    assert DataConfig(kind=kind, separate_documents=asked).separates is expected
