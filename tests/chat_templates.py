@@ -60,6 +60,30 @@ FORGETTING = (  # what was thought in earlier turns is left out of the later one
     "{% else %}{{ message.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+CONSTRUCTS = (  # of Jinja, as many as there are
+    "{%- macro typed(spec, null=false) -%}{%- if spec is mapping -%}{%- for name, part in spec.items() %}{{ name }}: "
+    "{{ typed(part) }}{{ ', ' if not loop.last }}{% endfor %}{%- elif spec is iterable and spec is not string -%}"
+    "{{ spec | join(' | ') }}{%- else %}{{ spec }}{% endif %}{%- endmacro -%}{{ typed({'a': [1, 2], 'b': {}}) }}"
+    "{% for m in messages[::-1] if m.role != 'system' %}{{ loop.index }}{{ loop.length }}{{ loop.last }}{% else %}none"
+    "{% endfor %}{% for m in messages -%}\n    {%- set later = namespace(n=0) %}{% for n in messages[loop.index:] %}"
+    "{% set later.n = later.n + n.content|length %}{% endfor %}{{ '<|im_start|>' ~ m.role ~ later.n }}\n"
+    "{{ m['content'].split('</s>')[-1] | trim | replace('a', 'b') }}{{ m.content is string and 'x' in m.content }}\n"
+    "{%- endfor %}{{ messages | groupby('role') | map(attribute='grouper') | join(',') }}"
+    "{{ messages | map(attribute='role') | unique | sort | list }}{{ (messages | last).role | title | center(12) }}"
+    "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | map('length') | sum }}"
+    "{{ '%s-%03d' | format('a', 7) }}{{ '{:>5}|{}'.format(1, 'x') }}{{ messages | batch(2) | list | length }}"
+    "{{ range(3) | list }}{{ 7 // 2 }}{{ 2 ** 3 }}{{ -3 | abs }}{{ 'abc'[1:] }}{{ {'a': [1, (2, 3)]} }}{{ 1 < 2 <= 2 }}"
+    "{% filter upper %}x{{ messages[0].role }}{% endfilter %}{% set t %}[{{ absent }}]{% endset %}{{ t }}"
+    "{% with a = 1 %}{{ a }}{% endwith %}{% for k, v in messages[0] | dictsort %}{{ k }}{% endfor %}"
+    "{% for a in [1, 2, 3, 4, 5] %}{% if a == 2 %}{% continue %}{% elif a == 5 %}{% break %}{% endif %}"
+    "{{ loop.cycle('o', 'e') }}{{ loop.changed(a > 2) }}{{ loop.previtem }}{{ loop.nextitem }}{{ loop.revindex }}"
+    "{% endfor %}{% macro c() %}{{ caller() }}{% endmacro %}{% call c() %}hi{% endcall %}"
+    "{{ messages | tojson(indent=2) | indent(4) }}{% for x in [1, [2, [3]]] recursive %}"
+    "{{ loop(x) if x is iterable else x }}{% endfor %}{% set j = joiner(', ') %}{{ j() }}{{ j() }}"
+    "{% set y = cycler('a', 'b') %}{{ y.next() }}{{ y.next() }}{{ messages[0].get('content', 'z') }}"
+    "{{ absent | default('d') }}{{ 3.7 | round | int }}{{ none }}{{ '<a>' | e }}{{ dict(a=1).items() | list }}"
+    "{{ messages | first | items | list }}{{ 'X'.lower() }}{% if messages | selectattr('x') %}lazy{% endif %}"
+)
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "mistral": MISTRAL, "marked": MARKED}
 
 SPECIAL = [

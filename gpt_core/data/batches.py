@@ -21,7 +21,8 @@ class Batch(TypedDict):
         targets: The token that comes next at each position.
         mask: Whether a position counts; False where nothing is learned: in padding, between documents that are
             separate, in what others say.
-        segments: Which document a position belongs to, from 0 in each row; there where documents are separate.
+        segments: Which document of its row each position belongs to, where documents must not see each other; equal ids
+            lie together.
     """
 
     tokens: Int32[np.ndarray, "batch time"]

@@ -21,7 +21,7 @@ Message = dict[str, Any]
 Span = tuple[int, int]
 """Of a text: its first character, and the one behind its last."""
 
-_LONGEST = 1 << 20  # characters of a template; those that people have are of 200 to 30,000
+_LONGEST = 1 << 18  # characters of a template; those that people have are of 200 to 30,000
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message calls what it thought
 
@@ -105,7 +105,8 @@ class ChatTemplate:
             )
         content = messages[number].get("content")
         said = content.strip() if isinstance(content, str) else ""
-        behind = max(len(prompt), until.rfind(said) + len(said))  # a special token may be written in what is said
+        place = until.find(said, len(prompt))
+        behind = len(prompt) if place < 0 else place + len(said)  # a special token may be written in what is said
         ends = [until.rfind(end, behind) + len(end) for end in self._ends if until.rfind(end, behind) >= 0]
         return len(prompt), max(ends, default=len(until))
 

@@ -14,7 +14,7 @@ import inspect
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MappingView
 from datetime import datetime
 from typing import Any
 
@@ -37,18 +37,36 @@ _LONGEST_INT = 1 << 14  # bits
 
 # Whose result may be as large as the product of what they are given; the names of filters and of methods.
 _MULTIPLYING = {
-    *("batch", "center", "expandtabs", "indent", "join", "ljust", "replace", "rjust", "slice", "to_bytes", "tojson"),
-    *("translate", "urlize", "wordwrap", "xmlattr", "zfill"),
+    *("batch", "center", "expandtabs", "indent", "join", "ljust", "replace", "rjust", "round", "slice", "to_bytes"),
+    *("tojson", "translate", "urlize", "wordwrap", "xmlattr", "zfill"),
 }
-# Which go through all that a value holds; the others look at its own elements at most.
-_WALKING = {
-    *("dictsort", "format", "format_map", "groupby", "join", "max", "min", "pprint", "sort", "string", "tojson"),
-    *("unique", "urlencode", "xmlattr", "eq", "==", "ne", "!=", "lt", "<", "le", "<=", "gt", ">", "ge", ">=", "in"),
-    *("changed", "count", "index", "equalto", "lessthan", "greaterthan"),
+_QUADRATIC = {"striptags", "urlize"}  # in the length of a text
+# Filters and tests that look no deeper than at a value's own elements; all others may print it, or compare it in full.
+_SHALLOW = {
+    *(
+        "length",
+        "count",
+        "first",
+        "last",
+        "list",
+        "reverse",
+        "items",
+        "default",
+        "d",
+        "attr",
+        "batch",
+        "slice",
+        "random",
+    ),
+    *("map", "select", "selectattr", "reject", "rejectattr"),
+    *("defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "number", "boolean", "integer"),
+    *("float", "true", "false", "callable", "sameas", "filter", "test", "odd", "even", "divisibleby"),
 }
+# Methods and functions that do look deeper.
+_DEEP = {"format", "format_map", "join", "index", "count", "changed", "fromkeys", "_Dictionary"}
 _FORMATTING = {"format", "format_map", "strftime_now"}
-_WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[^a-zA-Z%]*(\d{4}|\*)")
-_WIDE_BRACES = re.compile(r"\{[^{}]*:[^{}]*(\d{4}|\{)")
+_WIDE_PERCENT = re.compile(r"%(?:\([^)%]*\))?[^a-zA-Z%]*(?:\d{4}|\*)")
+_WIDE_BRACES = re.compile(r"\{[^{}:]*:[^{}]*?(?:\d{4}|\{)")
 
 
 class TooMuchError(Exception):
@@ -100,28 +118,31 @@ class Rendering:
         """The same value, its own elements counted; what comes out of a generator is counted as it comes."""
         if self._weight(value) > self._size:
             raise TooMuchError("makes texts or lists without measure")
-        self.spend(_elements(value))
+        self.spend(self._elements(value))
         return self._counted(value) if inspect.isgenerator(value) else value
 
-    def allow(self, name: str, values: list[Any]) -> None:
+    def allow(self, name: str, values: list[Any], *, deep: bool) -> None:
         """Count what an operation is given, and refuse one that could make too much of it.
 
         Args:
             name: Of the filter, test, method or function.
             values: What it is given; of a method, first of all whose it is.
+            deep: Whether it looks at all that they hold.
         """
-        self.spend(sum(map(self._weight if name in _WALKING else _elements, values)))
+        self.spend(sum(map(self._weight if deep else self._elements, values)))
         if name in _FORMATTING and values:
             _require_narrow(values[0])
-        if name in _MULTIPLYING:
+        if name in _MULTIPLYING | _QUADRATIC:
             first, second = ([*sorted(map(self._extent, values), reverse=True), 0, 0])[:2]
+            if name in _QUADRATIC:
+                self.spend(first * first >> 10)
             if (1 + first) * (1 + second) > min(_LARGEST, self._size):
                 raise TooMuchError(f"makes texts or lists without measure ({name})")
 
     def allow_operator(self, operator: str, left: Any, right: Any) -> None:
         """The same for an operator between two values."""
-        formats = operator == "%" and isinstance(left, str)
-        self.spend(_elements(left) + (self._weight(right) if formats else _elements(right)))
+        formats = operator == "%" and isinstance(left, str | bytes)
+        self.spend(self._elements(left) + (self._weight(right) if formats else self._elements(right)))
         if formats:
             _require_narrow(left)
         numbers = isinstance(left, int) and isinstance(right, int)
@@ -139,6 +160,12 @@ class Rendering:
             return abs(value)
         return self._most if inspect.isgenerator(value) else self._weight(value) - 1
 
+    def _elements(self, value: Any) -> int:
+        """Characters of a text, elements of a container: what an operation copies that looks no deeper."""
+        if isinstance(value, tuple):  # may be a key, which is hashed in full
+            return self._weight(value)
+        return 1 + len(value) if isinstance(value, str | bytes | range | Mapping | MappingView | list | set) else 1
+
     def _weight(self, value: Any) -> int:
         """Characters and elements of a value, as often as each would be printed; each container is walked once."""
         if isinstance(value, str | bytes):
@@ -147,8 +174,8 @@ class Rendering:
             raise TooMuchError("makes numbers without measure")
         if isinstance(value, range):
             return 1 + len(value)
-        if isinstance(value, type({}.items()) | type({}.values()) | type({}.keys())):
-            value = value.mapping
+        if isinstance(value, MappingView):
+            value = [*value]
         if not isinstance(value, Mapping | list | tuple | set):
             return 1
         if id(value) not in self._known:
@@ -158,13 +185,10 @@ class Rendering:
         return self._known[id(value)][1]
 
 
-def _elements(value: Any) -> int:
-    """Characters of a text, elements of a container: what an operation copies that looks no deeper."""
-    return 1 + len(value) if isinstance(value, str | bytes | Mapping | list | tuple | set | range) else 1
-
-
 def _require_narrow(template: Any) -> None:
     """Refuse a format whose widths have four digits or stand in the values."""
+    if isinstance(template, bytes):
+        template = template.decode("latin-1")
     if isinstance(template, str) and (_WIDE_PERCENT.search(template) or _WIDE_BRACES.search(template)):
         raise TooMuchError("pads texts without measure")
 
@@ -190,8 +214,12 @@ class _Counting(NodeTransformer):
             case nodes.Concat():
                 node.nodes = [_walked(part) for part in node.nodes]
                 return _made(node)
-            case nodes.Tuple(ctx="load") | nodes.List() | nodes.Dict() | nodes.Getitem(arg=nodes.Slice()):
+            case nodes.Dict():
+                return _walked(node)
+            case nodes.Tuple(ctx="load") | nodes.List() | nodes.Getitem(arg=nodes.Slice()):
                 return _made(node)
+            case nodes.Getitem() if not isinstance(node.arg, nodes.Const):
+                node.arg = _walked(node.arg)
         return node
 
 
@@ -314,8 +342,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         rendering = self.rendering
         owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
         given = [value for name, value in named.items() if name not in ("_loop_vars", "_block_vars")]
-        name = getattr(function, "__name__", None)
-        rendering.allow(name or "", [*([] if owner is None else [owner]), *values, *given])
+        name = getattr(function, "__name__", None) or type(function).__name__
+        rendering.allow(name, [*([] if owner is None else [owner]), *values, *given], deep=name in _DEEP)
         rendering.depth += 1
         if rendering.depth > _DEEPEST:
             raise TooMuchError(f"calls itself more than {_DEEPEST} levels deep")
@@ -335,7 +363,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
         @functools.wraps(function)  # with the mark of those that take the context
         def guarded(*values: Any, **named: Any) -> Any:
-            self.rendering.allow(name, [*values[takes_context:], *named.values()])
+            self.rendering.allow(name, [*values[takes_context:], *named.values()], deep=name not in _SHALLOW)
             return self.rendering.made(function(*values, **named))
 
         return guarded

@@ -31,10 +31,19 @@ def turns(template: str, messages: list[dict[str, Any]], first: int = 0) -> list
     ],
 )
 def test_a_turn_is_what_follows_its_prompt_up_to_its_end(template: str, turn: str) -> None:
-    said = ["Hello.", "Paris", "it ends with </s> and <|im_end|>", "<|eot_id|>"]
+    said = ["Hello.", "end", "s", "|", "it ends with </s> and <|im_end|>", "<|eot_id|>"]
     messages = [message for text in said for message in (USER, {"role": "assistant", "content": text})]
     assert turns(template, messages) == [turn.format(text) for text in said]
     assert turns(template, messages, first=5) == [turn.format(text) for text in said[2:]]
+
+
+def test_a_turn_may_be_a_call_of_a_tool_alone() -> None:
+    call = {"role": "assistant", "tool_calls": [{"name": "look_up"}], "content": None}
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or m.tool_calls | tojson }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert turns(template, [USER, call, USER, ANSWER]) == ['[{"name": "look_up"}]<|im_end|>', "Hello.<|im_end|>"]
 
 
 def test_tokens_of_the_assistant_are_those_of_its_turns(tmp_path: Path) -> None:
@@ -77,7 +86,7 @@ def test_the_date_is_the_one_that_is_given() -> None:
         ("{% generation %}", "no Jinja template"),
         ("{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "no Jinja template: too many statically nested blocks"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "no Jinja template"),
-        ("x" * (1 << 20) + "x", "has 1,048,577 characters"),
+        ("x" * (1 << 18) + "x", "has 262,145 characters"),
     ],
 )
 def test_what_is_no_template_is_said(template: str, message: str) -> None:
@@ -138,6 +147,18 @@ BOMBS = {
     ),
     "long comparisons": "{% set s = 'x' * 99999 %}{% for a in range(99999) %}{% if 'y' in s %}{% endif %}{% endfor %}",
     "slices": "{% set s = 'x' * 99999 %}{% for a in range(99999) %}{% set t = s[1:] %}{% endfor %}",
+    "pairs of keys and values": (
+        "{% set d = dict.fromkeys(range(9999)) %}{% for a in range(99999) %}{% set x = d.items() %}{% endfor %}"
+    ),
+    "keys that are pairs of pairs": DOUBLED.replace("range(60)", "range(17)")
+    .replace("START", "(1,)")
+    .replace("STEP", "(ns.s, ns.s)")
+    .replace("{{ ns.s }}", "{% for a in range(99999) %}{% set x = {}[ns.s] %}{% endfor %}"),
+    "printing in a filter": DOUBLED.replace("range(60)", "range(17)")
+    .replace("START", "[1]")
+    .replace("STEP", "[ns.s, ns.s]")
+    .replace("{{ ns.s }}", "{% for a in range(99999) %}{% set x = ns.s|upper|length %}{% endfor %}"),
+    "comments without end": "{% set s = '<!--' * 99999 %}{% set x = s|striptags %}",
     "keys": "{% for a in range(99999) %}{% set d = dict.fromkeys(range(99999)) %}{% endfor %}",
 } | {
     expression: "{{ " + expression + " }}"
@@ -146,6 +167,7 @@ BOMBS = {
         *("'%999999999d'|format(1)", "'%999999999d' % 1", "'%*d' % (10**9, 1)", "'{:999999999}'.format(1)"),
         *("'{:{}}'.format(1, 10**9)", "[1]|batch(10**9, 'x')|list|length", "[1]|slice(10**9)|list|length"),
         *("'a\nb'|indent(10**9)", "[1]|tojson(indent=10**9)", "strftime_now('%999999999d')", "'\t'.expandtabs(10**9)"),
+        *("'%999999999d'.encode() % 1", "1.5|round(10**9, 'ceil')", "'%.999999999f' % 1"),
         *("(5).to_bytes(10**9, 'little')|length", "range(10**9)|list", "('x' * 99999).replace('x', 'x' * 99999)"),
         *("('x' * 99999)|replace('x', 'x' * 99999)", "range(99999)|map('string')|join('x' * 99999)"),
         *("('x' * 99999).join('x' * 99999)", "'x'.zfill(10**9)", "'x'|wordwrap(1, wrapstring='x' * 10**9)"),
