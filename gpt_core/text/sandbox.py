@@ -14,7 +14,7 @@ import inspect
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, MappingView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, MappingView, ValuesView
 from datetime import datetime
 from typing import Any
 
@@ -174,7 +174,7 @@ class Rendering:
             raise TooMuchError("makes numbers without measure")
         if isinstance(value, range):
             return 1 + len(value)
-        if isinstance(value, MappingView):
+        if isinstance(value, KeysView | ValuesView | ItemsView):
             value = [*value]
         if not isinstance(value, Mapping | list | tuple | set):
             return 1
