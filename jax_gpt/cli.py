@@ -7,7 +7,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from gpt_core.checkpoints.hub import local_folder
 from gpt_core.cli import SUCCESS, parser, run
-from gpt_core.commands.generate import Request, Writer, generate_command, generate_parser
+from gpt_core.commands.conversation import Writer
+from gpt_core.commands.generate import Request, generate_command, generate_parser
 from gpt_core.commands.init import init_command, init_parser
 from gpt_core.commands.train import (
     eval_config,

@@ -1,7 +1,7 @@
 """The words and flags that `jax-gpt generate` and `torch-gpt generate` share."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,18 +9,25 @@ from jsonargparse import ArgumentParser, Namespace
 
 from gpt_core.checkpoints.hub import local_folder
 from gpt_core.cli import SUCCESS, parser, print_json
+from gpt_core.commands.conversation import (
+    Writer,
+    begun,
+    continuation,
+    converse,
+    printed_as_it_comes,
+    without_end,
+)
 from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
 from gpt_core.formats.hf_folder import end_tokens
 from gpt_core.precision import PARAM_DTYPES, Precision
+from gpt_core.text.chat import Chat
 from gpt_core.text.finding import text_tokenizer
 from gpt_core.text.generation import SamplingConfig, Written, pack_draft_prompts, pack_prompts
 from gpt_core.text.tokenizer import Tokenizer
 
+NEW_TOKENS, CHAT_TOKENS = 100, 512
 CHECKPOINT = "RUN, RUN@STEP, RUN@best, RUN@last, the folder of a model in any format, or a name on the hub"
-Chunks = Iterator[Written]
-Writer = Callable[[list[list[int]], SamplingConfig], Chunks]
-"""New tokens of every prompt, chunk by chunk."""
 
 
 class Request(NamedTuple):
@@ -38,11 +45,18 @@ def generate_parser(program: str) -> ArgumentParser:
         "Continue prompts; text appears as it is written.",
         f"  {program} generate runs/tiny-cpu 'def main('\n"
         f"  {program} generate runs/tiny-cpu@best 'import ' 'class ' --temperature 0.8 --top-p 0.95 --seed 1\n"
-        f"  {program} generate runs/large 'def main(' --draft runs/tiny-cpu --draft-tokens 4   # the same text, sooner",
+        f"  {program} generate runs/large 'def main(' --draft runs/tiny-cpu --draft-tokens 4  # the same text, sooner\n"
+        f"  {program} generate HuggingFaceTB/SmolLM2-135M-Instruct 'What is the capital of France?' --chat",
     )
     command.add_argument("checkpoint", help=CHECKPOINT)
-    command.add_argument("prompts", nargs="+", help="texts to continue, all at once")
-    command.add_argument("--max-new-tokens", type=int, default=100, help="tokens to write at most")
+    command.add_argument("prompts", nargs="*", help="texts to continue, all at once")
+    command.add_argument(
+        "--chat", action="store_true", help="answer by the checkpoint's chat template; without a prompt, converse"
+    )
+    command.add_argument("--system", help="with --chat: what the model is told before")
+    command.add_argument(
+        "--max-new-tokens", type=int, help=f"tokens to write at most; default: {NEW_TOKENS}, with --chat {CHAT_TOKENS}"
+    )
     command.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     command.add_argument("--top-k", type=int, help="keep so many of the most likely tokens")
     command.add_argument("--top-p", type=float, default=1.0, help="keep the most likely tokens of this probability")
@@ -68,27 +82,42 @@ def generate_command(options: Namespace, load: Callable[[Request], Writer]) -> i
     checkpoint = local_folder(options.checkpoint)
     config = open_checkpoint(checkpoint).config
     tokenizer = text_tokenizer(checkpoint, "`generate` in code takes token ids")
+    chat = Chat(tokenizer) if options.chat else None
+    if options.system is not None and chat is None:
+        raise InputError("--system goes with --chat: plain text has no roles")
+    if not options.prompts and not (chat and sys.stdin.isatty()):
+        raise InputError("there is no prompt; give one, or none with --chat on a terminal to converse")
     sampling = _sampling(options, tokenizer, checkpoint)
-    prompts = [tokenizer.encode_prompt(prompt) for prompt in options.prompts]
-    pack_prompts(prompts, config, sampling.max_new_tokens)  # a mistake is named before weights are read
+    if chat is None:
+        prompts = [tokenizer.encode_prompt(prompt) for prompt in options.prompts]
+    else:
+        prompts = [begun(chat, options.system, prompt) for prompt in options.prompts]
     draft = None if options.draft is None else local_folder(options.draft)
-    if draft is not None:
+    if prompts:  # a mistake is named before weights are read
+        pack_prompts(prompts, config, sampling.max_new_tokens)
+    if prompts and draft is not None:
         draft_config = open_checkpoint(draft).config
         pack_draft_prompts(prompts, draft_config, config, sampling.max_new_tokens, options.draft_tokens)
     precision = Precision(options.dtype, options.dtype)
     write = load(Request(checkpoint, precision, draft, options.draft_tokens))
+    if chat is not None and not prompts:
+        return converse(chat, tokenizer, options.system, sampling, write)
     chunks = write(prompts, sampling)
-    begun = [tokenizer.encode_marked(prompt) for prompt in options.prompts]  # without what is put in front
+    # Not printed are what is put in front of a text, and all of a conversation but its answer.
+    heads = [tokenizer.encode_marked(prompt) if chat is None else [] for prompt in options.prompts]
+    if chat is not None:
+        chunks = without_end(chunks, sampling)
     if not options.json and len(prompts) == 1:
-        chunks = printed_as_it_comes(begun[0], chunks, tokenizer)
+        chunks = printed_as_it_comes(heads[0], chunks, tokenizer)
     whole = Written.together(chunks, len(prompts))
-    texts = [continuation(tokenizer, *both) for both in zip(begun, whole.rows, strict=True)]
+    texts = [continuation(tokenizer, *both) for both in zip(heads, whole.rows, strict=True)]
     if options.json:
         rows = zip(options.prompts, texts, *whole, strict=True)
         keys = ("prompt", "text", "tokens", "accepted", "proposed")[: 3 if draft is None else 5]
         print_json([dict(zip(keys, row, strict=False)) for row in rows])
     elif len(prompts) > 1:
-        print("\n\n".join(prompt + text for prompt, text in zip(options.prompts, texts, strict=True)))
+        shown = zip(options.prompts, texts, strict=True)
+        print("\n\n".join(text if chat else prompt + text for prompt, text in shown))
     if draft is not None:
         accepted, proposed = sum(whole.accepted), sum(whole.proposed)
         rate = f" ({accepted / proposed:.0%})" if proposed else ""
@@ -101,7 +130,7 @@ def _sampling(options: Namespace, tokenizer: Tokenizer, checkpoint: Path) -> Sam
         raise InputError("--stop is an empty text; give one with at least one token")
     ends = end_tokens(checkpoint, tokenizer) if options.stop is None else tokenizer.encode_marked(options.stop)[:1]
     return SamplingConfig(
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=options.max_new_tokens or (CHAT_TOKENS if options.chat else NEW_TOKENS),
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -109,28 +138,3 @@ def _sampling(options: Namespace, tokenizer: Tokenizer, checkpoint: Path) -> Sam
         seed=options.seed,
         known_tokens=tokenizer.vocab_size,
     )
-
-
-def continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
-    """The text of new tokens as it follows a prompt: on its own, some tokenizers would leave its first blank out."""
-    whole, head = tokenizer.decode(prompt + new), tokenizer.decode(prompt)
-    return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(new)
-
-
-def printed_as_it_comes(prompt: list[int], chunks: Chunks, tokenizer: Tokenizer, *, hide: int = 0) -> Chunks:
-    """The same chunks; meanwhile the text of prompt and new tokens is printed.
-
-    Args:
-        prompt: Its tokens.
-        chunks: Of one row.
-        tokenizer: Of the text.
-        hide: Characters at the beginning that are not printed.
-    """
-    tokens, shown = list(prompt), hide
-    for chunk in chunks:
-        yield chunk
-        tokens += chunk.rows[0]
-        text = tokenizer.decode(tokens).rstrip("\ufffd")  # half a character is shown when its other half comes
-        print(text[shown:], end="", flush=True)
-        shown = max(shown, len(text))
-    print(tokenizer.decode(tokens)[shown:])

@@ -8,7 +8,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from gpt_core.commands.generate import Chunks, Request, Writer, generate_command, generate_parser
+from gpt_core.commands.conversation import Chunks, Writer
+from gpt_core.commands.generate import Request, generate_command, generate_parser
 from gpt_core.config import ModelConfig
 from gpt_core.data.stdlib import prose
 from gpt_core.errors import InputError
@@ -22,7 +23,7 @@ Asked = list[tuple[list[list[int]], SamplingConfig]]
 
 def written(folder: Path, vocab_size: int) -> Path:
     """A checkpoint of zeros, without a tokenizer."""
-    model = ModelConfig(vocab_size=vocab_size, context_length=64, n_layers=1, n_heads=2, embed_dim=8)
+    model = ModelConfig(vocab_size=vocab_size, context_length=64, n_layers=1, n_heads=2, embed_dim=8, position="rope")
     dtypes = dict.fromkeys(parameter_table(model), np.dtype(np.float32))
     safetensors_torch.write(folder, model, lambda p: np.zeros(p.shape, np.float32), dtypes, None)
     return folder
@@ -120,3 +121,85 @@ def test_an_end_that_is_no_token_is_refused(ends: object, other: Path) -> None:
     (other / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     with pytest.raises(InputError, match=r"generation_config.json: eos_token_id = .* must be a token id"):
         run(other, "the", rows=[])
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<s>' + message.role + ':' + message.content + '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def chatty(other: Path) -> Path:
+    (other / "chat_template.jinja").write_text(CHATML)
+    return other
+
+
+def test_a_question_is_asked_through_the_template_and_the_answer_stands_alone(
+    chatty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tokenizers.Tokenizer.from_file(str(chatty / "tokenizer.json"))
+    answer = own.encode("of a class", add_special_tokens=False).ids
+    asked = "<s>system:be<end><s>user:the name<end><s>assistant:"
+    [(prompts, sampling)] = run(chatty, "the name", "--chat", "--system", "be", rows=[[*answer, 2]])
+    assert prompts == [own.encode(asked, add_special_tokens=False).ids]
+    assert (sampling.stop_tokens, sampling.max_new_tokens) == ((1, 2), 512)
+    assert capsys.readouterr().out == "of a class\n"
+    run(chatty, "the name", "--chat", "--json", rows=[[*answer, 2]])
+    assert json.loads(capsys.readouterr().out) == [{"prompt": "the name", "text": "of a class", "tokens": answer}]
+
+
+def test_a_conversation_remembers_and_begins_anew_when_it_outgrows_the_context(
+    chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tokenizers.Tokenizer.from_file(str(chatty / "tokenizer.json"))
+    answer = own.encode("of a class", add_special_tokens=False).ids
+    said = iter(["the name", "", "and", "no more room"])
+
+    def typed(_: str) -> str:
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    asked: list[str] = []
+
+    def load(request: Request) -> Writer:
+        def write(prompts: list[list[int]], sampling: SamplingConfig) -> Chunks:
+            text = own.decode(prompts[0], skip_special_tokens=False)
+            asked.append(text)
+            if "room" in text and "the name" in text:
+                raise InputError("the prompt is too long")
+            return iter([Written.plain([[*answer, 1]])])
+
+        return write
+
+    assert generate_command(generate_parser("x").parse_args([str(chatty), "--chat"]), load) == 0
+    wanted = [
+        "<s>user:the name<end><s>assistant:",
+        "<s>user:the name<end><s>assistant:of a class<end><s>user:and<end><s>assistant:",
+    ]
+    assert [text.replace(" ", "") for text in asked[:2]] == [text.replace(" ", "") for text in wanted]
+    assert "name" in asked[2]
+    assert "name" not in asked[3]
+    shown = capsys.readouterr().out
+    assert shown.count("of a class\n") == 3
+    assert "the prompt is too long; the conversation begins anew" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is no prompt"),
+        (["--chat"], "there is no prompt; give one, or none with --chat on a terminal"),
+        (["hi", "--system", "be"], "--system goes with --chat"),
+    ],
+)
+def test_a_conversation_needs_a_terminal_and_a_template(words: list[str], message: str, chatty: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        run(chatty, *words, rows=[])
+    (chatty / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="has no chat template"):
+        run(chatty, "hi", "--chat", rows=[])
