@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chat_templates import write_tokenizer
 
 from gpt_core.runs.folder import saved_steps
 from gpt_core.runs.tracking import read_metrics
@@ -118,6 +119,23 @@ def test_a_model_with_more_rows_than_tokens_is_told_so_and_keeps_its_tokenizer(
     said = capfd.readouterr().err
     assert said.index("rows 50257 to 50303 have no token") < said.index("step 1:")
     assert tokenizer_of(tmp_path / "run" / "checkpoints" / "1") is not None
+
+
+def test_a_run_on_answers_says_once_what_of_them_was_left_out(
+    framework: str, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"prompt": f"{number} and 1 is", "completion": f" {number + 1}."} for number in range(40)]
+    records[3]["completion"] = ""
+    records[5]["completion"] = " one" * 40
+    source = tmp_path / "answers.jsonl"
+    source.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    small = ["--data.tokenizer", str(write_tokenizer(tmp_path / "tokenizer", None)), "--model.vocab_size", "400"]
+    chats = ["--data.kind", "chat", "--data.source", str(source), "--data.on_error", "skip", *small]
+    assert train(framework, config, tmp_path / "run", *chats, "--train.steps", "2", "--train.evaluate_every", "1") == 0
+    said = capfd.readouterr().err
+    broken = rf"broken records skipped so far; the first: {re.escape(str(source))}:4: the completion is empty\n"
+    assert len(re.findall(broken, said)) == 1
+    assert said.count("were cut at their end: longer than the context of 16 tokens") == 1
 
 
 def test_another_model_is_refused_by_field(
