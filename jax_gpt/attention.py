@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
@@ -39,9 +39,10 @@ def attention(
     window: int | None,
     scale: float,
     softcap: float | None = None,
+    positions: Int[jax.Array, "batch time"] | None = None,
     implementation: Implementation = "reference",
 ) -> Float[jax.Array, "batch time heads head_dim"]:
-    """Mix values by softmax(scale * query . key) over the keys that the causal window lets a query see.
+    """Mix values by softmax(scale * query . key) over the keys of its document that the causal window lets a query see.
 
     Args:
         query: `[batch, time, heads, head_dim]`; head h reads kv head h // (heads / kv_heads).
@@ -50,27 +51,42 @@ def attention(
         window: Query i sees keys j with 0 <= i - j < window; None means all of 0 <= i - j.
         scale: Factor on the scores before the softmax.
         softcap: Scores become softcap * tanh(score / softcap), after their scale and before the mask; None: not.
+        positions: Of each token in its document, of `jax_gpt.segments`: query i sees keys j with i - j <= its position.
+            None: a row is one document.
         implementation: "auto" is what `pick` says; "reference" and "banded" run in any precision; "xla", "splash" (TPU)
-            and "cudnn" (GPU) have their softmax in fp32 and refuse fp64.
+            and "cudnn" (GPU) have their softmax in fp32 and refuse fp64. With positions "xla" has a mask, O(T^2).
 
     Returns:
         `[batch, time, heads, head_dim]` in the dtype of `query`.
 
     Raises:
-        InputError: unknown implementation, or one that cannot run here, in the dtype of `query`, or with a softcap.
+        InputError: unknown implementation, or one that cannot run here, in the dtype of `query`, with a softcap, or with
+            positions.
     """
     if implementation == "auto":
         dtype: Any = query.dtype.name
-        implementation = pick(current_platform(), dtype, query.shape[-1], window, softcap).implementation
+        documents = positions is not None
+        implementation = pick(current_platform(), dtype, query.shape[-1], window, softcap, documents).implementation
     if implementation not in _IMPLEMENTATIONS:
         known = ", ".join(get_args(Implementation))
         raise InputError(f"attention implementation {implementation!r} is unknown; choose from: {known}")
     if softcap is not None and implementation in _WITHOUT_SOFTCAP:
         raise InputError(f"attention implementation {implementation!r} has no softcap: use 'banded' or 'reference'")
-    return _IMPLEMENTATIONS[implementation](query, key, value, window, scale, softcap)
+    if positions is not None and implementation in _WITHOUT_DOCUMENTS:
+        raise InputError(
+            f"attention implementation {implementation!r} cannot keep documents apart: use 'banded' or 'auto'"
+        )
+    return _IMPLEMENTATIONS[implementation](query, key, value, window, scale, softcap, positions)
 
 
-def pick(platform: str, dtype: DType, head_dim: int, window: int | None, softcap: float | None = None) -> Pick:
+def pick(
+    platform: str,
+    dtype: DType,
+    head_dim: int,
+    window: int | None,
+    softcap: float | None = None,
+    documents: bool = False,
+) -> Pick:
     """The fastest implementation that is exact here.
 
     Args:
@@ -79,8 +95,12 @@ def pick(platform: str, dtype: DType, head_dim: int, window: int | None, softcap
         head_dim: Width of one head.
         window: Of the layer.
         softcap: Of the config.
+        documents: Whether a row has several that do not see each other.
     """
-    if platform == "gpu" and dtype == "bfloat16" and _fits_cudnn(head_dim) and softcap is None:
+    cudnn = platform == "gpu" and dtype == "bfloat16" and _fits_cudnn(head_dim) and softcap is None
+    if cudnn and documents:
+        return Pick("banded", "bf16 on a GPU: blocks keep documents apart, cuDNN's fused kernel cannot")
+    if cudnn:
         return Pick("cudnn", "bf16 on a GPU: cuDNN's fused kernel, which skips what the window hides")
     if platform == "tpu" and dtype in {"bfloat16", "float32"}:  # of any head_dim and length; Mosaic refuses float16
         return Pick("splash", f"{dtype} on a TPU: the Pallas kernel, which skips what the window hides")
@@ -89,11 +109,12 @@ def pick(platform: str, dtype: DType, head_dim: int, window: int | None, softcap
     return Pick("banded", f"{dtype} on {platform}: blocks need half the products and O(time) memory")
 
 
-def picks(platform: str, dtype: DType, model: ModelConfig) -> str:
+def picks(platform: str, dtype: DType, model: ModelConfig, documents: bool = False) -> str:
     """What `auto` stands for in each kind of layer that a model has, and why."""
     windows = {kind: model.view(kind).window for kind in dict.fromkeys(model.layer_kinds)}
     found = {
-        kind: pick(platform, dtype, model.head_dim, window, model.attention_softcap) for kind, window in windows.items()
+        kind: pick(platform, dtype, model.head_dim, window, model.attention_softcap, documents)
+        for kind, window in windows.items()
     }
     alike = len(set(found.values())) == 1
     return "; ".join(
@@ -108,8 +129,21 @@ def causal_mask(time: int, window: int | None) -> Bool[jax.Array, "query key"]:
     return visible if window is None else visible & (distance < window)
 
 
+def document_mask(positions: Int[jax.Array, "batch time"], window: int | None) -> Bool[jax.Array, "batch query key"]:
+    """True where query i sees key j of its document: 0 <= i - j < window and i - j <= its position."""
+    index = jnp.arange(positions.shape[1])
+    distance = index[:, None] - index  # [query, key]
+    return causal_mask(len(index), window) & (distance <= positions[:, :, None])
+
+
 def _reference(
-    query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, scale: float, softcap: float | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    positions: jax.Array | None,
 ) -> jax.Array:
     batch, time, heads, head_dim = query.shape
     kv_heads = key.shape[2]
@@ -118,7 +152,8 @@ def _reference(
     scores = scale * jnp.einsum("bqkgd,bskd->bkgqs", grouped.astype(wide), key.astype(wide))
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(causal_mask(time, window), scores, -jnp.inf)
+    visible = causal_mask(time, window) if positions is None else document_mask(positions, window)[:, None, None]
+    scores = jnp.where(visible, scores, -jnp.inf)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(query.dtype)  # [batch, kv_heads, group, query, key]
     mixed = jnp.einsum("bkgqs,bskd->bqkgd", probabilities, value)
     return mixed.reshape(batch, time, heads, head_dim)
@@ -129,7 +164,7 @@ def _fits_cudnn(head_dim: int) -> bool:
 
 
 def _cudnn(
-    query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, scale: float, softcap: None
+    query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, scale: float, softcap: None, positions: None
 ) -> jax.Array:
     platform, dtype, head_dim = current_platform(), query.dtype, query.shape[-1]
     if platform != "gpu" or dtype != jnp.bfloat16 or not _fits_cudnn(head_dim):
@@ -137,17 +172,24 @@ def _cudnn(
             f"attention implementation 'cudnn' runs in bfloat16 on a GPU, with a head_dim of up to 128 that is a "
             f"multiple of 8, not in {dtype} on {platform} with head_dim = {head_dim}: use 'banded' or 'reference'"
         )
-    return _dot_product_attention(query, key, value, window, scale, "cudnn")
+    return _dot_product_attention(query, key, value, window, scale, None, "cudnn")
 
 
 def _xla(
-    query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, scale: float, softcap: None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    window: int | None,
+    scale: float,
+    softcap: None,
+    positions: jax.Array | None,
 ) -> jax.Array:
     if query.dtype == jnp.float64:
         raise InputError(
             "attention implementation 'xla' has an fp32 softmax and cannot run in float64: use 'reference' or 'banded'"
         )
-    return _dot_product_attention(query, key, value, window, scale, "xla")
+    mask = None if positions is None else document_mask(positions, window)[:, None]  # [batch, 1, query, key]
+    return _dot_product_attention(query, key, value, window, scale, mask, "xla")
 
 
 def _dot_product_attention(
@@ -156,17 +198,26 @@ def _dot_product_attention(
     value: jax.Array,
     window: int | None,
     scale: float,
+    mask: jax.Array | None,
     implementation: Literal["xla", "cudnn"],
 ) -> jax.Array:
     # The size is (left, right) without the query's own key. `is_causal` must be said as well: without it some
     # releases ignore the window or see the future.
     local = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
-        query, key, value, scale=scale, is_causal=True, local_window_size=local, implementation=implementation
+        query,
+        key,
+        value,
+        mask=mask,
+        scale=scale,
+        is_causal=True,
+        local_window_size=local,
+        implementation=implementation,
     )
 
 
 _WITHOUT_SOFTCAP = {"xla", "cudnn"}
+_WITHOUT_DOCUMENTS = {"cudnn"}
 _IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": _reference,
     "banded": banded,

@@ -8,16 +8,17 @@ Query heads of a group lie beside each other as rows of one matrix, so that keys
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 # Measured on a CPU, where products and passes are up to twice as fast if the number of keys has a round factor.
 QUERY_BLOCK, KEY_BLOCK, KEY_MULTIPLE = 128, 512, 64
 FULL_BLOCK = 256  # of queries and keys without a window
 Arrays = tuple[jax.Array, ...]
+Blocks = tuple[Any, ...]  # arrays, and None for the reach of queries where a row is one document
 
 
 class Band(NamedTuple):
@@ -55,6 +56,7 @@ def banded(
     window: int | None,
     scale: float,
     softcap: float | None = None,
+    positions: Int[jax.Array, "batch time"] | None = None,
 ) -> Float[jax.Array, "batch time heads head_dim"]:
     """Attention as `jax_gpt.attention` defines it, in any precision."""
     batch, time, heads, head_dim = query.shape
@@ -65,7 +67,8 @@ def banded(
     rows = rows.reshape(batch, band.blocks, band.queries, kv_heads, group, head_dim)
     rows = rows.transpose(1, 0, 3, 4, 2, 5)  # [block, batch, kv_heads, group, query, head_dim]
     key, value = (_padded(x, band.reach, band.padded_keys).swapaxes(1, 2) for x in (key, value))
-    mixed = _mix(rows, key, value, band, scale, softcap)  # as rows
+    reach = None if positions is None else _reach(positions, band)
+    mixed = _mix(rows, key, value, reach, band, scale, softcap)  # as rows
     mixed = mixed.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, head_dim)
     return mixed[:, :time]
 
@@ -88,31 +91,50 @@ def _padded(x: jax.Array, front: int, length: int) -> jax.Array:
     return jnp.pad(x, [(0, 0), (front, length - front - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _reach(positions: jax.Array, band: Band) -> jax.Array:
+    """How far back each query sees, `[block, batch, 1, 1, query, 1]`: to where its window or its document begins."""
+    reach = positions if band.window is None else jnp.minimum(positions, band.window - 1)
+    rows = _padded(reach, 0, band.blocks * band.queries)
+    return rows.reshape(-1, band.blocks, 1, 1, band.queries, 1).swapaxes(0, 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _mix(
-    query: jax.Array, key: jax.Array, value: jax.Array, band: Band, scale: float, softcap: float | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    reach: jax.Array | None,
+    band: Band,
+    scale: float,
+    softcap: float | None,
 ) -> jax.Array:
-    return _forward(query, key, value, band, scale, softcap)[0]
+    return _forward(query, key, value, reach, band, scale, softcap)[0]
 
 
 def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, band: Band, scale: float, softcap: float | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    reach: jax.Array | None,
+    band: Band,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[jax.Array, Arrays]:
     """Mixed values `[block, batch, kv_heads, group, query, head_dim]`, and what the backward pass needs."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
 
-    def of_block(_: None, part: Arrays) -> tuple[None, Arrays]:
-        index, rows = part
+    def of_block(_: None, part: Blocks) -> tuple[None, Arrays]:
+        index, reach, rows = part
 
         def add(step: int | jax.Array, state: Arrays) -> Arrays:
             most, total, mixed = state
             start = _start(band, index, step)
-            scores = _scores(rows, _cut(key, start, band), band, index, start, scale, softcap)
+            scores = _scores(rows, _cut(key, start, band), reach, band, index, start, scale, softcap)
             new_most = jnp.maximum(most, scores.max(-1))
             weights = jnp.exp(scores - new_most[..., None])
             fade = jnp.exp(most - new_most)
-            part = jnp.einsum("bkgqs,bksd->bkgqd", weights.astype(rows.dtype), _cut(value, start, band))
-            return new_most, total * fade + weights.sum(-1), mixed * fade[..., None] + part.astype(wide)
+            found = jnp.einsum("bkgqs,bksd->bkgqd", weights.astype(rows.dtype), _cut(value, start, band))
+            return new_most, total * fade + weights.sum(-1), mixed * fade[..., None] + found.astype(wide)
 
         # Not -inf: a row that sees nothing of its first block would then be inf - inf.
         most = jnp.full(rows.shape[:-1], jnp.finfo(wide).min, wide)
@@ -120,23 +142,23 @@ def _forward(
         most, total, mixed = _over_keys(band, index, add, state)
         return None, ((mixed / total[..., None]).astype(rows.dtype), most + jnp.log(total))
 
-    mixed, log_total = jax.lax.scan(of_block, None, (jnp.arange(band.blocks), query))[1]
-    return mixed, (query, key, value, mixed, log_total)
+    mixed, log_total = jax.lax.scan(of_block, None, (jnp.arange(band.blocks), reach, query))[1]
+    return mixed, (query, key, value, reach, mixed, log_total)
 
 
-def _backward(band: Band, scale: float, softcap: float | None, saved: Arrays, cotangent: jax.Array) -> Arrays:
-    query, key, value, mixed, log_total = saved
+def _backward(band: Band, scale: float, softcap: float | None, saved: Blocks, cotangent: jax.Array) -> Blocks:
+    query, key, value, reach, mixed, log_total = saved
     wide = jnp.promote_types(query.dtype, jnp.float32)
 
-    def of_block(totals: Arrays, part: Arrays) -> tuple[Arrays, jax.Array]:
-        index, rows, d_mixed, mixed, log_total = part
+    def of_block(totals: Arrays, part: Blocks) -> tuple[Arrays, jax.Array]:
+        index, reach, rows, d_mixed, mixed, log_total = part
         mean = (d_mixed.astype(wide) * mixed.astype(wide)).sum(-1, keepdims=True)
 
         def add(step: int | jax.Array, state: Arrays) -> Arrays:
             d_key, d_value, d_rows = state
             start = _start(band, index, step)
             keys, values = _cut(key, start, band), _cut(value, start, band)
-            scores = _scores(rows, keys, band, index, start, scale, softcap)
+            scores = _scores(rows, keys, reach, band, index, start, scale, softcap)
             weights = jnp.exp(scores - log_total[..., None])
             d_weights = jnp.einsum("bkgqd,bksd->bkgqs", d_mixed, values).astype(wide)
             d_capped = weights * (d_weights - mean)
@@ -152,9 +174,9 @@ def _backward(band: Band, scale: float, softcap: float | None, saved: Arrays, co
         return (d_key, d_value), d_rows.astype(rows.dtype)
 
     zero: Arrays = (jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide))
-    blocks: Arrays = (jnp.arange(band.blocks), query, cotangent, mixed, log_total)
+    blocks: Blocks = (jnp.arange(band.blocks), reach, query, cotangent, mixed, log_total)
     (d_key, d_value), d_query = jax.lax.scan(of_block, zero, blocks)
-    return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype)
+    return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), None
 
 
 _mix.defvjp(_forward, _backward)
@@ -185,6 +207,7 @@ def _added(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
 def _scores(
     rows: jax.Array,
     keys: jax.Array,
+    reach: jax.Array | None,
     band: Band,
     index: jax.Array,
     start: jax.Array,
@@ -198,7 +221,10 @@ def _scores(
         scores = softcap * jnp.tanh(scores / softcap)
     positions = start - band.reach + jnp.arange(band.keys)
     distance = index * band.queries + jnp.arange(band.queries)[:, None] - positions
-    visible = (distance >= 0) & (positions >= 0)
-    if band.window is not None:
-        visible &= distance < band.window
+    if reach is not None:
+        visible = (distance >= 0) & (distance <= reach)
+    else:
+        visible = (distance >= 0) & (positions >= 0)
+        if band.window is not None:
+            visible &= distance < band.window
     return jnp.where(visible, scores, -jnp.inf)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from gpt_core.config import ModelConfig
 from gpt_core.parameters import Parameter
@@ -75,7 +75,11 @@ class Attention(nnx.Module):
         self.implementation: Implementation = implementation
 
     def __call__(
-        self, x: Float[jax.Array, "batch time embed"], kind: str, taps: Taps | None = None
+        self,
+        x: Float[jax.Array, "batch time embed"],
+        kind: str,
+        taps: Taps | None = None,
+        positions: Int[jax.Array, "batch time"] | None = None,
     ) -> Float[jax.Array, "batch time embed"]:
         query = tap(taps, "attention.query", self.query(x))  # [batch, time, heads, head_dim]
         key = tap(taps, "attention.key", self.key(x))  # [batch, time, kv_heads, head_dim]
@@ -83,19 +87,22 @@ class Attention(nnx.Module):
         query = normed(self.query_norm, query, "attention.normed_query", taps)
         key = normed(self.key_norm, key, "attention.normed_key", taps)
         if self.config.view(kind).rotation is not None:
-            query = tap(taps, "attention.rotated_query", self.rotated(query, kind))
-            key = tap(taps, "attention.rotated_key", self.rotated(key, kind))
-        mixed = self.mix(query, key, value, kind)
+            query = tap(taps, "attention.rotated_query", self.rotated(query, kind, positions))
+            key = tap(taps, "attention.rotated_key", self.rotated(key, kind, positions))
+        mixed = self.mix(query, key, value, kind, positions)
         tap(taps, "attention.mixed", mixed)  # [batch, time, heads, head_dim]
         return tap(taps, "attention.output", self.output(mixed))
 
     def rotated(
-        self, x: Float[jax.Array, "batch time heads head_dim"], kind: str
+        self,
+        x: Float[jax.Array, "batch time heads head_dim"],
+        kind: str,
+        positions: Int[jax.Array, "batch time"] | None = None,
     ) -> Float[jax.Array, "batch time heads head_dim"]:
         """Queries or keys with their positions rotated in; of a layer that rotates."""
         rotation = self.config.view(kind).rotation
         assert rotation is not None
-        return rotate(x, rotation, self.precision)
+        return rotate(x, rotation, self.precision, positions)
 
     def mix(
         self,
@@ -103,6 +110,7 @@ class Attention(nnx.Module):
         key: Float[jax.Array, "batch time kv_heads head_dim"],
         value: Float[jax.Array, "batch time kv_heads head_dim"],
         kind: str,
+        positions: Int[jax.Array, "batch time"] | None = None,
     ) -> Float[jax.Array, "batch time heads head_dim"]:
         """Attention as the config wants it in a layer of this kind."""
         return attention(
@@ -112,6 +120,7 @@ class Attention(nnx.Module):
             window=self.config.view(kind).window,
             scale=self.config.attention_scale,
             softcap=self.config.attention_softcap,
+            positions=positions,
             implementation=self.implementation,
         )
 

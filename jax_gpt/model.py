@@ -35,6 +35,7 @@ from jax_gpt.layers import (
 )
 from jax_gpt.pretrained import Pretrained
 from jax_gpt.scan import BlockStep, block_step, scan_blocks
+from jax_gpt.segments import positions_in
 from jax_gpt.taps import Taps, collect, tap
 
 
@@ -64,12 +65,13 @@ class Block(nnx.Module):
         kind: str,
         taps: Taps | None = None,
         dropout_key: jax.Array | None = None,
+        positions: Int[jax.Array, "batch time"] | None = None,
     ) -> Float[jax.Array, "batch time embed"]:
         tap(taps, "input", x)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
 
         def attention(x: jax.Array) -> jax.Array:
-            y = self.attention(normed(self.attention_norm, x, "attention_norm", taps), kind, taps)
+            y = self.attention(normed(self.attention_norm, x, "attention_norm", taps), kind, taps, positions)
             return finish(normed(self.attention_post_norm, y, "attention_post_norm", taps), keys[0])
 
         def mlp(x: jax.Array) -> jax.Array:
@@ -130,6 +132,7 @@ class GPT(Pretrained, nnx.Module):
         *,
         taps: Taps | None = None,
         dropout_key: jax.Array | None = None,
+        segments: Int[jax.Array, "batch time"] | None = None,
     ) -> Float[jax.Array, "batch time vocab"]:
         """Logits of the next token at every position, in fp32 (fp64 in fp64 runs), padded columns cut.
 
@@ -137,22 +140,31 @@ class GPT(Pretrained, nnx.Module):
             tokens: Token ids `[batch, time]`, time <= context_length with learned positions.
             taps: A dictionary to be filled with every site of `gpt_core.sites`; None costs nothing.
             dropout_key: Turns dropout on, at the rate of the config; None is evaluation.
+            segments: Which document of its row each token belongs to; equal ids lie together. Documents do not see each
+                other, and positions begin anew in each. None: a row is one document.
 
         Raises:
             InputError: the sequence is longer than the table of learned positions.
         """
-        return tap(taps, "logits", self.unembed(self.hidden(tokens, taps, dropout_key)))
+        return tap(taps, "logits", self.unembed(self.hidden(tokens, taps, dropout_key, segments)))
 
     def hidden(
-        self, tokens: Int[jax.Array, "batch time"], taps: Taps | None = None, dropout_key: jax.Array | None = None
+        self,
+        tokens: Int[jax.Array, "batch time"],
+        taps: Taps | None = None,
+        dropout_key: jax.Array | None = None,
+        segments: Int[jax.Array, "batch time"] | None = None,
     ) -> Float[jax.Array, "batch time embed"]:
         """Everything but the head: the final norm's output. Arguments as for logits."""
         embed_key, blocks_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        x = dropout(tap(taps, "embedding", self.embed(tokens)), self.config.dropout, embed_key)
-        x = self.run_blocks(x, taps, blocks_key)
+        positions = None if segments is None else positions_in(segments)
+        x = dropout(tap(taps, "embedding", self.embed(tokens, positions)), self.config.dropout, embed_key)
+        x = self.run_blocks(x, taps, blocks_key, positions)
         return tap(taps, "final_norm", self.final_norm(x))
 
-    def embed(self, tokens: Int[jax.Array, "batch time"]) -> Float[jax.Array, "batch time embed"]:
+    def embed(
+        self, tokens: Int[jax.Array, "batch time"], positions: Int[jax.Array, "batch time"] | None = None
+    ) -> Float[jax.Array, "batch time embed"]:
         """Token embeddings, plus learned positions where the config has them."""
         compute = jnp.dtype(self.precision.compute_dtype)
         x = scaled(self.token_embedding[...][tokens].astype(compute), self.config.embedding_scale)
@@ -161,18 +173,24 @@ class GPT(Pretrained, nnx.Module):
         time = tokens.shape[1]
         if time > self.config.context_length:
             raise InputError(f"{time} tokens are longer than context_length = {self.config.context_length}")
-        return x + self.position_embedding[...][:time].astype(compute)
+        table = self.position_embedding[...]
+        return x + (table[:time] if positions is None else table[positions]).astype(compute)
 
     def run_blocks(
-        self, x: Float[jax.Array, "batch time embed"], taps: Taps | None, dropout_key: jax.Array | None
+        self,
+        x: Float[jax.Array, "batch time embed"],
+        taps: Taps | None,
+        dropout_key: jax.Array | None,
+        positions: Int[jax.Array, "batch time"] | None = None,
     ) -> Float[jax.Array, "batch time embed"]:
         """All blocks, scanned or one after the other."""
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.n_layers)
         if self.scan_layers:
-            return scan_blocks(self.blocks, x, taps, keys, self.config, self.around_block)
+            return scan_blocks(self.blocks, x, taps, keys, self.config, self.around_block, positions)
         graph = nnx.split(self.blocks[0])[0]
         run = {
-            kind: self.around_block(block_step(graph, kind, taps is not None)) for kind in set(self.config.layer_kinds)
+            kind: self.around_block(block_step(graph, kind, taps is not None, positions))
+            for kind in set(self.config.layer_kinds)
         }
         for layer, (block, kind) in enumerate(zip(self.blocks, self.config.layer_kinds, strict=True)):
             x, layer_taps = run[kind](x, (nnx.state(block), None if keys is None else keys[layer]))

@@ -2,19 +2,22 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from gpt_core.precision import Precision
 from gpt_core.rotary import Rotation, rotary_angles
 
 
 def rotate(
-    x: Float[jax.Array, "batch time heads head_dim"], rotation: Rotation, precision: Precision
+    x: Float[jax.Array, "batch time heads head_dim"],
+    rotation: Rotation,
+    precision: Precision,
+    positions: Int[jax.Array, "batch time"] | None = None,
 ) -> Float[jax.Array, "batch time heads head_dim"]:
-    """Queries or keys of the positions from 0 on, with these rotated in."""
+    """Queries or keys with their positions rotated in, all from 0 on unless said otherwise."""
     tables = rotary_angles(rotation, x.shape[1], precision.wide_dtype)
     cosine, sine = (jnp.asarray(table)[:, None] for table in tables)  # [time, 1, dims / 2]
-    return turn(x, cosine, sine)
+    return turn(x, cosine, sine) if positions is None else turn(x, cosine[positions], sine[positions])
 
 
 def turn(

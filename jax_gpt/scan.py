@@ -16,7 +16,7 @@ Layer = tuple[nnx.State, jax.Array | None]  # one block's parameters and dropout
 BlockStep = Callable[[jax.Array, Layer], tuple[jax.Array, Taps]]
 
 
-class Segment(NamedTuple):
+class Stretch(NamedTuple):
     """Layers that one scan runs.
 
     Args:
@@ -30,7 +30,7 @@ class Segment(NamedTuple):
     turns: int
 
 
-def segments(kinds: str, period: int) -> list[Segment]:
+def stretches(kinds: str, period: int) -> list[Stretch]:
     """Layers cut into scans so that the fewest blocks are compiled: by whole periods and a rest, or by runs of a kind.
 
     Args:
@@ -38,31 +38,32 @@ def segments(kinds: str, period: int) -> list[Segment]:
         period: After how many layers they repeat.
     """
     turns = len(kinds) // period
-    by_period = [Segment(kinds[:period], 0, turns), *_runs(kinds, turns * period)]
+    by_period = [Stretch(kinds[:period], 0, turns), *_runs(kinds, turns * period)]
     by_run = list(_runs(kinds, 0))
-    return min(by_period, by_run, key=lambda found: sum(len(segment.kinds) for segment in found))
+    return min(by_period, by_run, key=lambda found: sum(len(stretch.kinds) for stretch in found))
 
 
-def _runs(kinds: str, first: int) -> Iterator[Segment]:
+def _runs(kinds: str, first: int) -> Iterator[Stretch]:
     for kind, run in groupby(kinds[first:]):
         turns = len(list(run))
-        yield Segment(kind, first, turns)
+        yield Stretch(kind, first, turns)
         first += turns
 
 
-def block_step(graph: nnx.GraphDef[Any], kind: str, traced: bool) -> BlockStep:
+def block_step(graph: nnx.GraphDef[Any], kind: str, traced: bool, positions: jax.Array | None = None) -> BlockStep:
     """One block as a function of its input and its parameters.
 
     Args:
         graph: Of the block.
         kind: Of the layer.
         traced: Whether to return its intermediates; otherwise there are none.
+        positions: Of tokens in their documents, `[batch, time]`; None where a row is one.
     """
 
     def step(x: jax.Array, layer: Layer) -> tuple[jax.Array, Taps]:
         parameters, key = layer
         taps: Taps | None = {} if traced else None
-        x = nnx.merge(graph, parameters)(x, kind, taps, key)
+        x = nnx.merge(graph, parameters)(x, kind, taps, key, positions)
         return x, taps or {}
 
     return step
@@ -75,8 +76,9 @@ def scan_blocks(
     keys: jax.Array | None,
     config: ModelConfig,
     around_block: Callable[[BlockStep], BlockStep],
+    positions: jax.Array | None = None,
 ) -> Float[jax.Array, "batch time embed"]:
-    """All blocks by `jax.lax.scan`, one for each of `segments`.
+    """All blocks by `jax.lax.scan`, one for each of `stretches`.
 
     Args:
         blocks: One block whose parameters have a leading axis of layers.
@@ -85,17 +87,18 @@ def scan_blocks(
         keys: Of dropout, `[layers]`.
         config: The model.
         around_block: Wraps the function of one block.
+        positions: Of tokens in their documents, `[batch, time]`; None where a row is one.
     """
     graph, stacked = nnx.split(blocks)
-    for segment in segments(config.layer_kinds, len(config.attention_pattern or "*")):
-        steps = [around_block(block_step(graph, kind, taps is not None)) for kind in segment.kinds]
-        layers = _cut((stacked, keys), segment, config.n_layers)
-        x, found = jax.lax.scan(_turn(steps), x, layers, length=segment.turns)
-        for index in range(segment.turns * len(steps)) if taps is not None else ():
+    for stretch in stretches(config.layer_kinds, len(config.attention_pattern or "*")):
+        steps = [around_block(block_step(graph, kind, taps is not None, positions)) for kind in stretch.kinds]
+        layers = _cut((stacked, keys), stretch, config.n_layers)
+        x, found = jax.lax.scan(_turn(steps), x, layers, length=stretch.turns)
+        for index in range(stretch.turns * len(steps)) if taps is not None else ():
             turn, place = divmod(index, len(steps))
             # In their order: the scan gives dictionaries back in another one.
-            sites = block_sites(config, segment.kinds[place])
-            collect(taps, segment.first + index, {site: found[place][site][turn] for site in sites})
+            sites = block_sites(config, stretch.kinds[place])
+            collect(taps, stretch.first + index, {site: found[place][site][turn] for site in sites})
     return x
 
 
@@ -112,13 +115,13 @@ def _turn(steps: list[BlockStep]) -> Callable[[jax.Array, Any], tuple[jax.Array,
     return turn
 
 
-def _cut(layers: Any, segment: Segment, n_layers: int) -> Any:
-    """Parameters and keys of a segment's layers, `[turns, ...]` or `[turns, layers of a turn, ...]`."""
-    size = len(segment.kinds)
-    end = segment.first + segment.turns * size
+def _cut(layers: Any, stretch: Stretch, n_layers: int) -> Any:
+    """Parameters and keys of a stretch's layers, `[turns, ...]` or `[turns, layers of a turn, ...]`."""
+    size = len(stretch.kinds)
+    end = stretch.first + stretch.turns * size
 
     def cut(array: jax.Array) -> jax.Array:
-        own = array if end - segment.first == n_layers else array[segment.first : end]
-        return own if size == 1 else own.reshape(segment.turns, size, *own.shape[1:])
+        own = array if end - stretch.first == n_layers else array[stretch.first : end]
+        return own if size == 1 else own.reshape(stretch.turns, size, *own.shape[1:])
 
     return jax.tree.map(cut, layers)

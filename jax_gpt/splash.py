@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from gpt_core.errors import InputError
 from jax_gpt.platform import platform
@@ -24,6 +24,7 @@ def splash_attention(
     window: int | None,
     scale: float,
     softcap: float | None = None,
+    positions: Int[jax.Array, "batch time"] | None = None,
 ) -> Float[jax.Array, "batch time heads head_dim"]:
     """As `jax_gpt.attention.attention`, with the softmax in fp32.
 
@@ -43,18 +44,22 @@ def splash_attention(
             f"attention implementation 'splash' is a kernel for TPUs, and this is a {device}: use 'banded' or 'auto'"
         )
 
-    def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return _of_own_heads(query, key, value, window, scale, softcap, interpret=device == "cpu")
+    def mix(query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array | None) -> jax.Array:
+        return _of_own_heads(query, key, value, window, scale, softcap, positions, interpret=device == "cpu")
 
     tensor = dict(mesh.shape).get("tensor", 1)
     if tensor == 1:
-        return mix(query, key, value)
+        return mix(query, key, value, positions)
     copies = max(1, tensor // key.shape[2])
     heads = PartitionSpec(None, None, "tensor")
     split = jax.shard_map(
-        mix, in_specs=(heads, heads, heads), out_specs=heads, axis_names=frozenset({"tensor"}), check_vma=False
+        mix,
+        in_specs=(heads, heads, heads, PartitionSpec()),
+        out_specs=heads,
+        axis_names=frozenset({"tensor"}),
+        check_vma=False,
     )
-    return split(query, jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2))
+    return split(query, jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2), positions)
 
 
 def padded_length(time: int) -> int:
@@ -75,6 +80,7 @@ def _of_own_heads(
     window: int | None,
     scale: float,
     softcap: float | None,
+    positions: jax.Array | None,
     *,
     interpret: bool,
 ) -> jax.Array:
@@ -105,5 +111,13 @@ def _of_own_heads(
         interpret=interpret,
     )
     scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
-    mixed = jax.vmap(attend)(arranged(scaled), arranged(key), arranged(value))
+    segments = None if positions is None else _segments(positions, length)
+    mixed = jax.vmap(attend)(arranged(scaled), arranged(key), arranged(value), segments)
     return mixed.swapaxes(1, 2)[:, :time].astype(query.dtype)
+
+
+def _segments(positions: jax.Array, length: int) -> kernel.SegmentIds:
+    """Documents by where they begin; padding belongs to none, and sees itself."""
+    begins = jnp.arange(positions.shape[1], dtype=jnp.int32) - positions
+    ids = jnp.pad(begins, ((0, 0), (0, length - begins.shape[1])), constant_values=-1)
+    return kernel.SegmentIds(ids, ids)

@@ -138,11 +138,16 @@ def training_step(
 
     def mean_loss(parameters: nnx.State, part: Batch, keys: jax.Array | None, count: jax.Array) -> jax.Array:
         model = nnx.merge(graph, layout.gathered(parameters))
+        segments = part.get("segments")
         if keys is None:
-            hidden = model.hidden(part["tokens"])
+            hidden = model.hidden(part["tokens"], segments=segments)
         else:  # a key for every row, so that what is dropped does not depend on the mesh
-            by_row = jax.vmap(lambda tokens, key: model.hidden(tokens[None], dropout_key=key)[0])
-            hidden = by_row(part["tokens"], keys)
+
+            def of_row(tokens: jax.Array, segments: jax.Array | None, key: jax.Array) -> jax.Array:
+                documents = None if segments is None else segments[None]
+                return model.hidden(tokens[None], dropout_key=key, segments=documents)[0]
+
+            hidden = jax.vmap(of_row)(part["tokens"], segments, keys)
         by_token = 1 / count  # of the whole step
         return chunked_loss(model.unembed, hidden, part["targets"], part["mask"], chunk, by_token)
 
@@ -187,7 +192,7 @@ def evaluation_step(
 
     def summed_loss(parameters: nnx.State, batch: Batch, _: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graph, layout.gathered(parameters))
-        hidden = model.hidden(batch["tokens"])
+        hidden = model.hidden(batch["tokens"], segments=batch.get("segments"))
         loss = chunked_loss(model.unembed, hidden, batch["targets"], batch["mask"], chunk)
         return layout.summed(loss), layout.summed(batch["mask"].sum())
 

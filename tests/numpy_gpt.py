@@ -5,6 +5,7 @@ under test but the names of weights and sites.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -226,6 +227,31 @@ def attention_gradients(
         d_key[b, seen, kv] += scale * np.outer(d_scores, query[b, i, h])
         d_value[b, seen, kv] += np.outer(probabilities, g)
     return d_query, d_key, d_value
+
+
+def segments_of(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Ids `[batch, time]` of documents of these lengths in each row; any ids will do, so these fall."""
+    return np.array([[-number for number, length in enumerate(row) for _ in range(length)] for row in rows], np.int32)
+
+
+def each_alone(function: Callable[..., Any], rows: Sequence[Sequence[int]], *arrays: np.ndarray) -> list[np.ndarray]:
+    """What a function makes of every document by itself, side by side as they lie in their rows.
+
+    Args:
+        function: From arrays `[1, time, ...]` to one or several such.
+        rows: Lengths of the documents of each row.
+        arrays: `[batch, time, ...]`.
+    """
+    found = []
+    for row, lengths in enumerate(rows):
+        ends = np.cumsum(lengths)
+        parts = [
+            function(*(array[row : row + 1, end - length : end] for array in arrays))
+            for end, length in zip(ends, lengths, strict=True)
+        ]
+        parts = [part if isinstance(part, tuple) else (part,) for part in parts]
+        found.append([np.concatenate(results, axis=1) for results in zip(*parts, strict=True)])
+    return [np.concatenate(results) for results in zip(*found, strict=True)]
 
 
 def layer_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:

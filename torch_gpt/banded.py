@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 # Measured on a CPU, where products and passes are up to twice as fast if the number of keys has a round factor.
 QUERY_BLOCK, KEY_BLOCK, KEY_MULTIPLE = 128, 512, 64
@@ -56,6 +56,7 @@ def banded(
     window: int | None,
     scale: float,
     softcap: float | None = None,
+    positions: Int[torch.Tensor, "batch time"] | None = None,
 ) -> Float[torch.Tensor, "batch time heads head_dim"]:
     """Attention as `torch_gpt.attention` defines it, in any precision."""
     batch, time, heads, head_dim = query.shape
@@ -69,10 +70,11 @@ def banded(
         _padded(x, band.reach, band.padded_keys).transpose(1, 2).reshape(batch * kv_heads, -1, head_dim)
         for x in (key, value)
     )
+    reach = None if positions is None else _reach(positions, band)
     if torch.compiler.is_compiling() and sum(1 for _ in _meetings(band)) > UNROLLED:
-        mixed, _ = _opaque(rows, key, value, window, time, scale, softcap)
+        mixed, _ = _opaque(rows, key, value, reach, window, time, scale, softcap)
     else:
-        mixed = _Mix.apply(rows, key, value, window, time, scale, softcap)
+        mixed = _Mix.apply(rows, key, value, reach, window, time, scale, softcap)
     mixed = mixed.reshape(band.blocks, batch, kv_heads, group, band.queries, head_dim)
     return mixed.permute(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, head_dim)[:, :time]
 
@@ -96,26 +98,40 @@ def _padded(x: torch.Tensor, front: int, length: int) -> torch.Tensor:
     return F.pad(x, (0, 0) * (x.ndim - 2) + (front, behind))
 
 
+def _reach(positions: torch.Tensor, band: Band) -> torch.Tensor:
+    """How far back each query sees, `[block, batch, query]`: to where its window or its document begins."""
+    reach = positions if band.window is None else positions.clamp(max=band.window - 1)
+    rows = F.pad(reach, (0, band.blocks * band.queries - band.time))
+    return rows.reshape(-1, band.blocks, band.queries).transpose(0, 1).contiguous()
+
+
 class _Mix(torch.autograd.Function):
     """`_forward` with `_backward` for its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *sizes: Any) -> torch.Tensor:
-        mixed, log_total = _forward(query, key, value, *sizes)
-        ctx.save_for_backward(query, key, value, mixed, log_total)
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        reach: torch.Tensor | None,
+        *sizes: Any,
+    ) -> torch.Tensor:
+        mixed, log_total = _forward(query, key, value, reach, *sizes)
+        ctx.save_for_backward(query, key, value, reach, mixed, log_total)
         ctx.sizes = sizes
         return mixed
 
     @staticmethod
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, mixed, log_total = ctx.saved_tensors
-        return *_backward(query, key, value, mixed, log_total, cotangent, *ctx.sizes), None, None, None, None
+        return *_backward(*ctx.saved_tensors, cotangent, *ctx.sizes), None, None, None, None, None
 
 
 def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    reach: torch.Tensor | None,
     window: int | None,
     time: int,
     scale: float,
@@ -124,7 +140,7 @@ def _forward(
     """Rows of queries `[block, batch kv_heads, group query, head_dim]` to mixed values and the log2 of their totals."""
     band, wide = band_of(window, time), torch.promote_types(query.dtype, torch.float32)
     factor = scale * LOG2_E if softcap is None else scale / softcap
-    wide_query, wide_key, mask = query.to(wide) * factor, key.to(wide), _Masks(band, query, wide)
+    wide_query, wide_key, mask = query.to(wide) * factor, key.to(wide), _Masks(band, query, reach, wide)
     # Not -inf: a row that sees nothing of its first block would then be inf - inf.
     most = torch.full(query.shape[:-1], torch.finfo(wide).min, dtype=wide, device=query.device)
     total, sums = torch.zeros_like(most), torch.zeros(query.shape, dtype=wide, device=query.device)
@@ -163,13 +179,18 @@ def _meet(
 
 
 def _product(query: torch.Tensor, keys: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
-    return torch.bmm(query, keys) if added is None else torch.baddbmm(added, query, keys)
+    """Products with something added, which is taken over if it is as large as they are."""
+    if added is None:
+        return torch.bmm(query, keys)
+    takes_over = added.ndim == 3 and added.shape[2] == keys.shape[2]
+    return added.baddbmm_(query, keys) if takes_over else torch.baddbmm(added, query, keys)
 
 
 def _backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    reach: torch.Tensor | None,
     mixed: torch.Tensor,
     log_total: torch.Tensor,
     cotangent: torch.Tensor,
@@ -180,7 +201,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     band, wide = band_of(window, time), log_total.dtype
     factor = scale * LOG2_E if softcap is None else scale / softcap
-    wide_query, wide_key, mask = query.to(wide), key.to(wide) * factor, _Masks(band, query, wide)
+    wide_query, wide_key, mask = query.to(wide), key.to(wide) * factor, _Masks(band, query, reach, wide)
     mean = (cotangent.to(wide) * mixed).sum(-1, keepdim=True)
     d_query, d_key, d_value = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (query, key, value))
     for index, cut in _meetings(band):
@@ -237,12 +258,12 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> t
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.sizes = inputs[3:]
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.sizes = inputs[4:]
 
 
 def _gradients(ctx: Any, cotangent: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *_opaque_backward(*ctx.saved_tensors, cotangent, *ctx.sizes), None, None, None, None
+    return *_opaque_backward(*ctx.saved_tensors, cotangent, *ctx.sizes), None, None, None, None, None
 
 
 _opaque.register_autograd(_gradients, setup_context=_keep)
@@ -260,20 +281,25 @@ def _meetings(band: Band) -> Iterator[tuple[int, slice]]:
 
 
 class _Masks:
-    """What is added to scores `[group query, key]`: 0 where a query sees a key and -inf where not; each made once.
+    """What is added to scores: 0 where a query sees a key and -inf where not. None where everything is seen.
 
-    None where everything is seen.
+    `[group query, key]`, each made once; `[batch kv_heads, group query, key]` of its own where rows have documents.
     """
 
-    def __init__(self, band: Band, query: torch.Tensor, dtype: torch.dtype) -> None:
-        self.band, self.device, self.dtype = band, query.device, dtype
-        self.group = query.shape[2] // band.queries
+    def __init__(self, band: Band, query: torch.Tensor, reach: torch.Tensor | None, dtype: torch.dtype) -> None:
+        self.band, self.device, self.dtype, self.reach = band, query.device, dtype, reach
+        self.products, self.group = query.shape[1], query.shape[2] // band.queries
         self.known: dict[tuple[int, int], torch.Tensor] = {}
+        if reach is not None:
+            # Row n hides the first n keys: to copy rows takes a quarter of the time of comparing.
+            self.from_first = self._hidden(band.keys + 1).tril(-1)
 
     def __call__(self, index: int, cut: slice) -> torch.Tensor | None:
         band = self.band
         first_key = cut.start - band.reach
         ahead = index * band.queries - first_key  # of the first query to the first key
+        if self.reach is not None:
+            return self._of_documents(self.reach[index], ahead)
         if ahead >= band.keys and band.window is None:
             return None
         case = (ahead, min(first_key, 0))
@@ -286,3 +312,19 @@ class _Masks:
             mask = torch.zeros(distance.shape, dtype=self.dtype, device=self.device).masked_fill(hidden, -torch.inf)
             self.known[case] = mask.repeat(self.group, 1)
         return self.known[case]
+
+    def _of_documents(self, reach: torch.Tensor, ahead: int) -> torch.Tensor:
+        """Reach is `[batch, query]`: it ends before or within these keys, or goes beyond all of them."""
+        band = self.band
+        hidden = ahead + torch.arange(band.queries, device=self.device) - reach  # keys before the first that is seen
+        mask = self.from_first.index_select(0, hidden.clamp(0, band.keys).flatten()).view(*reach.shape, band.keys)
+        if ahead < band.keys:
+            case = (ahead, 0)
+            if case not in self.known:
+                self.known[case] = self._hidden(band.queries).triu(ahead + 1)  # keys after the query
+            mask.add_(self.known[case])
+        heads = self.products // len(reach) * self.group
+        return mask.repeat_interleave(heads, 0).view(self.products, -1, band.keys)
+
+    def _hidden(self, rows: int) -> torch.Tensor:
+        return torch.full((rows, self.band.keys), -torch.inf, dtype=self.dtype, device=self.device)

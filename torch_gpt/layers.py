@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import nn
 
 from gpt_core.config import ModelConfig
@@ -81,7 +81,11 @@ class Attention(nn.Module):
         self.implementation: Implementation = implementation
 
     def forward(
-        self, x: Float[torch.Tensor, "batch time embed"], kind: str, taps: Taps | None = None
+        self,
+        x: Float[torch.Tensor, "batch time embed"],
+        kind: str,
+        taps: Taps | None = None,
+        positions: Int[torch.Tensor, "batch time"] | None = None,
     ) -> Float[torch.Tensor, "batch time embed"]:
         heads = (-1, self.config.head_dim)
         query = tap(taps, "attention.query", self.query(x).unflatten(-1, heads))  # [batch, time, heads, head_dim]
@@ -90,19 +94,22 @@ class Attention(nn.Module):
         query = normed(self.query_norm, query, "attention.normed_query", taps)
         key = normed(self.key_norm, key, "attention.normed_key", taps)
         if self.config.view(kind).rotation is not None:
-            query = tap(taps, "attention.rotated_query", self.rotated(query, kind))
-            key = tap(taps, "attention.rotated_key", self.rotated(key, kind))
-        mixed = self.mix(query, key, value, kind)
+            query = tap(taps, "attention.rotated_query", self.rotated(query, kind, positions))
+            key = tap(taps, "attention.rotated_key", self.rotated(key, kind, positions))
+        mixed = self.mix(query, key, value, kind, positions)
         tap(taps, "attention.mixed", mixed)  # [batch, time, heads, head_dim]
         return tap(taps, "attention.output", self.output(mixed.flatten(2)))
 
     def rotated(
-        self, x: Float[torch.Tensor, "batch time heads head_dim"], kind: str
+        self,
+        x: Float[torch.Tensor, "batch time heads head_dim"],
+        kind: str,
+        positions: Int[torch.Tensor, "batch time"] | None = None,
     ) -> Float[torch.Tensor, "batch time heads head_dim"]:
         """Queries or keys with their positions rotated in; of a layer that rotates."""
         rotation = self.config.view(kind).rotation
         assert rotation is not None
-        return rotate(x, rotation, self.precision)
+        return rotate(x, rotation, self.precision, positions)
 
     def mix(
         self,
@@ -110,6 +117,7 @@ class Attention(nn.Module):
         key: Float[torch.Tensor, "batch time kv_heads head_dim"],
         value: Float[torch.Tensor, "batch time kv_heads head_dim"],
         kind: str,
+        positions: Int[torch.Tensor, "batch time"] | None = None,
     ) -> Float[torch.Tensor, "batch time heads head_dim"]:
         """Attention as the config wants it in a layer of this kind."""
         return attention(
@@ -119,6 +127,7 @@ class Attention(nn.Module):
             window=self.config.view(kind).window,
             scale=self.config.attention_scale,
             softcap=self.config.attention_softcap,
+            positions=positions,
             implementation=self.implementation,
         )
 

@@ -36,9 +36,10 @@ from torch_gpt.layers import (
 )
 from torch_gpt.pretrained import Pretrained
 from torch_gpt.products import linear
+from torch_gpt.segments import positions_in
 from torch_gpt.taps import Taps, collect, tap
 
-BlockStep = Callable[[torch.Tensor, str, Taps | None], torch.Tensor]
+BlockStep = Callable[[torch.Tensor, str, Taps | None, torch.Tensor | None], torch.Tensor]
 
 
 class Block(nn.Module):
@@ -63,12 +64,16 @@ class Block(nn.Module):
         self.config = config
 
     def forward(
-        self, x: Float[torch.Tensor, "batch time embed"], kind: str, taps: Taps | None = None
+        self,
+        x: Float[torch.Tensor, "batch time embed"],
+        kind: str,
+        taps: Taps | None = None,
+        positions: Int[torch.Tensor, "batch time"] | None = None,
     ) -> Float[torch.Tensor, "batch time embed"]:
         tap(taps, "input", x)
 
         def attention(x: torch.Tensor) -> torch.Tensor:
-            y = self.attention(normed(self.attention_norm, x, "attention_norm", taps), kind, taps)
+            y = self.attention(normed(self.attention_norm, x, "attention_norm", taps), kind, taps, positions)
             return finish(normed(self.attention_post_norm, y, "attention_post_norm", taps))
 
         def mlp(x: torch.Tensor) -> torch.Tensor:
@@ -118,7 +123,11 @@ class GPT(Pretrained, nn.Module):
         self.around_block = around_block
 
     def forward(
-        self, tokens: Int[torch.Tensor, "batch time"], *, taps: Taps | None = None
+        self,
+        tokens: Int[torch.Tensor, "batch time"],
+        *,
+        taps: Taps | None = None,
+        segments: Int[torch.Tensor, "batch time"] | None = None,
     ) -> Float[torch.Tensor, "batch time vocab"]:
         """Logits of the next token at every position, in fp32 (fp64 in fp64 runs), padded columns cut.
 
@@ -127,21 +136,29 @@ class GPT(Pretrained, nn.Module):
         Args:
             tokens: Token ids `[batch, time]`, time <= context_length with learned positions.
             taps: A dictionary to be filled with every site of `gpt_core.sites`; None costs nothing.
+            segments: Which document of its row each token belongs to; equal ids lie together. Documents do not see each
+                other, and positions begin anew in each. None: a row is one document.
 
         Raises:
             InputError: the sequence is longer than the table of learned positions.
         """
-        return tap(taps, "logits", self.unembed(self.hidden(tokens, taps)))
+        return tap(taps, "logits", self.unembed(self.hidden(tokens, taps, segments)))
 
     def hidden(
-        self, tokens: Int[torch.Tensor, "batch time"], taps: Taps | None = None
+        self,
+        tokens: Int[torch.Tensor, "batch time"],
+        taps: Taps | None = None,
+        segments: Int[torch.Tensor, "batch time"] | None = None,
     ) -> Float[torch.Tensor, "batch time embed"]:
         """Everything but the head: the final norm's output. Arguments as for logits."""
-        x = dropout(tap(taps, "embedding", self.embed(tokens)), self.config.dropout, self.training)
-        x = self.run_blocks(x, taps)
+        positions = None if segments is None else positions_in(segments)
+        x = dropout(tap(taps, "embedding", self.embed(tokens, positions)), self.config.dropout, self.training)
+        x = self.run_blocks(x, taps, positions)
         return tap(taps, "final_norm", self.final_norm(x))
 
-    def embed(self, tokens: Int[torch.Tensor, "batch time"]) -> Float[torch.Tensor, "batch time embed"]:
+    def embed(
+        self, tokens: Int[torch.Tensor, "batch time"], positions: Int[torch.Tensor, "batch time"] | None = None
+    ) -> Float[torch.Tensor, "batch time embed"]:
         """Token embeddings, plus learned positions where the config has them."""
         compute = torch_dtype(self.precision.compute_dtype)
         # F.embedding and not indexing: the backward pass of indexing does not repeat bit for bit on two threads.
@@ -151,15 +168,19 @@ class GPT(Pretrained, nn.Module):
         time = tokens.shape[1]
         if time > self.config.context_length:
             raise InputError(f"{time} tokens are longer than context_length = {self.config.context_length}")
-        return x + self.position_embedding[:time].to(compute)
+        table = self.position_embedding
+        return x + (table[:time] if positions is None else F.embedding(positions, table)).to(compute)
 
     def run_blocks(
-        self, x: Float[torch.Tensor, "batch time embed"], taps: Taps | None
+        self,
+        x: Float[torch.Tensor, "batch time embed"],
+        taps: Taps | None,
+        positions: Int[torch.Tensor, "batch time"] | None = None,
     ) -> Float[torch.Tensor, "batch time embed"]:
         """All blocks, one after the other."""
         for layer, (block, kind) in enumerate(zip(self.blocks, self.config.layer_kinds, strict=True)):
             layer_taps: Taps | None = None if taps is None else {}
-            x = self.around_block(block)(x, kind, layer_taps)
+            x = self.around_block(block)(x, kind, layer_taps, positions)
             collect(taps, layer, layer_taps)
         return x
 

@@ -34,11 +34,17 @@ class Objective(nn.Module):
         self.chunk = chunk
 
     def forward(
-        self, tokens: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor | float = 1.0
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        mask: torch.Tensor,
+        weight: torch.Tensor | float = 1.0,
+        segments: torch.Tensor | None = None,
     ) -> torch.Tensor:
         tied = self.model.config.tied_embeddings
         head = [self.model.token_embedding] if tied else list(self.model.head.parameters())
-        return chunked_loss(self.loss_of, head, self.model.hidden(tokens), targets, mask, self.chunk, weight)
+        hidden = self.model.hidden(tokens, segments=segments)
+        return chunked_loss(self.loss_of, head, hidden, targets, mask, self.chunk, weight)
 
     def loss_of(
         self, hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, *head: torch.Tensor

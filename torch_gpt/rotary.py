@@ -1,18 +1,21 @@
 """Rotary positions (Su et al., 2021). `jax_gpt/rotary.py` is its twin."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from gpt_core.precision import DType, Precision
 from gpt_core.rotary import RopeScaling, Rotation, rotary_angles
 
 
 def rotate(
-    x: Float[torch.Tensor, "batch time heads head_dim"], rotation: Rotation, precision: Precision
+    x: Float[torch.Tensor, "batch time heads head_dim"],
+    rotation: Rotation,
+    precision: Precision,
+    positions: Int[torch.Tensor, "batch time"] | None = None,
 ) -> Float[torch.Tensor, "batch time heads head_dim"]:
-    """Queries or keys of the positions from 0 on, with these rotated in."""
+    """Queries or keys with their positions rotated in, all from 0 on unless said otherwise."""
     cosine, sine = _angles(*rotation, x.shape[1], precision.wide_dtype, x.device)  # [time, 1, dims / 2]
-    return turn(x, cosine, sine)
+    return turn(x, cosine, sine) if positions is None else turn(x, cosine[positions], sine[positions])
 
 
 def turn(

@@ -118,7 +118,7 @@ def training_step(
         for part in range(parts):
             rows = {name: array[part::parts] for name, array in batch.items()}
             with synchronised(objective, last=part == parts - 1):
-                part_loss = objective(rows["tokens"], rows["targets"], rows["mask"], weight)
+                part_loss = objective(rows["tokens"], rows["targets"], rows["mask"], weight, rows.get("segments"))
                 part_loss.backward()
             loss += part_loss.detach()
         loss = summed(loss) / (scale * processes)
@@ -138,7 +138,7 @@ def evaluation_step(objective: nn.Module) -> Callable[[Batch], tuple[torch.Tenso
     @torch.no_grad()
     def evaluate(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         objective.eval()
-        loss = objective(batch["tokens"], batch["targets"], batch["mask"])
+        loss = objective(batch["tokens"], batch["targets"], batch["mask"], segments=batch.get("segments"))
         return summed(loss), summed(batch["mask"].sum())
 
     return evaluate

@@ -19,7 +19,7 @@ from gpt_core.sites import model_sites
 from jax_gpt.layers import Norm, dropout
 from jax_gpt.model import GPT, initialiser
 from jax_gpt.rotary import rotate
-from jax_gpt.scan import segments
+from jax_gpt.scan import stretches
 from jax_gpt.taps import Taps
 
 FP64 = Precision.of("float64")
@@ -180,7 +180,7 @@ def test_window_excludes_the_key_one_past_its_edge(name: str, x64: None) -> None
 def test_layers_are_cut_into_scans_that_compile_the_fewest_blocks(
     kinds: str, period: int, expected: list[tuple[str, int, int]]
 ) -> None:
-    found = segments(kinds, period)
+    found = stretches(kinds, period)
     assert [tuple(segment) for segment in found] == expected
     assert "".join(segment.kinds * segment.turns for segment in found) == kinds
 

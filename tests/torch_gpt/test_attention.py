@@ -111,7 +111,7 @@ def test_flex_is_asked_for_the_definition(heads: int, kv_heads: int, window: int
     """Its mask, grouping and softcap, through PyTorch's own uncompiled form, which runs without a GPU."""
     arrays = inputs(heads, kv_heads)[:3]
     parts = (torch.tensor(array, dtype=torch.float32) for array in arrays)
-    mixed = _by_flex(*parts, window, SCALE, softcap, flex_attention)
+    mixed = _by_flex(*parts, window, SCALE, softcap, None, flex_attention)
     assert numpy_gpt.relative_error(mixed, numpy_gpt.attention(*arrays, window, SCALE, softcap)) <= FP32_BOUND
 
 
