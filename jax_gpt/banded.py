@@ -119,7 +119,7 @@ def _forward(
     band: Band,
     scale: float,
     softcap: float | None,
-) -> tuple[jax.Array, Arrays]:
+) -> tuple[jax.Array, Blocks]:
     """Mixed values `[block, batch, kv_heads, group, query, head_dim]`, and what the backward pass needs."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
 

@@ -18,9 +18,11 @@ def norms_of_sums(model: Model) -> None:
         norms = [block.attention_post_norm.forward, block.mlp_post_norm.forward]
         block.attention_post_norm.forward = block.mlp_post_norm.forward = lambda x: x
 
-        def forward(x: Any, kind: str, taps: Any = None, block: Any = block, norms: Any = norms) -> "torch.Tensor":
+        def forward(
+            x: Any, kind: str, taps: Any = None, positions: Any = None, block: Any = block, norms: Any = norms
+        ) -> "torch.Tensor":
             tap(taps, "input", x)
-            y = tap(taps, "attention_post_norm", block.attention(x, kind, taps))
+            y = tap(taps, "attention_post_norm", block.attention(x, kind, taps, positions))
             x = norms[0](x + scaled(y, block.config.residual_scale))
             y = tap(taps, "mlp_post_norm", block.mlp(x, taps))
             after: torch.Tensor = norms[1](x + scaled(y, block.config.residual_scale))
@@ -55,7 +57,7 @@ def scaled_embedding(model: Model) -> None:
     embed = model.embed
     table = model.token_embedding
     factor = model.config.embed_dim**0.5 - 1
-    model.embed = lambda tokens: embed(tokens) + factor * table[tokens].to(embed(tokens).dtype)
+    model.embed = lambda tokens, *positions: (x := embed(tokens, *positions)) + factor * table[tokens].to(x.dtype)
 
 
 def shifted_head(model: Model) -> None:

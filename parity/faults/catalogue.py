@@ -7,7 +7,20 @@ in which models it must bite, since a shifted position is invisible to RoPE and 
 from contextlib import AbstractContextManager, nullcontext
 
 from gpt_core.errors import InputError
-from parity.faults import attention, blocks, conversion, decoding, dtype, loss, mlp, norms, optimizer, pattern, rotation
+from parity.faults import (
+    attention,
+    blocks,
+    conversion,
+    decoding,
+    dtype,
+    loss,
+    mlp,
+    norms,
+    optimizer,
+    pattern,
+    rotation,
+    segments,
+)
 from parity.faults.fault import Fault, Model
 
 # In the order of the report.
@@ -15,6 +28,7 @@ FAULTS = (
     *rotation.FAULTS,
     *attention.FAULTS,
     *pattern.FAULTS,
+    *segments.FAULTS,
     *norms.FAULTS,
     *mlp.FAULTS,
     *blocks.FAULTS,

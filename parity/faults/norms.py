@@ -91,9 +91,11 @@ def norms_after_rotation(model: Model) -> None:
         for norm in (attention.query_norm, attention.key_norm):
             norm.forward = lambda x: x
 
-        def turned_first(x: Any, kind: str, rotated: Any = rotated, waiting: list[Any] = waiting) -> Any:
+        def turned_first(
+            x: Any, kind: str, positions: Any = None, rotated: Any = rotated, waiting: list[Any] = waiting
+        ) -> Any:
             waiting.append(waiting.pop(0))
-            return waiting[-1](rotated(x, kind))
+            return waiting[-1](rotated(x, kind, positions))
 
         attention.rotated = turned_first
 

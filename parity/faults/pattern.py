@@ -23,8 +23,11 @@ def rotated_all_the_same(model: Model) -> None:
         if kind == "N":
             mix = attention.mix
 
-            def turned(query: Any, key: Any, value: Any, kind: str, mix: Any = mix, of: Any = attention) -> Any:
-                return mix(of.rotated(query, "G"), of.rotated(key, "G"), value, kind)
+            def turned(
+                query: Any, key: Any, value: Any, kind: str, positions: Any = None, mix: Any = mix, of: Any = attention
+            ) -> Any:
+                query, key = (of.rotated(x, "G", positions) for x in (query, key))
+                return mix(query, key, value, kind, positions)
 
             attention.mix = turned
 

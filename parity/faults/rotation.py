@@ -18,43 +18,47 @@ if TYPE_CHECKING:
 _ROTATED = "blocks.0.attention.rotated_query"
 
 
-def interleaved(rotate: Any, x: "torch.Tensor", rotation: Rotation, precision: Any) -> "torch.Tensor":
+def interleaved(rotate: Any, x: "torch.Tensor", rotation: Rotation, precision: Any, positions: Any) -> "torch.Tensor":
     """Rotate pairs (2d, 2d + 1) instead of (d, d + dims / 2)."""
     import torch
 
     part, rest = x[..., : rotation.dims], x[..., rotation.dims :]
     halves = torch.cat([part[..., 0::2], part[..., 1::2], rest], dim=-1)
-    first, second = rotate(halves, rotation, precision)[..., : rotation.dims].chunk(2, dim=-1)
+    first, second = rotate(halves, rotation, precision, positions)[..., : rotation.dims].chunk(2, dim=-1)
     return torch.cat([torch.stack([first, second], dim=-1).flatten(-2), rest], dim=-1)
 
 
-def backwards(rotate: Any, x: "torch.Tensor", rotation: Rotation, precision: Any) -> "torch.Tensor":
+def backwards(rotate: Any, x: "torch.Tensor", rotation: Rotation, precision: Any, positions: Any) -> "torch.Tensor":
     """Rotate by the negative angle."""
     import torch
 
     part, rest = x[..., : rotation.dims], x[..., rotation.dims :]
     first, second = part.chunk(2, dim=-1)  # swapping the halves before and after turns the rotation round
-    turned = rotate(torch.cat([second, first, rest], dim=-1), rotation, precision)
+    turned = rotate(torch.cat([second, first, rest], dim=-1), rotation, precision, positions)
     first, second = turned[..., : rotation.dims].chunk(2, dim=-1)
     return torch.cat([second, first, rest], dim=-1)
 
 
-def all_of_a_head(rotate: Any, x: "torch.Tensor", rotation: Rotation, precision: Any) -> "torch.Tensor":
+def all_of_a_head(rotate: Any, x: "torch.Tensor", rotation: Rotation, precision: Any, positions: Any) -> "torch.Tensor":
     """Every dimension of a head turns."""
-    turned: torch.Tensor = rotate(x, rotation._replace(dims=x.shape[-1]), precision)
+    turned: torch.Tensor = rotate(x, rotation._replace(dims=x.shape[-1]), precision, positions)
     return turned
 
 
-def the_last_of_a_head(rotate: Any, x: "torch.Tensor", rotation: Rotation, precision: Any) -> "torch.Tensor":
+def the_last_of_a_head(
+    rotate: Any, x: "torch.Tensor", rotation: Rotation, precision: Any, positions: Any
+) -> "torch.Tensor":
     """The last dimensions of a head turn, and not the first."""
     import torch
 
     dims = rotation.dims
-    turned = rotate(torch.cat([x[..., -dims:], x[..., :-dims]], dim=-1), rotation, precision)
+    turned = rotate(torch.cat([x[..., -dims:], x[..., :-dims]], dim=-1), rotation, precision, positions)
     return torch.cat([turned[..., dims:], turned[..., :dims]], dim=-1)
 
 
-def slower_by_what_passes(rotate: Any, x: "torch.Tensor", rotation: Rotation, precision: Any) -> "torch.Tensor":
+def slower_by_what_passes(
+    rotate: Any, x: "torch.Tensor", rotation: Rotation, precision: Any, positions: Any
+) -> "torch.Tensor":
     """The first frequencies of a head that turns as a whole."""
     import torch
 
@@ -62,14 +66,16 @@ def slower_by_what_passes(rotate: Any, x: "torch.Tensor", rotation: Rotation, pr
 
     tables = rotary_angles(rotation._replace(dims=x.shape[-1]), x.shape[1], precision.wide_dtype)
     cosine, sine = (torch.tensor(table[:, None, : rotation.dims // 2], device=x.device) for table in tables)
-    return turn(x, cosine, sine)
+    return turn(x, cosine, sine) if positions is None else turn(x, cosine[positions], sine[positions])
 
 
-def without_attention_factor(rotate: Any, x: "torch.Tensor", rotation: Rotation, precision: Any) -> "torch.Tensor":
+def without_attention_factor(
+    rotate: Any, x: "torch.Tensor", rotation: Rotation, precision: Any, positions: Any
+) -> "torch.Tensor":
     """Frequencies of YaRN, and lengths as they are."""
     if rotation.scaling is not None:
         rotation = rotation._replace(scaling=replace(rotation.scaling, attention_factor=1.0))
-    turned: torch.Tensor = rotate(x, rotation, precision)
+    turned: torch.Tensor = rotate(x, rotation, precision, positions)
     return turned
 
 

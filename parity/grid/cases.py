@@ -14,6 +14,7 @@ from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
 from parity.checks.loss import check_loss
 from parity.checks.optimizer import check_optimizer
+from parity.checks.segments import check_segments
 from parity.checks.training import check_training
 from parity.checks.weights import check_weights, through_files
 from parity.faults.catalogue import planted
@@ -28,7 +29,8 @@ def checks(subject: Subject, fault: Fault | None = None) -> Iterator[CheckResult
     """Every check of one case in one dtype, with a fault planted in the PyTorch twin where it shows, or none.
 
     Of the cases beyond the twelve, conversion and caches are checked in fp64 alone, files and each framework's own
-    initialisation are not. In those that are brief caches, the optimizer and bf16 are not either.
+    initialisation are not. In those that are brief caches, the optimizer and bf16 are not either. Rows of several
+    documents are checked in fp64, in the cases that were chosen for them or named.
     """
     variant, dtype, whole = subject.case.variant, subject.dtype, subject.whole
     everything = dtype == "float64" or not subject.case.covering
@@ -53,6 +55,8 @@ def checks(subject: Subject, fault: Fault | None = None) -> Iterator[CheckResult
     yield check_loss(variant, dtype, {"jax": reference.loss, "torch": run.loss})
     if everything and whole:
         yield _decode(subject, fault, run, truth)
+    if dtype == "float64" and subject.packed:
+        yield _segments(subject, fault)
     if subject.gradients:
         gradients = {"jax": reference.gradients, "torch": run.gradients}
         yield check_gradients(variant, dtype, subject.config, gradients, forward_differs=divergence is not None)
@@ -82,6 +86,15 @@ def _decode(subject: Subject, fault: Fault | None, run: Run, truth: Run | None) 
     known = None if truth is None else truth.logits
     variant, dtype, text = subject.case.variant, subject.dtype, subject.text
     return check_decode(variant, dtype, text, cached, uncached, known, subject.libraries)
+
+
+def _segments(subject: Subject, fault: Fault | None) -> CheckResult:
+    """Both twins on rows of several documents, against their runs of each alone."""
+    model = subject.torch_model()
+    with planted(fault, model):
+        torch = subject.torch_documents(model, gradients=True)
+    packed, alone = ({"jax": ours, "torch": theirs} for ours, theirs in zip(subject.jax_documents, torch, strict=True))
+    return check_segments(subject.case.variant, subject.dtype, subject.config, packed, alone)
 
 
 def _own_initialisations(subject: Subject) -> Iterator[CheckResult]:

@@ -11,6 +11,7 @@ from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
 from parity.checks.loss import check_loss
 from parity.checks.optimizer import check_optimizer
+from parity.checks.segments import check_segments
 from parity.comparison.measures import Array
 from parity.comparison.tolerances import TOLERANCE
 from parity.faults.catalogue import FAULTS, fault_named, planted
@@ -61,7 +62,7 @@ def places(cases: Sequence[Case], *, full: bool, whole: bool = True) -> dict[str
         cases: Where to plant.
         full: Everywhere where a fault bites; otherwise in some cases, first of the twelve and then, of those that
             cover all choices, in the ones that have the fewest.
-        whole: Whether the brief cases have every check; otherwise no fault is planted for one that they have not.
+        whole: Whether all cases have every check; otherwise no fault is planted for one that a case has not.
     """
     planted: dict[str, list[str]] = {case.variant: [] for case in cases}
     for fault in FAULTS:
@@ -71,6 +72,8 @@ def places(cases: Sequence[Case], *, full: bool, whole: bool = True) -> dict[str
             biting = [case for case in biting if fault.caught_by != "noise" or not case.covering]
             if fault.caught_by in _LEFT_OUT and not whole:
                 biting = [case for case in biting if not case.brief]
+            if fault.caught_by == "segments" and not whole:
+                biting = [case for case in biting if case.packed]
             biting.sort(key=lambda case: (case.variant not in _FIRST, not case.covering, len(planted[case.variant])))
             biting = biting[:_ENOUGH]
         for case in biting:
@@ -113,6 +116,10 @@ def _caught_by(
         trainings = {"jax": subject.jax_training, "torch": subject.train_torch(OPTIMIZER_STEPS, model)}
         result = check_optimizer(variant, dtype, subject.config, subject.weights, trainings, ADAMW.clip_norm)
         return result, "", ""
+    if fault.caught_by == "segments":
+        jax, torch = subject.jax_documents, subject.torch_documents(model, gradients=False)
+        packed, alone = ({"jax": ours, "torch": theirs} for ours, theirs in zip(jax, torch, strict=True))
+        return check_segments(variant, dtype, subject.config, packed, alone, forward=True), "", ""
     run = subject.torch.run(model, subject.tokens, subject.batch, gradients=fault.caught_by == "gradients")
     if fault.caught_by == "loss":
         return check_loss(variant, dtype, {"jax": reference.loss, "torch": run.loss}), "", ""

@@ -25,6 +25,7 @@ from parity.grid.variants import (
     NEW_TOKENS,
     Case,
     next_token_batch,
+    packed_text,
     ragged_text,
     sharp_weights,
     text_batches,
@@ -32,7 +33,7 @@ from parity.grid.variants import (
 )
 from parity.sides import FRAMEWORKS, side_of
 from parity.sides.products import Libraries, library_noise
-from parity.sides.runs import Batch, CachedRun, RaggedText, Run, Training
+from parity.sides.runs import Batch, CachedRun, PackedText, RaggedText, Run, Training
 
 ADAMW = AdamWConfig(clip_norm=0.5)
 OPTIMIZER_STEPS = 5
@@ -88,6 +89,7 @@ class Subject:
     ) -> None:
         self.case, self.dtype, self.config, self.attention = case, dtype, case.config, attention
         self.whole = full or whole or not case.brief  # or what is brief, briefly
+        self.packed = full or whole or case.packed
         self.full, self.gradients = full, dtype == "float64" or (full and dtype == "float32")
         self.jax, self.torch = side_of("jax"), side_of("torch")
         stored = DTYPES[Precision.of(dtype).param_dtype]
@@ -96,6 +98,7 @@ class Subject:
         self.tokens: Array = text_tokens(case.config.vocab_size)
         self.batch: Batch = next_token_batch(self.tokens)
         self.text: RaggedText = ragged_text(self.tokens)
+        self.documents: PackedText = packed_text(self.tokens)
         # bf16 noise decides between tokens that are almost equally likely: there only logits are compared. How a token
         # is chosen is the same in all models: the twelve show it.
         self.samplings = SAMPLINGS if dtype != "bfloat16" and not case.covering else {}
@@ -151,6 +154,21 @@ class Subject:
         """The reference of decoding."""
         run: CachedRun = self.jax.run_cached(self.jax_model, self.text, self.samplings)
         return run
+
+    @cached_property
+    def jax_documents(self) -> tuple[Run, Run]:
+        """The JAX twin's run of rows of documents, and of each document alone through the program that there is."""
+        text, model = self.documents, self.jax_model
+        packed = self.jax.run(model, text.tokens, text.packed, gradients=self.gradients, trace=False)
+        return packed, text.together([self.program(model, *part) for part in text.alone])
+
+    def torch_documents(self, model: Any, *, gradients: bool) -> tuple[Run, Run]:
+        """The same of a PyTorch twin."""
+        packed, *alone = (
+            self.torch.run(model, tokens, batch, gradients=gradients, trace=False)
+            for tokens, batch in ((self.documents.tokens, self.documents.packed), *self.documents.alone)
+        )
+        return packed, self.documents.together(alone)
 
     @cached_property
     def truth(self) -> Run:

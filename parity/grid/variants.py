@@ -22,11 +22,17 @@ from gpt_core.parameters import parameter_table
 from gpt_core.storage.weights import Weights
 from gpt_core.text.gpt2 import gpt2_tokenizer
 from parity.grid.covering import covering
-from parity.sides.runs import Batch, Batches, RaggedText
+from parity.sides.runs import Batch, Batches, PackedText, RaggedText
 
 BATCH, TIME, WINDOW = 2, 37, 13
 PROMPTS = (1, 6, 20)  # tokens of each prompt that is decoded from: the least, below the window, beyond it
 NEW_TOKENS = TIME - min(PROMPTS)  # that are written behind each: over four windows in all
+
+DOCUMENTS = ((5, 20, 12), (14, 1, 22))
+"""Lengths of documents in each row: shorter than the window, longer than it, and a single token."""
+
+_PACKED = ("learned-mha-full", "learned-gqa-window", "rope-mqa-full", "rope-gqa-window")
+"""Cases that are checked with several documents in a row by default: what attention sees, by how positions enter."""
 
 _ORDINARY = 5000
 """Pieces of GPT-2's vocabulary, the first ones, that make up ordinary text."""
@@ -61,6 +67,11 @@ class Case:
     scan_layers: bool = True
     description: str = ""
     brief: bool = False
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows of several documents are checked in it where cases are not named."""
+        return self.variant in _PACKED
 
     @property
     def covering(self) -> bool:
@@ -180,3 +191,8 @@ def next_token_batch(tokens: npt.NDArray[np.int64]) -> Batch:
 def ragged_text(tokens: npt.NDArray[np.int64]) -> RaggedText:
     """Prompts of different length from these rows, and the rest of each row behind them."""
     return RaggedText(tokens, rows=tuple(row % len(tokens) for row in range(len(PROMPTS))), lengths=PROMPTS)
+
+
+def packed_text(tokens: npt.NDArray[np.int64]) -> PackedText:
+    """These rows, each cut into documents."""
+    return PackedText(tokens, DOCUMENTS)

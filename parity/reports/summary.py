@@ -9,7 +9,7 @@ from typing import Any
 Case = Mapping[str, Any]
 Content = Mapping[str, Any]
 
-CHECKS = ("weights", "activations", "logits", "loss", "gradients", "optimizer", "training", "decode")
+CHECKS = ("weights", "activations", "logits", "loss", "gradients", "optimizer", "training", "decode", "segments")
 DTYPES = ("float64", "float32", "bfloat16")
 
 

@@ -77,7 +77,7 @@ class Program:
     Args:
         model: The structure to compile.
         tokens: `[batch, time]`.
-        batch: Targets and mask; None compiles the forward pass without a loss.
+        batch: Targets, mask and segments; None compiles the forward pass without a loss.
         gradients: Whether to differentiate the loss.
         trace: Whether to keep every named intermediate.
 
@@ -91,12 +91,14 @@ class Program:
         graph, state = nnx.split(model)
         self._inputs = _inputs(tokens, batch)
 
-        def forward(state: nnx.State, ids: jax.Array) -> tuple[jax.Array, Taps]:
+        def forward(state: nnx.State, ids: jax.Array, segments: jax.Array | None = None) -> tuple[jax.Array, Taps]:
             taps: Taps | None = {} if trace else None
-            return nnx.merge(graph, state)(ids, taps=taps), taps or {}
+            return nnx.merge(graph, state)(ids, taps=taps, segments=segments), taps or {}
 
-        def loss(state: nnx.State, ids: jax.Array, targets: jax.Array, mask: jax.Array) -> Any:
-            logits, taps = forward(state, ids)
+        def loss(
+            state: nnx.State, ids: jax.Array, targets: jax.Array, mask: jax.Array, segments: jax.Array | None
+        ) -> Any:
+            logits, taps = forward(state, ids, segments)
             return token_loss(logits, targets, mask), (logits, taps)
 
         function: Any = forward
@@ -105,9 +107,10 @@ class Program:
         self._compiled = _compiled(function, model.precision, state, *self._inputs)
         self._has_loss, self._has_gradients = batch is not None, batch is not None and gradients
 
-    def __call__(self, model: GPT) -> Run:
-        """Everything the program computes, as NumPy arrays."""
-        outputs = self._compiled(nnx.state(model), *self._inputs)
+    def __call__(self, model: GPT, tokens: Array | None = None, batch: Batch | None = None) -> Run:
+        """Everything the program computes, as NumPy arrays: on what it was compiled for, or on others of its shapes."""
+        inputs = self._inputs if tokens is None else _inputs(tokens, batch)
+        outputs = self._compiled(nnx.state(model), *inputs)
         if not self._has_loss:
             logits, taps = outputs
             return Run(np.asarray(logits), _arrays(taps))
@@ -151,9 +154,12 @@ def _compiled(function: Any, precision: Precision, *inputs: Any) -> Any:
     return traced.lower().compile()
 
 
-def _inputs(tokens: Array, batch: Batch | None) -> list[jax.Array]:
-    ids = [jnp.asarray(tokens, jnp.int32)]
-    return ids if batch is None else [*ids, jnp.asarray(batch.targets, jnp.int32), jnp.asarray(batch.mask)]
+def _inputs(tokens: Array, batch: Batch | None) -> list[jax.Array | None]:
+    ids = jnp.asarray(tokens, jnp.int32)
+    if batch is None:
+        return [ids]
+    segments = None if batch.segments is None else jnp.asarray(batch.segments, jnp.int32)
+    return [ids, jnp.asarray(batch.targets, jnp.int32), jnp.asarray(batch.mask), segments]
 
 
 def _arrays(taps: Taps) -> dict[str, Array]:

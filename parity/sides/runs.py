@@ -17,10 +17,12 @@ class Batch:
     Args:
         targets: The next token at every position, `[batch, time]`.
         mask: True where a position counts, `[batch, time]`.
+        segments: Which document of its row each position belongs to; None where a row is one document.
     """
 
     targets: Array
     mask: Array
+    segments: Array | None = None
 
 
 Batches = Sequence[tuple[Array, Batch]]
@@ -42,6 +44,67 @@ class Run:
     sites: dict[str, Array]
     loss: float = float("nan")
     gradients: Weights = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Documents side by side in rows, and the same ones each in a row of its own.
+
+    Args:
+        tokens: `[batch, time]`.
+        lengths: Of the documents of each row; they fill it.
+    """
+
+    tokens: Array
+    lengths: tuple[tuple[int, ...], ...]
+
+    @property
+    def packed(self) -> Batch:
+        """What to predict: the next token, but for the last of each document."""
+        segments = np.array([np.repeat(np.arange(len(row)), row) for row in self.lengths], np.int32)
+        mask = np.zeros(self.tokens.shape, np.bool_)
+        mask[:, :-1] = segments[:, :-1] == segments[:, 1:]
+        return Batch(np.roll(self.tokens, -1, axis=1), mask, segments)
+
+    @property
+    def alone(self) -> list[tuple[Array, Batch]]:
+        """Every document from the first position on, as many at a time as there are rows; behind each nothing counts."""
+        parts = []
+        for group in self._groups:
+            tokens, targets = np.zeros((2, *self.tokens.shape), self.tokens.dtype)
+            mask = np.zeros(self.tokens.shape, np.bool_)
+            for place, (row, start, length) in enumerate(group):
+                document = self.tokens[row, start : start + length]
+                tokens[place, :length], targets[place, : length - 1] = document, document[1:]
+                mask[place, : length - 1] = True
+            parts.append((tokens, Batch(targets, mask)))
+        return parts
+
+    def together(self, runs: Sequence["Run"]) -> "Run":
+        """Runs of `alone` as one of `packed`: logits in their places, loss and gradients by what counted in each."""
+        logits = np.empty((*self.tokens.shape, runs[0].logits.shape[-1]), runs[0].logits.dtype)
+        for run, group in zip(runs, self._groups, strict=True):
+            for place, (row, start, length) in enumerate(group):
+                logits[row, start : start + length] = run.logits[place, :length]
+        counts = [int(batch.mask.sum()) for _, batch in self.alone]
+        shares = [count / sum(counts) for count in counts]
+        loss = sum(share * run.loss for share, run in zip(shares, runs, strict=True))
+        gradients = {
+            name: sum(share * run.gradients[name] for share, run in zip(shares, runs, strict=True))
+            for name in runs[0].gradients
+        }
+        return Run(logits, {}, loss, gradients)
+
+    @property
+    def _groups(self) -> list[list[tuple[int, int, int]]]:
+        """Row, start and length of the documents that are run at a time."""
+        documents = [
+            (row, sum(lengths[:index]), length)
+            for row, lengths in enumerate(self.lengths)
+            for index, length in enumerate(lengths)
+        ]
+        size = len(self.tokens)
+        return [documents[first : first + size] for first in range(0, len(documents), size)]
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: boo
     """Run a model once; loss and gradients where a batch says what to predict, sites with `trace`."""
     with torch.set_grad_enabled(batch is not None and gradients):
         taps: Taps | None = {} if trace else None
-        logits = model(_tensor(model, tokens), taps=taps)
+        segments = None if batch is None or batch.segments is None else _tensor(model, batch.segments)
+        logits = model(_tensor(model, tokens), taps=taps, segments=segments)
         sites = {site: to_numpy(value) for site, value in (taps or {}).items()}
         if batch is None:
             return Run(to_numpy(logits), sites)

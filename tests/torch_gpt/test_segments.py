@@ -111,7 +111,7 @@ def test_the_blocks_that_flex_reads_are_those_that_something_is_seen_in(
     assert (found.numpy() == seen).all()
 
 
-@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), WINDOW])
 def test_blocks_compiled_with_documents_are_the_same(window: int | None, small_blocks: None) -> None:
     leaves = [torch.tensor(array, requires_grad=True) for array in inputs((4, 2))[:3]]
     positions = positions_of(ROWS)
