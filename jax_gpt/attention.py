@@ -54,14 +54,14 @@ def attention(
         positions: Of each token in its document, of `jax_gpt.segments`: query i sees keys j with i - j <= its position.
             None: a row is one document.
         implementation: "auto" is what `pick` says; "reference" and "banded" run in any precision; "xla", "splash" (TPU)
-            and "cudnn" (GPU) have their softmax in fp32 and refuse fp64. With positions "xla" has a mask, O(T^2).
+            and "cudnn" (GPU) have their softmax in fp32 and refuse fp64. With positions "xla" has a mask of O(T^2).
 
     Returns:
         `[batch, time, heads, head_dim]` in the dtype of `query`.
 
     Raises:
-        InputError: unknown implementation, or one that cannot run here, in the dtype of `query`, with a softcap, or with
-            positions.
+        InputError: unknown implementation, or one that cannot run here, in the dtype of `query`, with a softcap, or
+            with positions.
     """
     if implementation == "auto":
         dtype: Any = query.dtype.name

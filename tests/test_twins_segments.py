@@ -1,4 +1,4 @@
-"""Rows of several documents in both twins: a model, and a step of training, make of them what they make of each alone."""
+"""Rows of several documents in both twins: models and steps make of them what they make of each document alone."""
 
 import functools
 

@@ -245,7 +245,7 @@ def _flex_mask(time: int, window: int | None, device: torch.device) -> Any:
 
 def _flex_document_mask(positions: torch.Tensor, window: int | None) -> BlockMask:
     """A block mask read off the positions block by block: PyTorch's own way there evaluates the whole square."""
-    batch, time = positions.shape
+    time = positions.shape[1]
     reach = positions if window is None else positions.clamp(max=window - 1)
     first = torch.arange(time, device=positions.device) - reach  # key that each query sees; never falls along a row
     begin = torch.arange(0, time, FLEX_BLOCK, device=positions.device)  # of each block

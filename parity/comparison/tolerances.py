@@ -41,8 +41,8 @@ TOLERANCE: dict[tuple[str, str], float] = {
     ("decode", "bfloat16"): 2e-1,
     # A document beside others is what it is alone, but for the order of sums over keys of which some are hidden: as far
     # from it as the twins are from each other. One key too many, or a position that goes on counting, moves the logits
-    # by O(1). Gradients, summed over the documents, are held to the bound of `gradients`. Seen: 1.6e-15. (fp32: for the margins of
-    # faults.)
+    # by O(1). Gradients, summed over the documents, are held to the bound of `gradients`. Seen: 1.6e-15. In fp32 faults
+    # alone are held against it.
     ("segments", "float64"): 1e-12,
     ("segments", "float32"): 5e-6,
     # Fifty steps; every error re-enters through the weights. Seen: 1.1e-14 (fp64), 4e-6 (fp32).

@@ -68,7 +68,7 @@ class PackedText:
 
     @property
     def alone(self) -> list[tuple[Array, Batch]]:
-        """Every document from the first position on, as many at a time as there are rows; behind each nothing counts."""
+        """Each document from the first position on, as many at a time as there are rows; behind it nothing counts."""
         parts = []
         for group in self._groups:
             tokens, targets = np.zeros((2, *self.tokens.shape), self.tokens.dtype)
