@@ -31,6 +31,7 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
     "llama": ("training a Llama of 124M", ["llama_training.py"]),
     "pattern": ("local and global layers", ["pattern.py"]),
     "window": ("training with a window", ["window_training.py"]),
+    "segments": ("training on documents that do not see each other", ["segments.py"]),
     "table": ("the efficiency table", ["table.py", "--table", "{out}/table.json", "--work", "{out}/table"]),
     "decoding": ("cached decoding", ["decoding.py"]),
     "speculative": ("speculative decoding", ["speculative.py", "--out", "{out}/speculative"]),

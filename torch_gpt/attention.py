@@ -280,10 +280,11 @@ def _sdpa(
 ) -> torch.Tensor:
     time = query.shape[1]
     sees_all = positions is None and (window is None or window >= time)
+    mask: torch.Tensor | None = None
     if positions is not None:
         mask = document_mask(positions, window)[:, None]  # [batch, 1, query, key]
-    else:
-        mask = None if sees_all else causal_mask(time, window, query.device)
+    elif not sees_all:
+        mask = causal_mask(time, window, query.device)
     mixed = F.scaled_dot_product_attention(
         query.transpose(1, 2),  # [batch, heads, time, head_dim]
         key.transpose(1, 2),

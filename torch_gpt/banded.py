@@ -124,7 +124,9 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_backward(*ctx.saved_tensors, cotangent, *ctx.sizes), None, None, None, None, None
+        query, key, value, reach, mixed, log_total = ctx.saved_tensors
+        gradients = _backward(query, key, value, reach, mixed, log_total, cotangent, *ctx.sizes)
+        return *gradients, None, None, None, None, None
 
 
 def _forward(

@@ -41,12 +41,12 @@ def check_segments(
     if not forward:
         null = null_leaves(config)
         leaves = {name: leaf_errors(*(compared(run.gradients, null) for run in pair)) for name, pair in pairs.items()}
-        worst = {name: max(found, key=lambda leaf, of=found: of[leaf]) for name, found in leaves.items()}
-        measures["gradients"] = {name: leaves[name][leaf] for name, leaf in worst.items()}
+        measures["gradients"] = {name: max(found.values()) for name, found in leaves.items()}
         reasons += [
-            f"{name}: gradient of {leaf} {leaves[name][leaf]:.1e}"
-            for name, leaf in worst.items()
-            if not leaves[name][leaf] <= tolerance("gradients", dtype)
+            f"{name}: gradient of {leaf} {error:.1e}"
+            for name, found in leaves.items()
+            for leaf, error in found.items()
+            if error == max(found.values()) and not error <= tolerance("gradients", dtype)
         ]
     return CheckResult(
         variant,

@@ -89,8 +89,8 @@ class PackedText:
         counts = [int(batch.mask.sum()) for _, batch in self.alone]
         shares = [count / sum(counts) for count in counts]
         loss = sum(share * run.loss for share, run in zip(shares, runs, strict=True))
-        gradients = {
-            name: sum(share * run.gradients[name] for share, run in zip(shares, runs, strict=True))
+        gradients: Weights = {
+            name: np.sum([share * run.gradients[name] for share, run in zip(shares, runs, strict=True)], axis=0)
             for name in runs[0].gradients
         }
         return Run(logits, {}, loss, gradients)

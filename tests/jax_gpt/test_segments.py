@@ -7,8 +7,11 @@ import numpy_gpt
 import pytest
 
 from gpt_core.errors import InputError
+from gpt_core.precision import Precision
+from gpt_core.rotary import Rotation
 from jax_gpt import banded as module
 from jax_gpt.attention import attention, pick
+from jax_gpt.rotary import rotate
 from jax_gpt.segments import positions_in
 
 # Shorter and longer than the window and than a block, of one token, and to the end of the row or a block.
@@ -91,6 +94,19 @@ def test_splash_keeps_documents_apart_up_to_rounding(
     """Within and across its blocks of 128, and beside the padding behind 150 positions."""
     found = errors("splash", "float32", layout, window, softcap, [(30, 100, 20), (128, 22)])
     assert max(found) <= FP32_BOUND, found
+
+
+def test_rotation_begins_anew_in_each_document(x64: None) -> None:
+    """Which scores, that depend on distances alone, do not show."""
+    x = np.random.default_rng(0).normal(size=(len(ROWS), TIME, 2, 8))
+    rotated = rotate(
+        jnp.asarray(x),
+        Rotation(8, 100.0),
+        Precision.of("float64"),
+        positions_in(jnp.asarray(numpy_gpt.segments_of(ROWS))),
+    )
+    expected = numpy_gpt.each_alone(lambda x: numpy_gpt.rotate(x, 100.0), ROWS, x)[0]
+    assert numpy_gpt.relative_error(rotated, expected) <= 1e-14
 
 
 def test_positions_begin_anew_wherever_the_id_changes() -> None:

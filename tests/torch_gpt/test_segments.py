@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from gpt_core.precision import Precision
+from gpt_core.rotary import Rotation
 from torch_gpt import banded as module
 from torch_gpt.attention import _by_flex, _flex_document_mask, attention, pick
 from torch_gpt.banded import banded
+from torch_gpt.rotary import rotate
 from torch_gpt.segments import positions_in
 
 # Shorter and longer than the window and than a block, of one token, and to the end of the row or a block.
@@ -139,6 +142,14 @@ def test_the_first_of_a_document_does_not_see_the_last_of_the_one_before(
         gradient = torch.autograd.grad(mixed[:, i].square().sum(), value, retain_graph=True)[0]
         reached = gradient.abs().amax(dim=(0, 2, 3)) > 0
         assert reached.nonzero().flatten().tolist() == list(range(first, i + 1))
+
+
+def test_rotation_begins_anew_in_each_document() -> None:
+    """Which scores, that depend on distances alone, do not show."""
+    x = np.random.default_rng(0).normal(size=(len(ROWS), TIME, 2, 8))
+    rotated = rotate(torch.tensor(x), Rotation(8, 100.0), Precision.of("float64"), positions_of(ROWS))
+    expected = numpy_gpt.each_alone(lambda x: numpy_gpt.rotate(x, 100.0), ROWS, x)[0]
+    assert numpy_gpt.relative_error(rotated, expected) <= 1e-14
 
 
 def test_positions_begin_anew_wherever_the_id_changes() -> None:
