@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gpt_core.checkpoints.adapted import open_checkpoint
 from gpt_core.checkpoints.replaceable import kept_checkpoint
 from gpt_core.files.writing import atomic_directory
-from gpt_core.formats.orbax_jax import open_checkpoint
 from gpt_core.precision import Precision
 from gpt_core.storage.checkpoint_config import PARAMS_FOLDER, refuse_twin, write_checkpoint_config
 from gpt_core.storage.orbax_file import write_orbax
@@ -52,6 +52,8 @@ def load(
     scan_layers: bool = True,
 ) -> GPT:
     """Load a checkpoint, stacked or unrolled, into either form; weights are cast to `precision.param_dtype`.
+
+    That of a run with an adapter is its base with the adapter merged into it.
 
     Raises:
         InputError: the checkpoint is missing, damaged or of the other framework, or weights and config do not fit.

@@ -108,10 +108,10 @@ def _generate(options: Namespace) -> int:
         from jax_gpt import generate, speculate
         from jax_gpt.model import GPT
 
-        def model(path: Path) -> GPT:
-            return GPT.from_pretrained(path, precision=request.precision, implementation="auto")
+        def model(path: Path, adapter: Path | None = None) -> GPT:
+            return GPT.from_pretrained(path, adapter=adapter, precision=request.precision, implementation="auto")
 
-        target = model(request.checkpoint)
+        target = model(request.checkpoint, request.adapter)
         if request.draft is None:
             return lambda prompts, sampling: map(Written.plain, generate.stream(target, prompts, sampling, chunk=4))
         draft, count = model(request.draft), request.draft_tokens

@@ -12,8 +12,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gpt_core.adapter import whole_table
 from gpt_core.errors import InputError
-from gpt_core.parameters import Parameter, block_table, parameter_table
+from gpt_core.parameters import Parameter, block_table
 from gpt_core.runs.config import RunConfig
 from jax_gpt.scan import BlockStep, Layer
 from jax_gpt.sharding import partition
@@ -23,6 +24,7 @@ from jax_gpt.taps import Taps
 _SENT_ALONG = ("data", "fsdp_outer", "fsdp_inner")
 _ROWS = PartitionSpec(_SENT_ALONG)
 _NOWHERE = PartitionSpec()
+_NOTHING = nnx.State({})
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Layout:
         inner, fsdp = self._inner, self.mesh.shape["fsdp"]
         if fsdp % inner:
             raise InputError(f"jax.mesh: fsdp_inner = {inner} does not divide fsdp = {fsdp}")
+
+    @property
+    def _table(self) -> dict[str, Parameter]:
+        return whole_table(self.config.model, self.config.adapter)
 
     @property
     def _inner(self) -> int:
@@ -69,24 +75,25 @@ class Layout:
     def over_rows(
         self, function: Callable[..., Any], outputs: tuple[Literal["sum", "parameters"], ...]
     ) -> Callable[..., Any]:
-        """A function of parameters, rows and a number that runs on each device's share, as one of the whole.
+        """A function of parameters, rows, a number and, where there are some, frozen parameters, that runs on each
+        device's share, as one of the whole.
 
         Args:
-            function: (parameters, rows, number) -> results, which it sums over all rows by itself.
+            function: (parameters, rows, number, frozen parameters) -> results, which it sums over all rows by itself.
             outputs: What each result is: a "sum", or something for all "parameters".
         """
 
-        def whole(parameters: Any, rows: Any, number: jax.Array) -> Any:
-            specs = jax.tree_util.tree_map_with_path(self._spec, parameters)
+        def whole(parameters: Any, rows: Any, number: jax.Array, frozen: Any = _NOTHING) -> Any:
+            specs, frozen_specs = (jax.tree_util.tree_map_with_path(self._spec, own) for own in (parameters, frozen))
             return jax.shard_map(
                 function,
                 mesh=self.stages,
-                in_specs=(specs, _ROWS, PartitionSpec()),
+                in_specs=(specs, _ROWS, PartitionSpec(), frozen_specs),
                 out_specs=tuple(PartitionSpec() if output == "sum" else specs for output in outputs),
                 # A tensor axis of one is said to be ours as well: kernels refuse to be split by the compiler.
                 axis_names={axis for axis in self.stages.axis_names if axis != "tensor" or self.mesh.shape[axis] == 1},
                 check_vma=False,  # Pallas kernels do not say along which axes their results vary
-            )(parameters, rows, number)
+            )(parameters, rows, number, frozen)
 
         return whole
 
@@ -99,7 +106,7 @@ class Layout:
             parameters: Of the model; those of its blocks are left as they are. Or of one block.
             of_block: Whether these are the parameters of one block.
         """
-        table: Mapping[str, Parameter] = parameter_table(self.config.model)
+        table: Mapping[str, Parameter] = self._table
         if of_block:
             table = {name.removeprefix("blocks."): row for name, row in block_table(table, 0).items()}
 
@@ -142,7 +149,7 @@ class Layout:
         return jax.tree_util.tree_map_with_path(lambda path, leaf: self.summed(leaf, self._spec(path, leaf)), gradients)
 
     def _spec(self, path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
-        row = table_row(path, parameter_table(self.config.model))
+        row = table_row(path, self._table)
         assert row is not None  # these are parameters
         return self._row_spec(row.of_layer(0) if row.stacked and len(leaf.shape) < len(row.shape) else row)
 

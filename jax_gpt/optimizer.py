@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from gpt_core.adapter import NO_ADAPTER, AdapterConfig, trained_table
 from gpt_core.config import ModelConfig
 from gpt_core.optimization import AdamWConfig, clip_scale
-from gpt_core.parameters import parameter_table
 from jax_gpt.state_paths import table_row
 
 
-def create_optimizer(config: AdamWConfig, model: ModelConfig) -> optax.GradientTransformation:
+def create_optimizer(
+    config: AdamWConfig, model: ModelConfig, adapter: AdapterConfig = NO_ADAPTER
+) -> optax.GradientTransformation:
     """AdamW without its rate and clip, which `update` applies; decays what the parameter table marks."""
-    table = parameter_table(model)
+    table = trained_table(model, adapter)
 
     def decays(parameters: nnx.State) -> Any:
         def decay(path: tuple[Any, ...], _: jax.Array) -> bool:

@@ -27,6 +27,7 @@ class Pretrained(Saving):
         cls: type[Model],
         path_or_name: str | Path,
         *,
+        adapter: Path | None = None,
         precision: Precision = Precision(),
         implementation: Implementation = "reference",
         scan_layers: bool = True,
@@ -35,6 +36,7 @@ class Pretrained(Saving):
 
         Args:
             path_or_name: A folder, a training run (`RUN@best`), or a name on the Hugging Face hub.
+            adapter: Folder of an adapter in PEFT's format, which is merged into it.
             precision: Number formats of storage and computation.
             implementation: Of attention.
             scan_layers: Whether blocks are stacked.
@@ -42,7 +44,7 @@ class Pretrained(Saving):
         Raises:
             InputError: there is no such checkpoint, the hub cannot be reached, or it is damaged or beyond this model.
         """
-        checkpoint = open_pretrained(path_or_name)
+        checkpoint = open_pretrained(path_or_name, adapter)
         constructor: Any = cls
         model: Model = constructor(
             checkpoint.config,

@@ -7,7 +7,7 @@ A mesh has three axes (Rajbhandari et al., 2020; Shoeybi et al., 2019; Xu et al.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gpt_core.config import ModelConfig
 from gpt_core.data.batches import Batch
 from gpt_core.errors import InputError
-from gpt_core.parameters import Parameter, axis_sizes, parameter_table
+from gpt_core.parameters import Parameter, axis_sizes
 from gpt_core.runs.config import MeshConfig, RunConfig
 from jax_gpt.state_paths import table_row
 
@@ -139,13 +138,14 @@ def partition(parameter: Parameter, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     return PartitionSpec(*(tuple(names) or None for names in places))
 
 
-def state_shardings(state: Any, model: ModelConfig, mesh: Mesh) -> Any:
+def state_shardings(state: Any, table: Mapping[str, Parameter], mesh: Mesh) -> Any:
     """A sharding for every leaf of a tree: those that belong to a parameter lie as it does, others on all devices.
 
     Args:
         state: Parameters, moments or both, abstract or real.
+        table: The rows of these parameters.
+        mesh: Of `create_mesh`.
     """
-    table = parameter_table(model)
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         row = table_row(path, table)

@@ -1,5 +1,6 @@
 """The first state of a run out of a checkpoint: each device reads its own part. `torch_gpt/start.py` is its twin."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gpt_core.formats.orbax_jax import spoke
+from gpt_core.adapter import adapter_table
+from gpt_core.checkpoints.adapted import Base
+from gpt_core.formats.orbax_jax import spoke_of
+from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.runs.config import RunConfig
 from gpt_core.storage.tensor_info import Array
 from gpt_core.storage.weights import Slot, Source, slots
@@ -31,9 +35,30 @@ def started(program: Program, config: RunConfig, source: Source) -> TrainState:
     return TrainState(parameters, moments, step)
 
 
-def placed(abstract: nnx.State, config: RunConfig, source: Source) -> nnx.State:
-    """Weights in the places that an abstract state says, in its dtypes."""
-    expected = slots(config.model, spoke(config.model, scan_layers=config.jax.scan_layers))
+def on_base(program: Program, config: RunConfig, base: Base | None, state: TrainState) -> TrainState:
+    """The state of a run with an adapter beside the frozen weights of its base, which is None where there is none.
+
+    Args:
+        program: Whose devices hold it.
+        config: The run.
+        base: Gives the weights, and the adapter where the run begins with one that is not fresh.
+        state: Without them.
+    """
+    if base is None:
+        return state
+    state = state._replace(frozen=placed(program.state.frozen, config, base.weights))
+    if base.adapter is None:
+        return state
+    table = adapter_table(config.model, config.adapter)
+    return state._replace(parameters=placed(program.state.parameters, config, base.adapter, table))
+
+
+def placed(
+    abstract: nnx.State, config: RunConfig, source: Source, table: Mapping[str, Parameter] | None = None
+) -> nnx.State:
+    """Weights, those of the model unless a table says otherwise, in the places of an abstract state, in its dtypes."""
+    rows = parameter_table(config.model) if table is None else table
+    expected = slots(config.model, spoke_of(rows, scan_layers=config.jax.scan_layers), rows)
 
     def of_leaf(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         slot = expected[".".join(str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey))]

@@ -10,7 +10,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from gpt_core.adapter import whole_table
 from gpt_core.runs.config import Remat, RunConfig, chunk_of_loss
+from jax_gpt import lora
 from jax_gpt.layout import Layout
 from jax_gpt.loss import chunked_loss
 from jax_gpt.model import GPT, initialiser
@@ -35,26 +37,34 @@ _REMAT: dict[Remat, Callable[[BlockStep], BlockStep]] = {
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step.
+    """All that changes from step to step, and the frozen weights that go along.
 
     Args:
-        parameters: The model's.
+        parameters: What is trained: the model's, or those of its adapter.
         moments: AdamW's means of gradients and of their squares, and the number of updates in them.
         step: Steps taken, skipped ones included: dropout is drawn from it.
+        frozen: Of the model that has an adapter; they stay where they are, and are no part of a checkpoint.
     """
 
     parameters: nnx.State
     moments: optax.OptState
     step: jax.Array
+    frozen: nnx.State = nnx.State({})
+
+    @property
+    def whole(self) -> nnx.State:
+        """All parameters of the model, its adapter's included."""
+        return nnx.merge_state(self.parameters, self.frozen)
 
 
 class Program(NamedTuple):
     """The compiled functions of a run on a mesh.
 
     Args:
-        create: Makes the first state, every array already in its place.
+        create: Makes the first state, every array already in its place; with an adapter without its frozen weights,
+            which `jax_gpt.lora.with_weights` brings.
         step: (state, batch, learning rate) -> (state, {"loss", "gradient_norm"}); takes the state over.
-        evaluate: (parameters, batch) -> (summed loss in nats, tokens that counted).
+        evaluate: (all parameters, batch) -> (summed loss in nats, tokens that counted).
         state: The state without data: shapes, dtypes and shardings.
         graph: What `nnx.merge` needs beside the parameters to make the model.
     """
@@ -68,26 +78,32 @@ class Program(NamedTuple):
 
 def create_program(config: RunConfig, mesh: Mesh) -> Program:
     """Everything that a run does on its devices; nothing is computed yet."""
-    optimizer = create_optimizer(config.optimizer, config.model)
+    optimizer = create_optimizer(config.optimizer, config.model, config.adapter)
     layout = Layout(config, mesh)
+    fresh = initialiser(config.train.seed, config.precision)
 
     def model() -> GPT:
-        return GPT(
+        base = GPT(
             config.model,
-            initialiser(config.train.seed, config.precision),
+            lambda row: fresh(row).astype(config.adapter.base_dtype or config.precision.param_dtype),
             precision=config.precision,
             implementation=config.jax.attention,
             scan_layers=config.jax.scan_layers,
             around_block=lambda step: _REMAT[config.jax.remat](layout.around_block(step)),
         )
+        return lora.attach(base, config.adapter, fresh)
 
     def first_state() -> TrainState:
-        parameters = nnx.split(model(), nnx.Param)[1]
-        return TrainState(parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32))
+        _, parameters, frozen = lora.split(model())
+        return TrainState(parameters, optimizer.init(parameters), jnp.zeros((), jnp.int32), frozen)
 
-    graph = nnx.split(nnx.eval_shape(model), nnx.Param)[0]
+    def trained_state() -> TrainState:
+        return first_state()._replace(frozen=nnx.State({}))
+
+    graph = lora.split(nnx.eval_shape(model))[0]
     shapes = jax.eval_shape(first_state)
-    shardings = jax.tree.map(lambda x: layout.placed(x.spec), state_shardings(shapes, config.model, mesh))
+    table = whole_table(config.model, config.adapter)
+    shardings = jax.tree.map(lambda x: layout.placed(x.spec), state_shardings(shapes, table, mesh))
     everywhere, by_rows = layout.placed(PartitionSpec()), layout.placed(ROWS)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
@@ -98,7 +114,7 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
     chunk = max(1, chunk_of_loss(config.jax.loss_chunk, on_gpu=on_gpu) // rows)
 
     return Program(
-        create=jax.jit(first_state, out_shardings=shardings),
+        create=jax.jit(trained_state, out_shardings=shardings._replace(frozen=nnx.State({}))),
         step=jax.jit(
             training_step(config, graph, optimizer, chunk, layout),
             donate_argnums=0,
@@ -107,7 +123,7 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
         ),
         evaluate=jax.jit(
             evaluation_step(graph, chunk, layout),
-            in_shardings=(shardings.parameters, by_rows),
+            in_shardings=(shardings.whole, by_rows),
             out_shardings=everywhere,
         ),
         state=abstract,
@@ -136,8 +152,10 @@ def training_step(
     parts = config.train.accumulation
     wide = config.precision.wide_dtype
 
-    def mean_loss(parameters: nnx.State, part: Batch, keys: jax.Array | None, count: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, layout.gathered(parameters))
+    def mean_loss(
+        parameters: nnx.State, frozen: nnx.State, part: Batch, keys: jax.Array | None, count: jax.Array
+    ) -> jax.Array:
+        model = nnx.merge(graph, layout.gathered(parameters), layout.gathered(frozen))
         segments = part.get("segments")
         if keys is None:
             hidden = model.hidden(part["tokens"], segments=segments)
@@ -151,12 +169,14 @@ def training_step(
         by_token = 1 / count  # of the whole step
         return chunked_loss(model.unembed, hidden, part["targets"], part["mask"], chunk, by_token)
 
-    def gradients_of_rows(parameters: nnx.State, rows: Any, count: jax.Array) -> tuple[jax.Array, nnx.State]:
+    def gradients_of_rows(
+        parameters: nnx.State, rows: Any, count: jax.Array, frozen: nnx.State
+    ) -> tuple[jax.Array, nnx.State]:
         # Row r goes to part r mod parts, so that every device keeps its own rows.
         micro_batches = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
 
         def add(total: Any, part: tuple[Batch, jax.Array | None]) -> tuple[Any, None]:
-            gradients = jax.value_and_grad(mean_loss)(parameters, *part, count)
+            gradients = jax.value_and_grad(mean_loss)(parameters, frozen, *part, count)
             return jax.tree.map(jnp.add, total, gradients), None
 
         zero = (jnp.zeros((), wide), jax.tree.map(jnp.zeros_like, parameters))
@@ -170,7 +190,7 @@ def training_step(
             of_step = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(of_step, jnp.arange(config.train.batch_size))
         differentiate = layout.over_rows(gradients_of_rows, ("sum", "parameters"))
-        loss, gradients = differentiate(state.parameters, (dict(batch), keys), count)
+        loss, gradients = differentiate(state.parameters, (dict(batch), keys), count, state.frozen)
         parameters, moments, norm = update(
             optimizer, config.optimizer, state.parameters, gradients, state.moments, rate
         )
@@ -178,7 +198,7 @@ def training_step(
         parameters, moments = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (parameters, moments), (state.parameters, state.moments)
         )
-        return TrainState(parameters, moments, state.step + 1), {"loss": loss, "gradient_norm": norm}
+        return TrainState(parameters, moments, state.step + 1, state.frozen), {"loss": loss, "gradient_norm": norm}
 
     return step
 
@@ -190,7 +210,7 @@ def evaluation_step(
 ) -> Callable[[nnx.State, Batch], tuple[jax.Array, jax.Array]]:
     """Summed loss and number of tokens of a batch, without dropout."""
 
-    def summed_loss(parameters: nnx.State, batch: Batch, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def summed_loss(parameters: nnx.State, batch: Batch, *_: Any) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graph, layout.gathered(parameters))
         hidden = model.hidden(batch["tokens"], segments=batch.get("segments"))
         loss = chunked_loss(model.unembed, hidden, batch["targets"], batch["mask"], chunk)

@@ -11,11 +11,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from gpt_core.adapter import NO_ADAPTER
+from gpt_core.checkpoints.adapted import Base, base_of, keep_base, open_checkpoint
 from gpt_core.checkpoints.start import Start, begin, tokenizer_of_data
 from gpt_core.data.loader import training_batches
-from gpt_core.formats import open_checkpoint
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import held_run, open_run, resume_notices
+from gpt_core.runs.folder import held_run, open_run, resume_notices, together
 from gpt_core.runs.tracking import Tracker
 from gpt_core.runs.training import (
     Journal,
@@ -29,11 +30,13 @@ from gpt_core.runs.training import (
 from gpt_core.text.finding import rows_without_tokens
 from gpt_core.text.tokenizer import Tokenizer
 from jax_gpt.attention import picks
+from jax_gpt.checkpoint import save
 from jax_gpt.device import peak_memory, total_peak_flops
 from jax_gpt.distributed import all_agree, is_primary, merged_state, preempted, wait_for_all
+from jax_gpt.model import GPT, initialiser
 from jax_gpt.run_checkpoint import RunCheckpoints
 from jax_gpt.sharding import check_divides, create_mesh, local_rows, place_batch
-from jax_gpt.start import placed, started
+from jax_gpt.start import on_base, placed, started
 from jax_gpt.step import Program, create_program
 
 
@@ -67,7 +70,22 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
             agree=all_agree,
         )
         wait_for_all("the run's folder is there")
-        return _train(config, run, before, mesh, require_hold, start)
+        base = _base(config, run)
+        return _train(config, run, before, mesh, require_hold, start, base)
+
+
+def _base(config: RunConfig, run: Path) -> Base | None:
+    """What the run's adapter adds to."""
+
+    def write_fresh(folder: Path) -> None:
+        save(GPT(config.model, initialiser(config.train.seed, config.precision)), folder, force=True)
+
+    together(
+        lambda: keep_base(run, config, "jax", write_fresh) if is_primary() else None,
+        all_agree,
+        f"{run}: its base cannot be written; process 0 says why",
+    )
+    return base_of(run, config)
 
 
 def _train(
@@ -77,6 +95,7 @@ def _train(
     mesh: Mesh,
     require_hold: Callable[[], None],
     start: Start,
+    base: Base | None,
 ) -> tuple[dict[str, Any] | None, int]:
     """Train in a folder that is held (`require_hold` is asked before each save); `before` is what it was to be then."""
     program = create_program(config, mesh)
@@ -89,10 +108,11 @@ def _train(
         restored = checkpoints.restore(program.state)
         if restored is not None:
             state, record = restored
-        elif start.checkpoint is not None:
+        elif start.checkpoint is not None and base is None:
             state, record = started(program, config, start.checkpoint.read), None
         else:
             state, record = program.create(), None
+        state = on_base(program, config, base, state)
         first = 0 if record is None else record.step
         with (
             Tracker(
@@ -139,7 +159,7 @@ def _train(
                 for text in batches.notices():
                     tracker.message(text)
                 if evaluating:
-                    journal.evaluated(done, evaluate(program, state.parameters, config, mesh, start.tokenizer))
+                    journal.evaluated(done, evaluate(program, state.whole, config, mesh, start.tokenizer))
                 if saving:
                     require_hold()
                     checkpoints.save(state, journal.record(done, merged_state(data_state), "jax", evaluated=evaluating))
@@ -150,7 +170,7 @@ def _train(
                 journal.resume_clock()
             checkpoints.wait()
             if journal.validation_loss is None or math.isnan(journal.train_loss):  # it was complete already
-                journal.evaluated(steps, evaluate(program, state.parameters, config, mesh, start.tokenizer))
+                journal.evaluated(steps, evaluate(program, state.whole, config, mesh, start.tokenizer))
             return (journal.finish(run, "jax", peak_memory(), start.tokenizer) if is_primary() else None), 0
 
 
@@ -173,7 +193,7 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
         InputError: checkpoint, data or mesh do not fit.
     """
     opened = open_checkpoint(checkpoint)
-    config = replace(config, model=opened.config)
+    config = replace(config, model=opened.config, adapter=NO_ADAPTER)
     mesh = create_mesh(config.jax.mesh)
     check_divides(config, mesh)
     check_dtype(config, "jax")

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from gpt_core.checkpoints.adapted import open_checkpoint
 from gpt_core.config import differing_fields
 from gpt_core.errors import InputError
-from gpt_core.formats import is_hugging_face, open_checkpoint
+from gpt_core.formats import is_hugging_face
 from gpt_core.formats.base import Checkpoint
 from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType

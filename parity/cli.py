@@ -11,7 +11,7 @@ from typing import Any, get_args
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from gpt_core.checkpoints.replaceable import kept_checkpoint
+from gpt_core.checkpoints.replaceable import kept_adapter, kept_checkpoint
 from gpt_core.cli import CHECK_FAILED, SUCCESS, parser, print_json, progress, run, say, status
 from gpt_core.commands.train import add_run_arguments, run_config
 from gpt_core.errors import InputError, one_line
@@ -21,6 +21,7 @@ from gpt_core.formats import FORMATS, is_hugging_face
 from gpt_core.formats.targets import HUGGING_FACE, TARGETS
 from gpt_core.precision import DType
 from gpt_core.runs.config import JaxAttention, TorchAttention
+from parity.checkpoints.adapter import PEFT, export_adapter
 from parity.checkpoints.convert import DTYPES, conversion_parts, convert
 from parity.checkpoints.sources import local_checkpoint
 from parity.checks import CheckResult
@@ -157,11 +158,18 @@ def _convert_parser() -> ArgumentParser:
         "  parity convert runs/tiny-cpu@best best --to torch\n"
         "  parity convert --state runs/tiny-cpu runs/tiny-cpu-torch --to torch     for torch-gpt to go on with\n"
         "  parity convert runs/jax export --to hf            the architecture of transformers that fits\n"
-        "  parity convert openai-community/gpt2 runs/gpt2 --to jax",
+        "  parity convert openai-community/gpt2 runs/gpt2 --to jax\n"
+        "  parity convert runs/lora adapter --to peft        the adapter of a run, alone\n"
+        "  parity convert BASE merged --adapter adapter --to hf    an adapter of PEFT merged into its base",
     )
     command.add_argument("source", help=_CHECKPOINT)
     command.add_argument("destination", type=Path, help="folder to write")
-    command.add_argument("--to", required=True, choices=list(TARGETS), help="format to write; hf picks one that fits")
+    command.add_argument(
+        "--to", required=True, choices=[*TARGETS, PEFT], help="format to write; hf picks one that fits"
+    )
+    command.add_argument(
+        "--adapter", type=Path | None, default=None, metavar="DIR", help="an adapter of PEFT to merge into the source"
+    )
     command.add_argument("--dtype", default=None, choices=list(DTYPES), help="cast every weight")
     command.add_argument(
         "--state", action="store_true", help="a run with its optimizer, for the other trainer to go on"
@@ -396,6 +404,8 @@ def _convert_state(options: Namespace) -> int:
 def _convert(options: Namespace) -> int:
     if options.state:
         return _convert_state(options)
+    if options.to == PEFT:
+        return _convert_adapter(options)
     from gpt_core.formats.hf_folder import parity_result
 
     hugging_face = is_hugging_face(options.to) or options.to == HUGGING_FACE
@@ -424,6 +434,7 @@ def _convert(options: Namespace) -> int:
             name=real_path(options.destination).name,
             parity=parity_result(options.report) if options.report else "",
             advance=lambda parts: bar.advance(task, parts),
+            adapter=options.adapter,
             **extra,
         )
     done = replace(done, source=options.source)
@@ -439,6 +450,21 @@ def _convert(options: Namespace) -> int:
         say(f"{done.destination_format}: {done.reason}")
     for notice in done.notices:
         say(f"note: {notice}")
+    return SUCCESS
+
+
+def _convert_adapter(options: Namespace) -> int:
+    refuse_existing(options.destination, replace=kept_adapter if options.force else None)
+    with local_checkpoint(options.source) as source:
+        done = export_adapter(source, options.destination, dtype=options.dtype, force=options.force)
+    done = replace(done, source=options.source)
+    if options.json:
+        print_json(done.to_dict())
+        return SUCCESS
+    say(
+        f"{done.source} -> {done.destination}: an adapter of {done.parameters:,} parameters for the base {done.base}, "
+        f"by the modules of {done.architecture}"
+    )
     return SUCCESS
 
 
@@ -489,7 +515,7 @@ def _inspect(options: Namespace) -> int:
 
 
 def _record(options: Namespace) -> int:
-    from gpt_core.formats import open_checkpoint
+    from gpt_core.checkpoints.adapted import config_of
     from parity.records.file import refuse_record
     from parity.records.recording import record_checkpoint
     from parity.records.tokens import tokens_for
@@ -501,7 +527,7 @@ def _record(options: Namespace) -> int:
         local_checkpoint(options.checkpoint) as checkpoint,
         status(f"running {options.checkpoint} in {options.framework}"),
     ):
-        config = open_checkpoint(checkpoint).config
+        config = config_of(checkpoint)
         tokens = tokens_for(checkpoint, config, options.tokens, options.text)
         metadata = record_checkpoint(
             checkpoint,

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from gpt_core.checkpoints.adapted import open_checkpoint
 from gpt_core.errors import InputError
 from gpt_core.files.reading import real_path
-from gpt_core.formats import format_of, is_hugging_face, open_checkpoint
+from gpt_core.formats import format_of, is_hugging_face
 from gpt_core.precision import DType
 from gpt_core.storage.weights import weights_source
 from parity.check import Outcome, Progress, dtype_groups

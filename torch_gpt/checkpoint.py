@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from gpt_core.checkpoints.adapted import has_adapter
 from gpt_core.checkpoints.replaceable import kept_checkpoint
 from gpt_core.files.writing import atomic_directory
 from gpt_core.formats.safetensors_torch import SPOKE
@@ -51,11 +52,15 @@ def save(model: GPT, path: Path, tokenizer: Tokenizer | None = None, *, force: b
 def load(path: Path, *, precision: Precision = Precision(), implementation: Implementation = "reference") -> GPT:
     """Load a checkpoint; weights are cast to `precision.param_dtype`.
 
+    That of a run with an adapter is its base with the adapter merged into it.
+
     Raises:
         InputError: the checkpoint is missing, damaged or of the other framework, or weights and config do not fit.
     """
     config = read_checkpoint_config(path)
     refuse_twin(path, "torch")
+    if has_adapter(path):
+        return GPT.from_pretrained(path, precision=precision, implementation=implementation)
     stored = SafetensorsReader(path / WEIGHTS_FILE).tensors  # a damaged file is named here
     require_keys(str(path), slots(config, SPOKE), {key: info.shape for key, info in stored.items()})
     dtype = torch_dtype(precision.param_dtype)

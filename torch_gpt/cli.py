@@ -82,11 +82,11 @@ def _generate(options: Namespace) -> int:
         from torch_gpt import generate, speculate
         from torch_gpt.model import GPT
 
-        def model(path: Path) -> GPT:
-            loaded = GPT.from_pretrained(path, precision=request.precision, implementation="auto")
+        def model(path: Path, adapter: Path | None = None) -> GPT:
+            loaded = GPT.from_pretrained(path, adapter=adapter, precision=request.precision, implementation="auto")
             return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
-        target = model(request.checkpoint)
+        target = model(request.checkpoint, request.adapter)
         if request.draft is None:
             return lambda prompts, sampling: map(
                 Written.plain, generate.stream(target, prompts, sampling, compiled=options.compile, chunk=4)

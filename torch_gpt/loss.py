@@ -53,7 +53,7 @@ def chunked_loss(
     Args:
         loss_of: `summed_loss` of the logits of hidden states: (hidden, targets, mask, *parameters) -> loss, with the
             parameters in the dtype of hidden.
-        parameters: All that `loss_of` reads and that is trained; their gradients are added up in their own dtype.
+        parameters: All that `loss_of` reads; gradients of those that want one are added up in their own dtype.
         hidden: The final norm's output.
         targets: The token that should come next.
         mask: True where a position counts.
@@ -88,19 +88,26 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         losses, of_hidden = [], []
         of_parameters: list[torch.Tensor] = []
-        cast = [parameter.detach().to(hidden.dtype).requires_grad_() for parameter in parameters]
+        trained = ctx.needs_input_grad[-len(parameters) :] if parameters else ()
+        cast = [
+            parameter.detach().to(hidden.dtype).requires_grad_(wanted)
+            for parameter, wanted in zip(parameters, trained, strict=True)
+        ]
+        of_interest = [parameter for parameter, wanted in zip(cast, trained, strict=True) if wanted]
+        dtypes = [its.dtype for its, wanted in zip(parameters, trained, strict=True) if wanted]
         for part, *rest in _cut(hidden, targets, mask, chunk):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
                 loss = weight * loss_of(part, *rest, *cast)
-                gradient, *gradients = torch.autograd.grad(loss, (part, *cast))
+                gradient, *gradients = torch.autograd.grad(loss, (part, *of_interest))
             losses.append(loss.detach())
             of_hidden.append(gradient)
             if of_parameters:
                 torch._foreach_add_(of_parameters, gradients)
             else:
-                of_parameters = [one.to(its.dtype) for one, its in zip(gradients, parameters, strict=True)]
+                of_parameters = [one.to(dtype) for one, dtype in zip(gradients, dtypes, strict=True)]
             del gradients, loss  # or they would be held while the next are made
+        ctx.trained = trained
         ctx.save_for_backward(torch.cat(of_hidden, 1), *of_parameters)
         return torch.stack(losses).sum()
 
@@ -110,4 +117,5 @@ class _ChunkedLoss(torch.autograd.Function):
         if gradients[0].device.type != "cpu" or gradients[0] != 1:  # elsewhere it is dearer to ask
             # In place: a training step goes back once, and these are as large as the table of tokens.
             of_hidden, *of_parameters = (saved.mul_(gradients[0].to(saved.dtype)) for saved in ctx.saved_tensors)
-        return (None, of_hidden, None, None, None, None, *of_parameters)
+        found = iter(of_parameters)
+        return (None, of_hidden, None, None, None, None, *(next(found) if wanted else None for wanted in ctx.trained))

@@ -5,18 +5,19 @@ import math
 import torch
 from torch.amp.grad_scaler import GradScaler
 
+from gpt_core.adapter import NO_ADAPTER, AdapterConfig, trained_table
 from gpt_core.optimization import AdamWConfig, canonical_name, clip_scale
-from gpt_core.parameters import parameter_table
+from torch_gpt.lora import split
 from torch_gpt.model import GPT
 
 _NO_SCALE = GradScaler("cpu", enabled=False)
 
 
-def create_optimizer(config: AdamWConfig, model: GPT) -> torch.optim.Optimizer:
+def create_optimizer(config: AdamWConfig, model: GPT, adapter: AdapterConfig = NO_ADAPTER) -> torch.optim.Optimizer:
     """AdamW without its clip, which `update` applies; decays what the parameter table marks."""
-    table = parameter_table(model.config)
+    table = trained_table(model.config, adapter)
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
-    for key, parameter in model.named_parameters():
+    for key, parameter in split(model)[0].items():
         groups[table[canonical_name(key, table)].decay].append(parameter)
     return torch.optim.AdamW(
         [

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.utils.checkpoint import checkpoint
 
 from gpt_core.runs.config import RunConfig, chunk_of_loss
+from torch_gpt import lora
 from torch_gpt.distributed import process_count, process_index
 from torch_gpt.dtypes import torch_dtype
 from torch_gpt.model import GPT, BlockStep, initialiser
@@ -26,16 +28,23 @@ class TrainState(NamedTuple):
     """All that changes from step to step; tensors change in place.
 
     Args:
-        parameters: The model's by name; with FSDP2 the shares of this process.
+        parameters: What is trained, by name: the model's, or its adapter's; with FSDP2 the shares of this process.
         optimizer: Holds AdamW's means of gradients and of their squares, and the number of updates in them.
         step: Steps taken, skipped ones included: dropout is drawn from it.
         scaler: Of the loss, in float16: halves its scale when gradients overflow, doubles it after 2000 steps without.
+        frozen: Of the model that has an adapter, by name; they are no part of a checkpoint.
     """
 
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     step: int
     scaler: GradScaler
+    frozen: Mapping[str, nn.Parameter] = MappingProxyType({})
+
+    @property
+    def whole(self) -> dict[str, nn.Parameter]:
+        """All parameters of the model, its adapter's included."""
+        return {**self.frozen, **self.parameters}
 
 
 class Program(NamedTuple):
@@ -57,26 +66,30 @@ class Program(NamedTuple):
 
 def create_program(config: RunConfig, accelerator: Accelerator) -> Program:
     """Everything that a run does on its devices."""
-    model = GPT(
+    fresh = initialiser(config.train.seed, config.precision)
+    stored = torch_dtype(config.adapter.base_dtype or config.precision.param_dtype)
+    base = GPT(
         config.model,
-        initialiser(config.train.seed, config.precision),
+        lambda row: fresh(row).to(stored),
         precision=config.precision,
         implementation=config.torch.attention,
         around_block=_around_block(config),
-    ).to(accelerator.device)
+    )
+    model = lora.attach(base, config.adapter, fresh).to(accelerator.device)
     rows = config.train.batch_size // config.train.accumulation // process_count()
     on_gpu = accelerator.device.type == "cuda"
     chunk = max(1, chunk_of_loss(config.torch.loss_chunk, on_gpu=on_gpu) // rows)
     objective = shared_out(Objective(model, chunk), config.torch, accelerator)
-    optimizer = create_optimizer(config.optimizer, model)
-    for parameter in model.parameters():  # there from the start, also where the first step is skipped
+    optimizer = create_optimizer(config.optimizer, model, config.adapter)
+    parameters, frozen = lora.split(model)
+    for parameter in parameters.values():  # there from the start, also where the first step is skipped
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     scaler = GradScaler(accelerator.device.type, enabled=config.train.dtype == "float16")
-    state = TrainState(dict(model.named_parameters()), optimizer, 0, scaler)
+    state = TrainState(parameters, optimizer, 0, scaler, frozen)
     return Program(training_step(config, model, objective), evaluation_step(objective), state, accelerator.device)
 
 

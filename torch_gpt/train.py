@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from gpt_core.adapter import NO_ADAPTER
+from gpt_core.checkpoints.adapted import Base, base_of, keep_base, open_checkpoint
 from gpt_core.checkpoints.start import Start, begin, tokenizer_of_data
 from gpt_core.data.loader import training_batches
-from gpt_core.formats import open_checkpoint
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import held_run, open_run, resume_notices
+from gpt_core.runs.folder import held_run, open_run, resume_notices, together
 from gpt_core.runs.tracking import Tracker
 from gpt_core.runs.training import (
     Journal,
@@ -27,12 +28,14 @@ from gpt_core.runs.training import (
 from gpt_core.text.finding import rows_without_tokens
 from gpt_core.text.tokenizer import Tokenizer
 from torch_gpt.attention import picks
+from torch_gpt.checkpoint import save
 from torch_gpt.device import peak_memory, total_peak_flops
 from torch_gpt.distributed import all_agree, connect, is_primary, merged_state, preempted, wait_for_all
 from torch_gpt.memory import keep_freed_memory
+from torch_gpt.model import GPT, initialiser
 from torch_gpt.parallel import check_divides, local_rows, place_batch
 from torch_gpt.run_checkpoint import RunCheckpoints
-from torch_gpt.start import started
+from torch_gpt.start import on_base, started
 from torch_gpt.step import Program, create_program
 
 
@@ -67,7 +70,22 @@ def train(config: RunConfig, run: Path) -> tuple[dict[str, Any] | None, int]:
             agree=all_agree,
         )
         wait_for_all("the run's folder is there")
-        return _train(config, run, before, accelerator, require_hold, start)
+        base = _base(config, run)
+        return _train(config, run, before, accelerator, require_hold, start, base)
+
+
+def _base(config: RunConfig, run: Path) -> Base | None:
+    """What the run's adapter adds to."""
+
+    def write_fresh(folder: Path) -> None:
+        save(GPT(config.model, initialiser(config.train.seed, config.precision)), folder, force=True)
+
+    together(
+        lambda: keep_base(run, config, "torch", write_fresh) if is_primary() else None,
+        all_agree,
+        f"{run}: its base cannot be written; process 0 says why",
+    )
+    return base_of(run, config)
 
 
 def _train(
@@ -77,6 +95,7 @@ def _train(
     accelerator: Accelerator,
     require_hold: Callable[[], None],
     start: Start,
+    base: Base | None,
 ) -> tuple[dict[str, Any] | None, int]:
     """Train in a folder that is held (`require_hold` is asked before each save); `before` is what it was to be then."""
     program = create_program(config, accelerator)
@@ -88,7 +107,8 @@ def _train(
     with StopRequest() as stop, RunCheckpoints(run, config.train, opening.append) as checkpoints:
         restored = checkpoints.restore(program.state)
         state, record = restored or (program.state, None)
-        if record is None and start.checkpoint is not None:
+        state = on_base(program, config, base, state)
+        if record is None and start.checkpoint is not None and base is None:
             state = started(program, config, start.checkpoint.read)
         first = 0 if record is None else record.step
         with (
@@ -165,7 +185,7 @@ def evaluate_checkpoint(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
         InputError: checkpoint, data or processes do not fit.
     """
     opened = open_checkpoint(checkpoint)
-    config = replace(config, model=opened.config)
+    config = replace(config, model=opened.config, adapter=NO_ADAPTER)
     accelerator = connect()
     check_divides(config)
     check_dtype(config, "torch")

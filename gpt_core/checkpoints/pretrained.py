@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt_core.checkpoints.adapted import open_checkpoint, open_with_adapter
 from gpt_core.checkpoints.hashing import WeightsHash, parts
 from gpt_core.checkpoints.hub import local_folder
 from gpt_core.checkpoints.replaceable import kept_checkpoint
@@ -20,7 +21,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.files.reading import real_path
 from gpt_core.files.writing import atomic_directory, sync_directory
-from gpt_core.formats import format_of, is_hugging_face, open_checkpoint
+from gpt_core.formats import format_of, is_hugging_face
 from gpt_core.formats.base import Checkpoint
 from gpt_core.formats.hf_folder import carry, write_card
 from gpt_core.formats.targets import HUGGING_FACE, Target, choose_target
@@ -71,13 +72,19 @@ class Written:
     verify_seconds: float
 
 
-def open_pretrained(path_or_name: str | Path) -> Checkpoint:
+def open_pretrained(path_or_name: str | Path, adapter: Path | None = None) -> Checkpoint:
     """Open a checkpoint of any format: a folder, a training run (`RUN@best`), or a name on the Hugging Face hub.
 
+    Args:
+        path_or_name: Of the checkpoint.
+        adapter: Folder of an adapter in PEFT's format, which is merged into it.
+
     Raises:
-        InputError: there is none, the hub cannot be reached, or it is damaged or beyond our models.
+        InputError: there is none, the hub cannot be reached, or it is damaged or beyond our models; or the adapter does
+            not belong to it.
     """
-    return open_checkpoint(local_folder(path_or_name))
+    folder = local_folder(path_or_name)
+    return open_checkpoint(folder) if adapter is None else open_with_adapter(folder, adapter)
 
 
 def write_pretrained(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gpt_core.files.reading import real_path
 from gpt_core.formats.hf_folder import CARD_FILE, GENERATION_CONFIG
+from gpt_core.formats.peft_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from gpt_core.runs.folder import RUN_FILE
 from gpt_core.storage.checkpoint_config import CHECKPOINTS, CONFIG_FILE, PARAMS_FOLDER
 from gpt_core.text.tokenizer_rules import ADDITIONAL_TEMPLATES, TOKENIZER_FILES
@@ -43,6 +44,15 @@ def kept_checkpoint(folder: Path) -> str:
         return f"holds {strange[0].relative_to(place)}, which is no part of a checkpoint"
     weights = [path for path in found if path.name == PARAMS_FOLDER or path.suffix == ".safetensors"]
     return "" if weights or not found else "holds no weights, so it is no checkpoint"
+
+
+def kept_adapter(folder: Path) -> str:
+    """Why a folder must not be replaced by an adapter; "" where it is one, or empty."""
+    found = {path.name for path in real_path(folder).iterdir()}
+    strange = sorted(found - {ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE, *TOKENIZER_FILES})
+    if strange:
+        return f"holds {strange[0]}, which is no part of an adapter"
+    return "" if ADAPTER_WEIGHTS in found or not found else f"holds no {ADAPTER_WEIGHTS}, so it is no adapter"
 
 
 def _is_folder(path: Path) -> bool:

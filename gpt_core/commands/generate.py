@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 
+from gpt_core.checkpoints.adapted import config_of
 from gpt_core.checkpoints.hub import local_folder
 from gpt_core.cli import SUCCESS, parser, print_json
 from gpt_core.commands.conversation import (
@@ -18,7 +19,6 @@ from gpt_core.commands.conversation import (
     without_end,
 )
 from gpt_core.errors import InputError
-from gpt_core.formats import open_checkpoint
 from gpt_core.formats.hf_folder import end_tokens
 from gpt_core.precision import PARAM_DTYPES, Precision
 from gpt_core.text.chat import Chat
@@ -37,6 +37,7 @@ class Request(NamedTuple):
     precision: Precision
     draft: Path | None
     draft_tokens: int
+    adapter: Path | None = None
 
 
 def generate_parser(program: str) -> ArgumentParser:
@@ -62,6 +63,7 @@ def generate_parser(program: str) -> ArgumentParser:
     command.add_argument("--top-p", type=float, default=1.0, help="keep the most likely tokens of this probability")
     command.add_argument("--stop", help="end with this text's first token; default: the tokens that end a text")
     command.add_argument("--seed", type=int, default=0, help="of the random numbers: the same text in either framework")
+    command.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter of PEFT, merged into the checkpoint")
     command.add_argument("--draft", help="a smaller model of the same tokenizer, which proposes tokens (speculative)")
     command.add_argument("--draft-tokens", type=int, default=3, help="that the draft proposes at once")
     command.add_argument("--dtype", choices=list(PARAM_DTYPES), default="float32", help="of weights and computation")
@@ -80,7 +82,7 @@ def generate_command(options: Namespace, load: Callable[[Request], Writer]) -> i
         InputError: a bad checkpoint, prompt or option.
     """
     checkpoint = local_folder(options.checkpoint)
-    config = open_checkpoint(checkpoint).config
+    config = config_of(checkpoint)
     tokenizer = text_tokenizer(checkpoint, "`generate` in code takes token ids")
     chat = Chat(tokenizer) if options.chat else None
     if options.system is not None and chat is None:
@@ -96,10 +98,10 @@ def generate_command(options: Namespace, load: Callable[[Request], Writer]) -> i
     if prompts:  # a mistake is named before weights are read
         pack_prompts(prompts, config, sampling.max_new_tokens)
     if prompts and draft is not None:
-        draft_config = open_checkpoint(draft).config
+        draft_config = config_of(draft)
         pack_draft_prompts(prompts, draft_config, config, sampling.max_new_tokens, options.draft_tokens)
     precision = Precision(options.dtype, options.dtype)
-    write = load(Request(checkpoint, precision, draft, options.draft_tokens))
+    write = load(Request(checkpoint, precision, draft, options.draft_tokens, options.adapter))
     if chat is not None and not prompts:
         return converse(chat, tokenizer, options.system, sampling, write)
     chunks = write(prompts, sampling)

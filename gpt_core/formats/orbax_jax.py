@@ -22,8 +22,13 @@ from gpt_core.text.tokenizer import Tokenizer
 
 def spoke(config: ModelConfig, *, scan_layers: bool = True) -> Spoke:
     """The identity; without scanning, one key for each block."""
+    return spoke_of(parameter_table(config), scan_layers=scan_layers)
+
+
+def spoke_of(table: Mapping[str, Parameter], *, scan_layers: bool = True) -> Spoke:
+    """The same of a table, which may be that of an adapter."""
     entries = {}
-    for name, parameter in parameter_table(config).items():
+    for name, parameter in table.items():
         if parameter.stacked and not scan_layers:
             entries[name] = (name.replace("blocks.", "blocks.{layer}.", 1), " ".join(parameter.axes[1:]))
         else:
@@ -37,26 +42,32 @@ def matches(path: Path) -> bool:
 
 
 class JaxCheckpoint:
-    """An opened JAX checkpoint."""
+    """An opened JAX checkpoint.
+
+    Args:
+        path: Its folder.
+        table: What it holds, where that is not the model: an adapter.
+    """
 
     format = "jax"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, table: Mapping[str, Parameter] | None = None) -> None:
         self.path = path
         self.config = read_checkpoint_config(path)
+        self.table = parameter_table(self.config) if table is None else table
         self._reader = OrbaxReader(path / PARAMS_FOLDER)
         self.tensors: Mapping[str, TensorInfo] = self._reader.tensors
         self.scan_layers = not any(key.startswith("blocks.0.") for key in self.tensors)
-        self._expected = slots(self.config, spoke(self.config, scan_layers=self.scan_layers))
+        self.expected = slots(self.config, spoke_of(self.table, scan_layers=self.scan_layers), self.table)
         shapes = {key: info.shape for key, info in self.tensors.items()}
-        require_keys(str(path), self._expected, shapes, self._stored)
+        require_keys(str(path), self.expected, shapes, self._stored)
         foreign = next((key for key, info in self.tensors.items() if info.dtype not in FLOATS), None)
         if foreign:
             raise InputError(
                 f"{path}: {self._stored(foreign)} is of dtype {self.tensors[foreign].dtype}; weights are of "
                 f"{', '.join(dtype.name for dtype in FLOATS)}"
             )
-        self._source = source_of(self._expected, self._reader.read, self._reader.read)
+        self._source = source_of(self.expected, self._reader.read, self._reader.read)
 
     @cached_property
     def dtypes(self) -> Mapping[str, DType]:
@@ -66,7 +77,7 @@ class JaxCheckpoint:
             InputError: blocks of one differ.
         """
         found = {key: info.dtype for key, info in self.tensors.items()}
-        return parameter_dtypes(str(self.path), self._expected, found, self._stored)
+        return parameter_dtypes(str(self.path), self.expected, found, self._stored)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -89,13 +100,13 @@ class JaxCheckpoint:
 adapt_config = unchanged  # it holds every config as it is
 
 
-def open_checkpoint(path: Path) -> JaxCheckpoint:
-    """Open a folder with `config.json` and an Orbax checkpoint in `params`.
+def open_checkpoint(path: Path, table: Mapping[str, Parameter] | None = None) -> JaxCheckpoint:
+    """Open a folder with `config.json` and an Orbax checkpoint in `params`; `table` as `JaxCheckpoint` has it.
 
     Raises:
         InputError: a file is missing or damaged, or weights and config do not fit.
     """
-    return JaxCheckpoint(path)
+    return JaxCheckpoint(path, table)
 
 
 def write(

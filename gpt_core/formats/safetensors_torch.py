@@ -8,18 +8,19 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+from gpt_core.adapter import A, B
 from gpt_core.config import ModelConfig
 from gpt_core.formats.hf_fields import HUGGING_FACE_TYPES, model_type_of
-from gpt_core.parameters import Parameter
+from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.storage.adaptation import unchanged
 from gpt_core.storage.checkpoint_config import WEIGHTS_FILE, read_checkpoint_config, write_checkpoint_config
 from gpt_core.storage.safetensors_file import SafetensorsReader, write_safetensors
 from gpt_core.storage.tensor_info import Array, TensorInfo
-from gpt_core.storage.weights import DType, Source, parameter_dtypes, require_keys, slots, source_of
+from gpt_core.storage.weights import DType, Source, Spoke, parameter_dtypes, require_keys, slots, source_of
 from gpt_core.text.finding import find_tokenizer, tokenizer_of
 from gpt_core.text.tokenizer import Tokenizer
 
-SPOKE = {
+SPOKE: dict[str, tuple[str, str]] = {
     "token_embedding": ("token_embedding", "vocab embed"),
     "position_embedding": ("position_embedding", "position embed"),
     "blocks.attention_norm.scale": ("blocks.{layer}.attention_norm.weight", "embed"),
@@ -54,24 +55,41 @@ SPOKE = {
 }
 
 
+def spoke_of(table: Mapping[str, Parameter]) -> Spoke:
+    """The map of a table, which may be that of an adapter: its matrices are `[outputs, inputs]` too."""
+    return SPOKE | {name: _of_adapter(row) for name, row in table.items() if name.endswith((A, B))}
+
+
+def _of_adapter(row: Parameter) -> tuple[str, str]:
+    _, *axes = row.axes
+    pattern = f"({' '.join(axes[1:])}) rank" if axes[0] == "rank" else f"rank ({' '.join(axes[:-1])})"
+    return row.name.replace("blocks.", "blocks.{layer}.", 1), pattern
+
+
 def matches(path: Path) -> bool:
     """Whether the folder holds `model.safetensors`, and its config is not one of transformers."""
     return (path / WEIGHTS_FILE).exists() and model_type_of(path) not in HUGGING_FACE_TYPES
 
 
 class TorchCheckpoint:
-    """An opened PyTorch checkpoint."""
+    """An opened PyTorch checkpoint.
+
+    Args:
+        path: Its folder.
+        table: What it holds, where that is not the model: an adapter.
+    """
 
     format = "torch"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, table: Mapping[str, Parameter] | None = None) -> None:
         self.path = path
         self.config = read_checkpoint_config(path)
+        self.table = parameter_table(self.config) if table is None else table
         self._reader = SafetensorsReader(path / WEIGHTS_FILE)
         self.tensors = self._reader.tensors
-        self._expected = slots(self.config, SPOKE)
-        require_keys(str(path), self._expected, {key: info.shape for key, info in self.tensors.items()})
-        self._source = source_of(self._expected, self._reader.read)
+        self.expected = slots(self.config, spoke_of(self.table), self.table)
+        require_keys(str(path), self.expected, {key: info.shape for key, info in self.tensors.items()})
+        self._source = source_of(self.expected, self._reader.read)
 
     @cached_property
     def dtypes(self) -> Mapping[str, DType]:
@@ -81,7 +99,7 @@ class TorchCheckpoint:
             InputError: blocks of one differ.
         """
         found = {key: info.dtype for key, info in self.tensors.items()}
-        return parameter_dtypes(str(self.path), self._expected, found)
+        return parameter_dtypes(str(self.path), self.expected, found)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -101,13 +119,13 @@ class TorchCheckpoint:
 adapt_config = unchanged  # it holds every config as it is
 
 
-def open_checkpoint(path: Path) -> TorchCheckpoint:
-    """Open a folder with `config.json` and `model.safetensors`.
+def open_checkpoint(path: Path, table: Mapping[str, Parameter] | None = None) -> TorchCheckpoint:
+    """Open a folder with `config.json` and `model.safetensors`; `table` as `TorchCheckpoint` has it.
 
     Raises:
         InputError: a file is missing or damaged, or weights and config do not fit.
     """
-    return TorchCheckpoint(path)
+    return TorchCheckpoint(path, table)
 
 
 def write(

@@ -73,13 +73,13 @@ def choose_target(to: str, config: ModelConfig, *, allow_remote_code: bool = Fal
 
 def _best(config: ModelConfig) -> Architecture | None:
     """The native architecture that holds a model after the least change, the preferred one of several."""
-    holding = [one for one in _natives() if not one.fit(config).misfits]
+    holding = [one for one in native_architectures() if not one.fit(config).misfits]
     return min(holding, key=lambda one: one.fit(config).cost, default=None)
 
 
 def _nearest(config: ModelConfig) -> str:
     """What keeps a model out of the architectures that come closest."""
-    fits = {one.format: one.fit(config) for one in _natives()}
+    fits = {one.format: one.fit(config) for one in native_architectures()}
     least = min(fit.distance for fit in fits.values())
     closest = [f"{name} has {fit.first}" for name, fit in fits.items() if fit.distance == least]
     return "; ".join(closest[:_TOLD])
@@ -101,7 +101,7 @@ def _architecture(name: str) -> Architecture:
     return found.architecture
 
 
-def _natives() -> list[Architecture]:
+def native_architectures() -> list[Architecture]:
     """The architectures that bring no code, the preferred ones first."""
     names = [name for name in FORMATS if is_hugging_face(name) and name != REMOTE_CODE]
     names.sort(key=lambda name: (_PREFERRED.index(name) if name in _PREFERRED else len(_PREFERRED), name))

@@ -2,7 +2,8 @@
 
 model:      the architecture                    data:      what is read, in which order
 optimizer:  AdamW and its schedule              train:     steps, batches, intervals
-tracking:   where numbers go                    jax:, torch:   read by that framework alone
+tracking:   where numbers go                    adapter:   what is trained beside a frozen base (LoRA)
+jax:, torch:   read by that framework alone
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from gpt_core.adapter import AdapterConfig, target_kernels
 from gpt_core.config import ModelConfig, find_config
 from gpt_core.data.config import DataConfig
 from gpt_core.errors import InputError, shown
@@ -268,6 +270,7 @@ class RunConfig:
         optimizer: AdamW and its schedule.
         train: Steps, batches, intervals.
         tracking: Where numbers go.
+        adapter: What is trained beside a frozen base; by default everything is.
         jax: Read by the JAX trainer alone.
         torch: Read by the PyTorch trainer alone.
 
@@ -280,10 +283,14 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     jax: JaxConfig = field(default_factory=JaxConfig)
     torch: TorchConfig = field(default_factory=TorchConfig)
 
     def __post_init__(self) -> None:
+        target_kernels(self.model, self.adapter)  # names a target that is none
+        if self.adapter.base_dtype is not None and self.train.dtype == "float64":
+            raise InputError("adapter.base_dtype is for lower precision: with train.dtype float64 leave it out")
         if self.context_length > self.model.context_length and self.model.position == "learned":
             raise InputError(
                 f"train.context_length = {self.context_length} is longer than model.context_length = "

@@ -2,6 +2,7 @@
 
 RUN/config.yaml     the run, every field            RUN/metrics.jsonl, summary.json, loss.png
 RUN/config.json     the model, as in any checkpoint, with the tokenizer beside it
+RUN/base/           what a run with an adapter adds to, where it began with fresh weights
 RUN/checkpoints/STEP/                               weights, optimizer and the record of one step
 """
 
@@ -36,8 +37,9 @@ Found = TypeVar("Found")
 RUN_FILE = "config.yaml"
 RECORD_FILE = "record/record.json"  # within a checkpoint; Orbax gives every part a folder
 DAMAGED = "damaged"
+BASE = "base"
 _FILES = {
-    *(RUN_FILE, CONFIG_FILE, CHECKPOINTS, DAMAGED, METRICS_FILE, SUMMARY_FILE, CURVE_FILE, *TOKENIZER_FILES),
+    *(RUN_FILE, CONFIG_FILE, CHECKPOINTS, DAMAGED, BASE, METRICS_FILE, SUMMARY_FILE, CURVE_FILE, *TOKENIZER_FILES),
     *("wandb", "wandb-id.txt", "tensorboard", GENERATION_CONFIG, ADDITIONAL_TEMPLATES),
 }
 """Names of what a trainer writes into a run's folder."""
@@ -95,7 +97,7 @@ class Origin:
     """Whose weights a run began with.
 
     Args:
-        name: As `train.start_from` says it.
+        name: As `train.start_from` says it; BASE where they lie in the run's own folder.
         weights_sha256: By value.
         folder: Where they lie: tokenizer files and token ids are taken along.
     """
@@ -280,6 +282,12 @@ def origin_of(run: Path) -> Origin | None:
     if not isinstance(name, str) or not isinstance(sha256, str):
         raise InputError(f"{run / RUN_FILE}: start = {shown(start)} must have the texts 'from' and 'weights_sha256'")
     return Origin(name, sha256, run)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint belongs to; None where it belongs to none."""
+    run = checkpoint.parent.parent
+    return run if checkpoint.parent.name == CHECKPOINTS and is_file(run / RUN_FILE) else None
 
 
 def _check_same_run(file: Path, config: RunConfig, framework: Framework) -> RunConfig:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
-from gpt_core.parameters import Parameter, axis_sizes, parameter_table
+from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.storage.tensor_info import Array, contiguous
 
 DType = np.dtype[Any]
@@ -39,7 +39,6 @@ class Slot:
         key: Name of the tensor in the format.
         parameter: What it holds: the first of those that share it.
         pattern: Order of the parameter's axes in the tensor, as an einops pattern.
-        sizes: Size of each of the parameter's axes.
         joined: The parameters that follow the first one in the tensor.
         axis: Axis of `parameter` along which they are joined.
     """
@@ -47,7 +46,6 @@ class Slot:
     key: str
     parameter: Parameter
     pattern: str
-    sizes: Mapping[str, int]
     joined: tuple[Parameter, ...] = ()
     axis: str | None = None
 
@@ -55,6 +53,11 @@ class Slot:
     def parameters(self) -> tuple[Parameter, ...]:
         """All that the tensor holds, in its order."""
         return (self.parameter, *self.joined)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each of the parameter's axes."""
+        return dict(zip(self.parameter.axes, self.parameter.shape, strict=True))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,7 +71,7 @@ class Slot:
 
     def decode(self, array: Array, index: int = 0) -> Array:
         """From the format's axes to canonical ones: that of `parameters[index]`."""
-        sizes = {axis: self.sizes[axis] for axis in self.parameter.axes}
+        sizes = self.sizes
         if self.axis is None:
             return einops.rearrange(array, f"{self.pattern} -> {' '.join(self.parameter.axes)}", **sizes)
         ends = np.cumsum([parameter.shape[self._position] for parameter in self.parameters]).tolist()
@@ -82,15 +85,19 @@ class Slot:
         return self.parameter.axes.index(self.axis)
 
 
-def slots(config: ModelConfig, spoke: Spoke) -> dict[str, Slot]:
+def slots(config: ModelConfig, spoke: Spoke, table: Mapping[str, Parameter] | None = None) -> dict[str, Slot]:
     """Every tensor of a format for a config, by its key, in the order of the table.
+
+    Args:
+        config: The model.
+        spoke: The format.
+        table: What it holds, where that is not the model: an adapter.
 
     Raises:
         InputError: the format has no place for one of the config's parameters.
     """
-    sizes = axis_sizes(config)
     found: dict[str, Slot] = {}
-    for name, parameter in parameter_table(config).items():
+    for name, parameter in (parameter_table(config) if table is None else table).items():
         if name not in spoke:
             raise InputError(f"this format has no place for the parameter {name}")
         key, pattern, *axis = spoke[name]
@@ -102,7 +109,7 @@ def slots(config: ModelConfig, spoke: Spoke) -> dict[str, Slot]:
                 found[one] = replace(found[one], joined=(*found[one].joined, part))
             else:
                 axes = " ".join(part.axes) if pattern == "..." else pattern
-                found[one] = Slot(one, part, axes, sizes, axis=axis[0] if axis else None)
+                found[one] = Slot(one, part, axes, axis=axis[0] if axis else None)
     return found
 
 

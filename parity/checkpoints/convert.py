@@ -8,12 +8,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from gpt_core.checkpoints.adapted import config_of, open_checkpoint, open_with_adapter
 from gpt_core.checkpoints.hashing import parts
 from gpt_core.checkpoints.pretrained import Origin, write_pretrained
 from gpt_core.errors import InputError
 from gpt_core.files.reading import real_path
 from gpt_core.files.writing import require_apart
-from gpt_core.formats import open_checkpoint
 from gpt_core.parameters import parameter_count
 from gpt_core.runs.folder import RECORD_FILE, read_record, read_run
 from gpt_core.storage.checkpoint_config import CHECKPOINTS, config_home
@@ -63,6 +63,7 @@ def convert(
     allow_remote_code: bool = False,
     name: str = "",
     parity: str = "",
+    adapter: Path | None = None,
     advance: Callable[[int], None] = lambda parts: None,
     **options: Any,
 ) -> Conversion:
@@ -77,6 +78,7 @@ def convert(
         allow_remote_code: Whether `hf` may bring modelling code of its own where no native architecture fits.
         name: Of the model, for its card; the source's unless given.
         parity: One line of a parity report for the card.
+        adapter: Folder of an adapter in PEFT's format, which is merged into the source.
         advance: Called after each part that is read; there are `conversion_parts` of them.
         options: Passed to the format's writer.
 
@@ -85,7 +87,7 @@ def convert(
             what was written.
     """
     require_apart(source, destination)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source) if adapter is None else open_with_adapter(source, adapter)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} must be one of: {', '.join(DTYPES)}")
     written = write_pretrained(
@@ -127,7 +129,7 @@ def conversion_parts(path: Path) -> int:
     Raises:
         InputError: a bad checkpoint.
     """
-    return 2 * sum(1 for _ in parts(open_checkpoint(path).config))
+    return 2 * sum(1 for _ in parts(config_of(path)))
 
 
 def _name(source: Path) -> str:

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gpt_core.checkpoints.adapted import open_checkpoint
 from gpt_core.cli import say
 from gpt_core.errors import InputError, one_line
 from gpt_core.files.hashes import HASHES_FILE, damaged_files, read_hashes
-from gpt_core.formats import open_checkpoint
 from gpt_core.parameters import parameter_table
 from gpt_core.text.finding import find_tokenizer
 

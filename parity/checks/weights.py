@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from gpt_core.checkpoints.adapted import open_checkpoint
 from gpt_core.config import ModelConfig
-from gpt_core.formats import format_of, open_checkpoint
+from gpt_core.formats import format_of
 from gpt_core.formats.base import Checkpoint
 from gpt_core.formats.targets import REMOTE_CODE, choose_target
 from gpt_core.parameters import parameter_table

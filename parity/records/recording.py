@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from gpt_core.checkpoints.adapted import open_checkpoint
 from gpt_core.checkpoints.hashing import hash_weights, unpadded
 from gpt_core.errors import InputError
 from gpt_core.files.reading import real_path
-from gpt_core.formats import open_checkpoint
 from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType
 from gpt_core.sites import model_sites

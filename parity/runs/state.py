@@ -6,6 +6,7 @@ of the step is the same in both.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from gpt_core.adapter import NO_ADAPTER, AdapterConfig, trained_table
 from gpt_core.checkpoints.replaceable import kept_checkpoint
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
@@ -23,6 +25,7 @@ from gpt_core.formats.hf_folder import carry
 from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.runs.config import RunConfig
 from gpt_core.runs.folder import (
+    BASE,
     RECORD_FILE,
     RUN_FILE,
     Framework,
@@ -31,11 +34,12 @@ from gpt_core.runs.folder import (
     origin_of,
     read_record,
     read_run,
+    run_of,
     write_run,
 )
 from gpt_core.runs.tracking import METRICS_FILE, read_metrics
 from gpt_core.runs.training import check_dtype
-from gpt_core.storage.checkpoint_config import PARAMS_FOLDER, WEIGHTS_FILE
+from gpt_core.storage.checkpoint_config import PARAMS_FOLDER, WEIGHTS_FILE, read_checkpoint_config
 from gpt_core.storage.orbax_file import OrbaxReader, write_orbax
 from gpt_core.storage.safetensors_file import (
     FIRST_MOMENT,
@@ -63,6 +67,7 @@ class TrainingState:
         parameters: Gives a parameter, or one block of it.
         moments: The same for "first_moment" and "second_moment".
         dtypes: Of every parameter; its moments have the same.
+        adapter: What is trained beside a frozen base, which is no part of the state; or nothing.
     """
 
     config: ModelConfig
@@ -71,6 +76,12 @@ class TrainingState:
     parameters: Source
     moments: Mapping[str, Source]
     dtypes: Mapping[str, DType]
+    adapter: AdapterConfig = NO_ADAPTER
+
+    @property
+    def table(self) -> Mapping[str, Parameter]:
+        """What is trained."""
+        return trained_table(self.config, self.adapter)
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,8 @@ def convert_state(
     with atomic_directory(destination, replace=kept_checkpoint if force else None) as folder:
         write_run(folder, config, target, None, origin_of(run))
         carry(run, folder)
+        if (run / BASE).is_dir():
+            shutil.copytree(run / BASE, folder / BASE)  # of either framework: it is read as any checkpoint
         records = [record for record in read_metrics(run) if record["step"] <= state.record.step]
         (folder / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         written = checkpoint_folder(folder, state.record.step)
@@ -154,28 +167,29 @@ def read_state(checkpoint: Path) -> TrainingState:
     Raises:
         InputError: a part is missing or damaged, or does not fit the run's config.
     """
-    in_jax = orbax_jax.matches(checkpoint)
+    in_jax, run = orbax_jax.matches(checkpoint), run_of(checkpoint)
+    adapter = NO_ADAPTER if run is None else read_run(run)[0].adapter
+    table = trained_table(read_checkpoint_config(checkpoint), adapter)
     _require(checkpoint / (OPTIMIZER_FOLDER if in_jax else OPTIMIZER_FILE))
     check_hashes(checkpoint)
     opened: Any
     if in_jax:
-        opened = orbax_jax.open_checkpoint(checkpoint)
+        opened = orbax_jax.open_checkpoint(checkpoint, table)
         arrays = OrbaxReader(checkpoint / OPTIMIZER_FOLDER)
         if UPDATES not in arrays.tensors:
             raise InputError(f"{arrays.path}: {UPDATES} is missing")
         updates = int(arrays.read(UPDATES))
-        expected = slots(opened.config, orbax_jax.spoke(opened.config, scan_layers=opened.scan_layers))
         infos = {key: info for key, info in arrays.tensors.items() if key not in {UPDATES, "step"}}
-        moments = _moments(arrays.path, infos, expected, arrays.read, stacked=True)
+        moments = _moments(arrays.path, infos, opened.expected, arrays.read, stacked=True)
     else:
-        opened = safetensors_torch.open_checkpoint(checkpoint)
+        opened = safetensors_torch.open_checkpoint(checkpoint, table)
         tensors = SafetensorsReader(checkpoint / OPTIMIZER_FILE)
         if not tensors.metadata.get(UPDATES, "").isdecimal():
             raise InputError(f"{tensors.path}: does not say how many updates its moments hold ({UPDATES})")
         updates = int(tensors.metadata[UPDATES])
-        expected = slots(opened.config, safetensors_torch.SPOKE)
-        moments = _moments(tensors.path, tensors.tensors, expected, tensors.read, stacked=False)
-    return TrainingState(opened.config, read_record(checkpoint), updates, opened.read, moments, opened.dtypes)
+        moments = _moments(tensors.path, tensors.tensors, opened.expected, tensors.read, stacked=False)
+    record = read_record(checkpoint)
+    return TrainingState(opened.config, record, updates, opened.read, moments, opened.dtypes, adapter)
 
 
 def _require(path: Path) -> None:
@@ -219,9 +233,9 @@ def write_state(folder: Path, state: TrainingState, framework: Framework, *, unr
     """
     sources = {"": state.parameters} | {f"{name}.": source for name, source in state.moments.items()}
     folder.mkdir(parents=True)
-    in_jax = orbax_jax.spoke(state.config, scan_layers=not unrolled)
-    spoke = in_jax if framework == "jax" else safetensors_torch.SPOKE
-    expected = slots(state.config, spoke)
+    in_jax = orbax_jax.spoke_of(state.table, scan_layers=not unrolled)
+    spoke = in_jax if framework == "jax" else safetensors_torch.spoke_of(state.table)
+    expected = slots(state.config, spoke, state.table)
     infos = {
         prefix + key: TensorInfo(slot.shape, state.dtypes[slot.parameter.name])
         for prefix in sources
@@ -271,7 +285,7 @@ def fresh_state(config: RunConfig, parameters: Source, data: dict[str, Any]) -> 
 
 def _verify(state: TrainingState, copy: TrainingState) -> None:
     pairs = [(state.parameters, copy.parameters), *((state.moments[name], copy.moments[name]) for name in MOMENTS)]
-    for name, row in parameter_table(state.config).items():
+    for name, row in state.table.items():
         for part in map(row.of_layer, range(row.shape[0])) if row.stacked else [row]:
             for wanted, found in ((ours(part), theirs(part)) for ours, theirs in pairs):
                 if wanted.dtype != found.dtype or wanted.tobytes() != found.tobytes():

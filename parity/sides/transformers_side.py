@@ -13,9 +13,9 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from gpt_core.checkpoints.adapted import open_checkpoint
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
-from gpt_core.formats import open_checkpoint
 from gpt_core.formats.hf_architecture import Architecture
 from gpt_core.formats.hf_folder import GENERATION_CONFIG, TOKEN_IDS, read_object
 from gpt_core.formats.hugging_face import HuggingFaceCheckpoint

@@ -16,7 +16,9 @@ import jax  # noqa: E402  # the flags come first
 import numpy as np  # noqa: E402
 
 from gpt_core.runs.config import RunConfig  # noqa: E402
+from jax_gpt.model import initialiser  # noqa: E402
 from jax_gpt.sharding import check_divides, create_mesh, local_rows, place_batch  # noqa: E402
+from jax_gpt.start import placed  # noqa: E402
 from jax_gpt.step import create_program  # noqa: E402
 
 BATCH, TIME, VOCAB, STEPS = 16, 21, 61, 8
@@ -34,7 +36,9 @@ def batches() -> list[dict[str, np.ndarray]]:
     return made
 
 
-def run(model: dict[str, object], train: dict[str, object], mesh_sizes: dict[str, int] | None) -> dict[str, object]:
+def run(
+    model: dict[str, object], train: dict[str, object], mesh_sizes: dict[str, int] | None, adapter: dict[str, object]
+) -> dict[str, object]:
     config = RunConfig.from_dict(
         {
             "model": model,
@@ -42,6 +46,7 @@ def run(model: dict[str, object], train: dict[str, object], mesh_sizes: dict[str
             "data": {"streams": 1},
             "optimizer": {"learning_rate": 1e-2, "warmup_steps": 3, "clip_norm": 0.5},
             "jax": {"mesh": mesh_sizes or {"data": 1}, "loss_chunk": 32},
+            "adapter": adapter,
         }
     )
     mesh = create_mesh(config.jax.mesh, jax.devices()[: None if mesh_sizes else 1])
@@ -49,12 +54,15 @@ def run(model: dict[str, object], train: dict[str, object], mesh_sizes: dict[str
     assert local_rows(mesh, BATCH) == list(range(BATCH))
     program = create_program(config, mesh)
     state = program.create()
+    if config.adapter.rank is not None:
+        fresh = initialiser(config.train.seed, config.precision)
+        state = state._replace(frozen=placed(program.state.frozen, config, lambda row: np.asarray(fresh(row))))
     losses = []
     for step, batch in enumerate(batches()):
         rate = np.asarray(config.rate(step), config.precision.wide_dtype)
         state, metrics = program.step(state, place_batch(batch, mesh, BATCH), rate)  # type: ignore[arg-type]
         losses.append(float(metrics["loss"]))
-    leaves = jax.tree.leaves(state.parameters)
+    leaves = jax.tree.leaves(state.whole)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
     return {"losses": losses, "share": held / sum(leaf.nbytes for leaf in leaves)}
 
@@ -62,5 +70,7 @@ def run(model: dict[str, object], train: dict[str, object], mesh_sizes: dict[str
 found = {}
 for name, case in cases.items():
     with jax.enable_x64(case["train"]["dtype"] == "float64"):
-        found[name] = {mesh: run(case["model"], case["train"], sizes) for mesh, sizes in case["meshes"].items()}
+        found[name] = {
+            mesh: run(case["model"], case["train"], sizes, case["adapter"]) for mesh, sizes in case["meshes"].items()
+        }
 print(json.dumps(found))

@@ -44,8 +44,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-def case(model: dict[str, Any], meshes: list[str], **train: Any) -> dict[str, Any]:
-    return {"model": MODEL | model, "meshes": {name: MESHES[name] for name in ("one", *meshes)}, "train": train}
+def case(
+    model: dict[str, Any], meshes: list[str], adapter: dict[str, Any] | None = None, **train: Any
+) -> dict[str, Any]:
+    chosen = {name: MESHES[name] for name in ("one", *meshes)}
+    return {"model": MODEL | model, "meshes": chosen, "train": train, "adapter": adapter or {}}
 
 
 def losses(**cases: dict[str, Any]) -> dict[str, Any]:
@@ -56,9 +59,9 @@ def losses(**cases: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def assert_same_losses(found: dict[str, Any], tolerance: float) -> None:
+def assert_same_losses(found: dict[str, Any], tolerance: float, learned: float = 0.3) -> None:
     expected = np.array(found["one"]["losses"])
-    assert expected[-1] < expected[0] - 0.3, "nothing was learned, so nothing was compared"
+    assert expected[-1] < expected[0] - learned, "nothing was learned, so nothing was compared"
     for mesh, result in found.items():
         np.testing.assert_allclose(result["losses"], expected, rtol=tolerance, atol=0, err_msg=mesh)
 
@@ -66,6 +69,14 @@ def assert_same_losses(found: dict[str, Any], tolerance: float) -> None:
 def test_accumulation_and_dropout_do_not_depend_on_the_mesh() -> None:
     found = losses(dropout=case(WINDOW | {"dropout": 0.1}, ["all"], dtype="float64", accumulation=2))
     assert_same_losses(found["dropout"], 1e-10)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_alike_on_every_mesh() -> None:
+    adapter = {"rank": 4, "alpha": 64}
+    found = losses(lora=case(WINDOW, ["data", "fsdp", "tensor", "all", "stages"], adapter, dtype="float64"))
+    assert_same_losses(found["lora"], 1e-10, learned=0.02)
+    assert found["lora"]["fsdp"]["share"] <= 1.1 / 8  # the base is shared out, and so is most of the adapter
 
 
 @pytest.mark.slow

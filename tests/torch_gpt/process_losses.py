@@ -40,7 +40,9 @@ def batches() -> list[dict[str, np.ndarray]]:
     return made
 
 
-def losses(model: dict[str, Any], train: dict[str, Any], torch_section: dict[str, Any]) -> list[float]:
+def losses(
+    model: dict[str, Any], train: dict[str, Any], torch_section: dict[str, Any], adapter: dict[str, Any] | None = None
+) -> list[float]:
     """Of 20 steps."""
     config = RunConfig.from_dict(
         {
@@ -49,6 +51,7 @@ def losses(model: dict[str, Any], train: dict[str, Any], torch_section: dict[str
             "data": {"streams": 1},
             "optimizer": {"learning_rate": 1e-2, "warmup_steps": 3, "clip_norm": 0.5},
             "torch": {"loss_chunk": 32} | torch_section,
+            "adapter": adapter or {},
         }
     )
     accelerator = connect()

@@ -92,6 +92,25 @@ def test_processes_and_micro_batches_give_the_losses_of_one_process_in_fp64(
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=0, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "adapter"),
+    [
+        ("ddp", {"rank": 3, "alpha": 12}),
+        ("fsdp2", {"rank": 3, "alpha": 12}),
+        pytest.param("fsdp2", {"rank": 2, "base_dtype": "bfloat16"}, marks=pytest.mark.slow),
+    ],
+)
+def test_an_adapter_is_trained_by_two_processes_as_by_one(
+    strategy: str, adapter: dict[str, Any], alone: Call, together: Call
+) -> None:
+    dtype = "float32" if "base_dtype" in adapter else "float64"
+    arguments = MODEL, {"accumulation": 2, "dtype": dtype}, {"strategy": strategy}, adapter
+    expected = alone("losses", *arguments)
+    assert expected[-1] < expected[0] - 0.02, "nothing was learned, so nothing was compared"
+    found = together("losses", *arguments)
+    np.testing.assert_allclose(found, expected, rtol=1e-10 if dtype == "float64" else 1e-5, atol=0)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])
 def test_what_processes_share_is_cut_by_rows_and_whole_again(rows: int, together: Call) -> None:
     here, whole = together("cut_and_gathered", rows)
