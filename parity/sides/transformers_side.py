@@ -166,15 +166,16 @@ class Peer:
     def _projected(self, name: str, layer: int, array: Array) -> Array:
         """The part of a projection's output `[batch, time, outputs]` that one kernel makes: its map, without inputs."""
         slot = next(slot for slot in self._slots.values() if (name, layer) in _held(slot))
-        sizes = {"batch": array.shape[0], "time": array.shape[1], **slot.sizes}
 
         def outputs(parameter: Parameter) -> Parameter:
+            own = dict(zip(parameter.axes, parameter.shape, strict=True))
+            sizes = {"batch": array.shape[0], "time": array.shape[1], **own}
             axes = ("batch", "time", *(axis for axis in parameter.axes if axis != "embed"))
             return replace(parameter, axes=axes, shape=tuple(sizes[axis] for axis in axes))
 
         pattern = f"batch time {slot.pattern.replace('embed', '')}"
         joined = tuple(map(outputs, slot.joined))
-        whole = replace(slot, parameter=outputs(slot.parameter), joined=joined, pattern=pattern, sizes=sizes)
+        whole = replace(slot, parameter=outputs(slot.parameter), joined=joined, pattern=pattern)
         return whole.decode(array, _held(slot).index((name, layer)))
 
     @contextmanager
