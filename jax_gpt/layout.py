@@ -24,7 +24,7 @@ from jax_gpt.taps import Taps
 _SENT_ALONG = ("data", "fsdp_outer", "fsdp_inner")
 _ROWS = PartitionSpec(_SENT_ALONG)
 _NOWHERE = PartitionSpec()
-_NOTHING = nnx.State({})
+_NOTHING: nnx.State = nnx.State({})
 
 
 @dataclass(frozen=True)

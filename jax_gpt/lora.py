@@ -61,5 +61,5 @@ def attach(model: GPT, adapter: AdapterConfig, create: Create) -> GPT:
 
 def split(model: GPT) -> tuple[nnx.GraphDef[GPT], nnx.State, nnx.State]:
     """What `nnx.merge` needs beside them, the parameters that are trained, and those that are frozen."""
-    graph, trained, frozen = nnx.split(model, _Param, nnx.Param)
+    graph, trained, *(frozen,) = nnx.split(model, _Param, nnx.Param)
     return (graph, trained, frozen) if trained else (graph, frozen, trained)

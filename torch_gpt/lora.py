@@ -3,6 +3,8 @@
 See `gpt_core.adapter` for the definition. The model's own weights are frozen: nothing here computes their gradients.
 """
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import nn
@@ -48,7 +50,7 @@ def attach(model: GPT, adapter: AdapterConfig, create: Create) -> GPT:
     for layer, block in enumerate(model.blocks):
         for target in target_kernels(model.config, adapter):
             part, name = target.split(".")
-            base = block.get_submodule(target)
+            base = cast(Linear, block.get_submodule(target))
             adapted = LoraLinear(base, f"blocks.{target}", block_table(table, layer), create, adapter.scale)
             setattr(block.get_submodule(part), name, adapted)
     return model

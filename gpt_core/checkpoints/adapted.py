@@ -121,7 +121,7 @@ class AdaptedCheckpoint:
         tensors: Mapping[str, TensorInfo],
     ) -> None:
         self.path, self.config, self.format, self._base = path, config, base.format, base
-        self.tensors = {**base.tensors, **tensors}
+        self.tensors: Mapping[str, TensorInfo] = {**base.tensors, **tensors}
         self._dtype = np.promote_types(_widest(base.dtypes), dtype)
         self._source = merged(read, pairs, self._dtype)
 

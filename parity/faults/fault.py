@@ -73,7 +73,7 @@ def with_config(of: Callable[[Model], list[Any]] = attentions, **fields: Callabl
 
 
 Site = str | Callable[[ModelConfig], str]
-Area = Literal["logits", "loss", "gradients", "optimizer", "decode", "segments", "noise"]
+Area = Literal["logits", "loss", "gradients", "optimizer", "decode", "segments", "adapter", "noise"]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from gpt_core.storage.weights import weights_source
 from parity.checkpoints.convert import DTYPES
 from parity.checks import CheckResult
 from parity.checks.activations import check_activations
+from parity.checks.adapter import check_adapter
 from parity.checks.decode import check_decode
 from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
@@ -60,6 +61,8 @@ def checks(subject: Subject, fault: Fault | None = None) -> Iterator[CheckResult
     if subject.gradients:
         gradients = {"jax": reference.gradients, "torch": run.gradients}
         yield check_gradients(variant, dtype, subject.config, gradients, forward_differs=divergence is not None)
+    if subject.adapted:
+        yield _adapter(subject, fault)
     if dtype == "float64" and whole:
         trained = subject.torch_model()
         with planted(fault, trained):
@@ -95,6 +98,15 @@ def _segments(subject: Subject, fault: Fault | None) -> CheckResult:
         torch = subject.torch_documents(model, gradients=True)
     packed, alone = ({"jax": ours, "torch": theirs} for ours, theirs in zip(subject.jax_documents, torch, strict=True))
     return check_segments(subject.case.variant, subject.dtype, subject.config, packed, alone)
+
+
+def _adapter(subject: Subject, fault: Fault | None) -> CheckResult:
+    """An adapter beside the layers of one twin, merged into the weights of the other."""
+    model = subject.adapted_torch()
+    with planted(fault, model):
+        run: Run = subject.torch.run(model, subject.tokens, trace=False)
+    logits = {"torch": run.logits, "jax": subject.adapted_jax}
+    return check_adapter(subject.case.variant, subject.dtype, logits)
 
 
 def _own_initialisations(subject: Subject) -> Iterator[CheckResult]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from parity.checks import CheckResult
 from parity.checks.activations import check_activations
+from parity.checks.adapter import check_adapter
 from parity.checks.decode import check_decode
 from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
@@ -25,6 +26,9 @@ _FIRST = ("learned-mha-full", "rope-gqa-window")
 
 _LEFT_OUT = ("decode", "optimizer")
 """Checks that a brief case has not."""
+
+_OF_THE_TWELVE = ("noise", "adapter")
+"""Checks that no other case has."""
 
 _ENOUGH = 4
 """Cases in which the default run plants a fault. It bites in others too; --full plants it in them as well."""
@@ -68,8 +72,8 @@ def places(cases: Sequence[Case], *, full: bool, whole: bool = True) -> dict[str
     for fault in FAULTS:
         biting = [case for case in cases if fault.bites(case.config)]
         if not full:
-            # The noise floor's margin is that of a model, and the twelve show it.
-            biting = [case for case in biting if fault.caught_by != "noise" or not case.covering]
+            # The noise floor's margin is that of a model, and the twelve show it; adapters stand beside any.
+            biting = [case for case in biting if fault.caught_by not in _OF_THE_TWELVE or not case.covering]
             if fault.caught_by in _LEFT_OUT and not whole:
                 biting = [case for case in biting if not case.brief]
             if fault.caught_by == "segments" and not whole:
@@ -90,7 +94,7 @@ def fault_runs(subject: Subject, names: Sequence[str]) -> Iterator[FaultRun]:
 
 def run_fault(fault: Fault, subject: Subject) -> FaultRun:
     """Plant one fault in a PyTorch twin of its own and run the check that must catch it."""
-    model = subject.definition()
+    model = subject.adapted_torch() if fault.caught_by == "adapter" else subject.definition()
     # Made before the fault is planted: the truth and what the libraries can do must be free of it.
     truth = subject.truth.sites if fault.caught_by == "noise" else None
     libraries = subject.libraries
@@ -120,6 +124,9 @@ def _caught_by(
         jax, torch = subject.jax_documents, subject.torch_documents(model, gradients=False)
         packed, alone = ({"jax": ours, "torch": theirs} for ours, theirs in zip(jax, torch, strict=True))
         return check_segments(variant, dtype, subject.config, packed, alone, forward=True), "", ""
+    if fault.caught_by == "adapter":
+        run = subject.torch.run(model, subject.tokens, trace=False)
+        return check_adapter(variant, dtype, {"torch": run.logits, "jax": subject.adapted_jax}), "", ""
     run = subject.torch.run(model, subject.tokens, subject.batch, gradients=fault.caught_by == "gradients")
     if fault.caught_by == "loss":
         return check_loss(variant, dtype, {"jax": reference.loss, "torch": run.loss}), "", ""

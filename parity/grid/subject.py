@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from gpt_core.adapter import AdapterConfig, adapter_table
+from gpt_core.checkpoints.adapted import pairs_of
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.optimization import AdamWConfig
@@ -14,6 +16,7 @@ from gpt_core.precision import DType, Precision
 from gpt_core.runs.config import JaxAttention, TorchAttention
 from gpt_core.schedule import warmup_cosine
 from gpt_core.sites import model_sites
+from gpt_core.storage.merging import merged
 from gpt_core.storage.weights import Source, Weights, cast, weights_source
 from gpt_core.text.generation import SamplingConfig
 from parity.checkpoints.convert import DTYPES
@@ -37,6 +40,7 @@ from parity.sides.runs import Batch, CachedRun, PackedText, RaggedText, Run, Tra
 
 ADAMW = AdamWConfig(clip_norm=0.5)
 OPTIMIZER_STEPS = 5
+ADAPTER = AdapterConfig(rank=3, alpha=2.0)
 SAMPLINGS = {
     "greedy": SamplingConfig(NEW_TOKENS),
     "sampled": SamplingConfig(NEW_TOKENS, temperature=2.0, top_k=50, top_p=0.95, seed=1),
@@ -148,6 +152,31 @@ class Subject:
         batches = text_batches(self.config.vocab_size, steps)
         training: Training = self.torch.train(model, batches, ADAMW, rates(steps))
         return training
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the case is checked with an adapter too."""
+        return self.dtype == "float64" and not self.case.covering
+
+    def adapted_torch(self) -> Any:
+        """A PyTorch twin with an adapter beside its layers."""
+        return self.torch.adapted(self.definition(), ADAPTER, weights_source(self._adapter))
+
+    @cached_property
+    def adapted_jax(self) -> Array:
+        """The reference of adapters: logits of the JAX twin with the same one merged into its weights."""
+        pairs = pairs_of(weights_source(self._adapter), self.config, ADAPTER)
+        run: Run = self.program(self.build_jax(merged(self.source, pairs, np.dtype(np.float64))))
+        return run.logits
+
+    @cached_property
+    def _adapter(self) -> Weights:
+        """The parameters of an adapter, of the size of weights."""
+        random = np.random.default_rng(7)
+        return {
+            name: random.normal(0, 1 / np.sqrt(row.shape[1]), row.shape)
+            for name, row in adapter_table(self.config, ADAPTER).items()
+        }
 
     @cached_property
     def jax_cached(self) -> CachedRun:

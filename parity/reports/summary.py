@@ -9,7 +9,20 @@ from typing import Any
 Case = Mapping[str, Any]
 Content = Mapping[str, Any]
 
-CHECKS = ("weights", "activations", "logits", "loss", "gradients", "optimizer", "training", "decode", "segments")
+CHECKS = (
+    *(
+        "weights",
+        "activations",
+        "logits",
+        "loss",
+        "gradients",
+        "optimizer",
+        "training",
+        "decode",
+        "segments",
+        "adapter",
+    ),
+)
 DTYPES = ("float64", "float32", "bfloat16")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpt_core.adapter import AdapterConfig
 from gpt_core.config import ModelConfig
 from gpt_core.formats.safetensors_torch import SPOKE
 from gpt_core.optimization import AdamWConfig
@@ -16,6 +17,7 @@ from gpt_core.text.generation import SamplingConfig, cache_slots
 from parity.comparison.inputs import attended, read_by
 from parity.sides.runs import Batch, Batches, CachedRun, RaggedText, Run, Training
 from torch_gpt import decode as decoding
+from torch_gpt import lora
 from torch_gpt import loss as loss_module
 from torch_gpt import optimizer as optimization
 from torch_gpt.arrays import from_numpy, to_numpy
@@ -41,6 +43,12 @@ def build(config: ModelConfig, source: Source, dtype: DType, *, implementation: 
         state[key] = tensor.to(device(dtype), torch_dtype(precision.param_dtype), copy=True)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
+
+
+def adapted(model: GPT, adapter: AdapterConfig, source: Source) -> GPT:
+    """The model with an adapter beside its layers, in place; `source` gives the parameters of `adapter_table`."""
+    dtype, place = torch_dtype(model.precision.param_dtype), model.token_embedding.device
+    return lora.attach(model, adapter, lambda row: from_numpy(np.asarray(source(row))).to(place, dtype, copy=True))
 
 
 def fresh(config: ModelConfig, seed: int, dtype: DType, *, implementation: Implementation = "reference") -> GPT:
