@@ -10,18 +10,8 @@ Case = Mapping[str, Any]
 Content = Mapping[str, Any]
 
 CHECKS = (
-    *(
-        "weights",
-        "activations",
-        "logits",
-        "loss",
-        "gradients",
-        "optimizer",
-        "training",
-        "decode",
-        "segments",
-        "adapter",
-    ),
+    *("weights", "activations", "logits", "loss", "gradients", "optimizer", "training", "decode"),
+    *("segments", "adapter"),
 )
 DTYPES = ("float64", "float32", "bfloat16")
 
