@@ -63,7 +63,7 @@ class Program(NamedTuple):
     Args:
         create: Makes the first state, every array already in its place; with an adapter without its frozen weights,
             which `jax_gpt.lora.with_weights` brings.
-        step: (state, batch, learning rate) -> (state, {"loss", "gradient_norm"}); takes the state over.
+        step: (state, batch, learning rate) -> (state, {"loss", "gradient_norm", "targets"}); takes the state over.
         evaluate: (all parameters, batch) -> (summed loss in nats, tokens that counted).
         state: The state without data: shapes, dtypes and shardings.
         graph: What `nnx.merge` needs beside the parameters to make the model.
@@ -140,7 +140,8 @@ def training_step(
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """The step as one function: gradients over all micro-batches, clip, AdamW.
 
-    A step whose loss or gradient norm is not finite leaves parameters and moments as they were.
+    A step whose loss or gradient norm is not finite, or in which no token counts, leaves parameters and moments as they
+    were.
 
     Args:
         config: The run.
@@ -189,16 +190,18 @@ def training_step(
         if config.model.dropout:
             of_step = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(of_step, jnp.arange(config.train.batch_size))
+        # Where nothing counts nothing is learned: the sum of no loss over one.
         differentiate = layout.over_rows(gradients_of_rows, ("sum", "parameters"))
-        loss, gradients = differentiate(state.parameters, (dict(batch), keys), count, state.frozen)
+        loss, gradients = differentiate(state.parameters, (dict(batch), keys), jnp.maximum(count, 1), state.frozen)
         parameters, moments, norm = update(
             optimizer, config.optimizer, state.parameters, gradients, state.moments, rate
         )
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        kept = jnp.isfinite(loss) & jnp.isfinite(norm) & (count > 0)
         parameters, moments = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (parameters, moments), (state.parameters, state.moments)
+            lambda new, old: jnp.where(kept, new, old), (parameters, moments), (state.parameters, state.moments)
         )
-        return TrainState(parameters, moments, state.step + 1, state.frozen), {"loss": loss, "gradient_norm": norm}
+        metrics = {"loss": loss, "gradient_norm": norm, "targets": count}
+        return TrainState(parameters, moments, state.step + 1, state.frozen), metrics
 
     return step
 

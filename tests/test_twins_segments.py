@@ -128,6 +128,8 @@ def rows():
 
 
 def jax_step(config):
+    import jax
+
     """Initial weights, and the losses of evaluation and of a step."""
     from flax import nnx
 
@@ -140,7 +142,18 @@ def jax_step(config):
     state = program.create()
     weights = weights_of(nnx.merge(program.graph, state.parameters))
     evaluated = program.evaluate(state.parameters, batch)
-    return weights, evaluated, program.step(state, batch, np.float64(1e-2))[1]["loss"]
+    state, trained = program.step(state, batch, np.float64(1e-2))
+    before = jax.tree.map(np.array, (state.parameters, state.moments))
+    empty = place_batch(without_targets(), mesh, len(ROWS))
+    state, nothing = program.step(state, empty, np.float64(1e-2))
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), before, (state.parameters, state.moments))
+    assert all(jax.tree.leaves(same))
+    return weights, evaluated, trained, nothing
+
+
+def without_targets():
+    batch = rows()
+    return batch | {"mask": np.zeros_like(batch["mask"])}
 
 
 def torch_step(config):
@@ -152,7 +165,13 @@ def torch_step(config):
     batch = place_batch(rows(), program.device)
     names = {name: parameter.detach().numpy().copy() for name, parameter in program.state.parameters.items()}
     weights = decode(names, config.model, SPOKE, "the model")
-    return weights, program.evaluate(batch), program.step(program.state, batch, 1e-2)[1]["loss"]
+    evaluated, (state, trained) = program.evaluate(batch), program.step(program.state, batch, 1e-2)
+    before = {name: parameter.detach().clone() for name, parameter in state.parameters.items()}
+    moments = {name: state.optimizer.state[p]["exp_avg"].clone() for name, p in state.parameters.items()}
+    _, nothing = program.step(state, place_batch(without_targets(), program.device), 1e-2)
+    assert all(before[name].equal(parameter) for name, parameter in state.parameters.items())
+    assert all(moments[name].equal(state.optimizer.state[p]["exp_avg"]) for name, p in state.parameters.items())
+    return weights, evaluated, trained, nothing
 
 
 @pytest.mark.parametrize(
@@ -165,9 +184,10 @@ def torch_step(config):
     ],
 )
 def test_a_step_has_the_loss_of_the_documents_alone(framework, name, dropout, section, x64, small_blocks):
-    """In two micro-batches, and in evaluation; NumPy reads one document after the other."""
+    """In two micro-batches, and in evaluation; NumPy reads one document after the other. Without a target nothing
+    changes."""
     config = config_of(framework, name, dropout, section)
-    weights, (evaluated, counted), trained = {"jax": jax_step, "torch": torch_step}[framework](config)
+    weights, (evaluated, counted), trained, nothing = {"jax": jax_step, "torch": torch_step}[framework](config)
     expected, count = 0.0, 0
     for row, start, end in documents():
         ids = tokens()[row : row + 1, start:end]
@@ -177,4 +197,5 @@ def test_a_step_has_the_loss_of_the_documents_alone(framework, name, dropout, se
         count += len(logits)
     assert float(counted) == count
     assert float(evaluated) == pytest.approx(expected, rel=1e-12)
-    assert float(trained) == pytest.approx(expected / count, rel=1e-12)
+    assert float(trained["loss"]) == pytest.approx(expected / count, rel=1e-12)
+    assert (float(trained["targets"]), float(nothing["targets"])) == (count, 0)

@@ -51,8 +51,8 @@ class Program(NamedTuple):
     """The functions of a run on the devices of its processes.
 
     Args:
-        step: (state, batch, learning rate) -> (state, {"loss", "gradient_norm"}), in float16 "loss_scale" too; changes
-            the state in place.
+        step: (state, batch, learning rate) -> (state, {"loss", "gradient_norm", "targets"}), in float16 "loss_scale"
+            too; changes the state in place.
         evaluate: (batch) -> (summed loss in nats, tokens that counted), over all processes.
         state: Where the run starts: fresh weights, no step taken.
         device: Of this process.
@@ -106,8 +106,8 @@ def training_step(
 ) -> Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]:
     """The step as one function: gradients over all micro-batches and processes, clip, AdamW.
 
-    A step whose loss or gradient norm is not finite leaves parameters and moments as they were. In float16 the loss is
-    scaled up, so that small gradients are no zeros (Micikevicius et al., 2018).
+    A step whose loss or gradient norm is not finite, or in which no token counts, leaves parameters and moments as they
+    were. In float16 the loss is scaled up, so that small gradients are no zeros (Micikevicius et al., 2018).
 
     Args:
         config: The run.
@@ -126,7 +126,7 @@ def training_step(
         count = summed(batch["mask"].sum()).to(wide)  # the tokens of the whole step
         scale = state.scaler.get_scale()
         # DDP and FSDP take the mean over processes where the sum is wanted.
-        weight = state.scaler.scale(processes / count)
+        weight = state.scaler.scale(processes / count.clamp(min=1))
         loss = torch.zeros((), dtype=wide, device=count.device)
         for part in range(parts):
             rows = {name: array[part::parts] for name, array in batch.items()}
@@ -135,9 +135,9 @@ def training_step(
                 part_loss.backward()
             loss += part_loss.detach()
         loss = summed(loss) / (scale * processes)
-        finite = bool(torch.isfinite(loss))
+        finite = bool(torch.isfinite(loss)) and bool(count)
         norm = update(state.optimizer, config.optimizer, model, rate, finite=finite, scaler=state.scaler)
-        metrics: Metrics = {"loss": loss, "gradient_norm": norm}
+        metrics: Metrics = {"loss": loss, "gradient_norm": norm, "targets": count}
         return state._replace(step=state.step + 1), metrics | (
             {"loss_scale": scale} if state.scaler.is_enabled() else {}
         )

@@ -103,7 +103,9 @@ def _train(
     steps = config.train.steps
     opening = rows_without_tokens(config.model.vocab_size, start.tokenizer)
     if config.torch.attention == "auto":
-        opening.append(f"attention: {picks(program.device.type, config.train.dtype, config.model)}")
+        opening.append(
+            f"attention: {picks(program.device.type, config.train.dtype, config.model, config.data.separates)}"
+        )
     with StopRequest() as stop, RunCheckpoints(run, config.train, opening.append) as checkpoints:
         restored = checkpoints.restore(program.state)
         state, record = restored or (program.state, None)

@@ -81,9 +81,10 @@ class Journal:
         self._window_steps, self._window_seconds = 0, 0.0
 
     def note(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Take `loss`, `gradient_norm` and, in float16, `loss_scale` of a step; this waits until it has ended.
+        """Take `loss`, `gradient_norm`, `targets` and, in float16, `loss_scale` of a step; waits until it has ended.
 
-        Gradients that overflow because the loss was scaled up are no failure: the trainer halves the scale.
+        Gradients that overflow because the loss was scaled up are no failure: the trainer halves the scale. Neither is
+        a batch of which no token counts.
 
         Raises:
             RunFailedError: too many steps in a row were not finite.
@@ -93,6 +94,10 @@ class Journal:
         self._timed_steps, self._seconds = self._timed_steps + 1, self._seconds + now - self._since
         self._window_steps, self._window_seconds = self._window_steps + 1, self._window_seconds + now - self._since
         self._since = now
+        if not float(metrics.get("targets", 1)):
+            self.skipped += 1
+            self.tracker.message(f"step {step}: no token of its batch is to be learned: skipped, nothing was changed")
+            return
         if math.isfinite(loss) and math.isfinite(norm):
             self._in_a_row, self.train_loss = 0, loss
         elif math.isfinite(loss) and scale > 1:

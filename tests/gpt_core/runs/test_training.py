@@ -46,6 +46,17 @@ def test_what_no_scale_mends_ends_the_run(tmp_path: Path, metrics: dict[str, flo
         noted(tmp_path / "run", [metrics] * 2)
 
 
+def test_batches_without_a_token_to_learn_are_skipped_and_no_failure(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    learned = {"loss": 2.0, "gradient_norm": 1.0, "targets": 7.0}
+    empty = {"loss": 0.0, "gradient_norm": 0.0, "targets": 0.0}
+    journal = noted(tmp_path / "run", [learned, empty, empty, empty, empty])
+    assert (journal.skipped, journal.train_loss) == (4, 2.0)
+    assert [record["train_loss"] for record in read_metrics(tmp_path / "run")] == [2.0]
+    assert "step 2: no token of its batch is to be learned: skipped" in capfd.readouterr().err
+
+
 def test_float16_is_refused_for_jax_with_what_to_use() -> None:
     check_dtype(config("float16"), "torch")
     check_dtype(config("bfloat16"), "jax")
