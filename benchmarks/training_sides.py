@@ -18,7 +18,13 @@ def batch(number: int, rows: int, length: int, vocab: int = VOCAB) -> npt.NDArra
 
 
 def run_config(
-    framework: str, rows: int, length: int, dtype: str, model: dict[str, Any], options: dict[str, Any]
+    framework: str,
+    rows: int,
+    length: int,
+    dtype: str,
+    model: dict[str, Any],
+    options: dict[str, Any],
+    adapter: dict[str, Any] | None = None,
 ) -> Any:
     """Of a run; `options` are those of the framework's section."""
     from gpt_core.runs.config import RunConfig
@@ -30,20 +36,31 @@ def run_config(
             "train": {"batch_size": rows, "context_length": length, "dtype": dtype, "steps": 1000},
             "data": {"streams": 1},
             framework: options,
+            "adapter": adapter or {},
         }
     )
 
 
-def jax_step(rows: int, length: int, dtype: str, model: dict[str, Any] | None = None, **options: Any) -> Step:
+def jax_step(
+    rows: int,
+    length: int,
+    dtype: str,
+    model: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
+    **options: Any,
+) -> Step:
     """The step of `jax-gpt train`; `options` are those of the section `jax`."""
     from gpt_core.data.batches import next_token_batch
     from jax_gpt.sharding import create_mesh, place_batch
+    from jax_gpt.start import placed
     from jax_gpt.step import create_program
 
-    config = run_config("jax", rows, length, dtype, model or {}, options)
+    config = run_config("jax", rows, length, dtype, model or {}, options, adapter)
     mesh = create_mesh(config.jax.mesh)
     program = create_program(config, mesh)
     state = program.create()
+    if adapter is not None:
+        state = state._replace(frozen=placed(program.state.frozen, config, _noise))
     rate = np.float32(1e-4)
 
     def step(number: int) -> float:
@@ -55,7 +72,20 @@ def jax_step(rows: int, length: int, dtype: str, model: dict[str, Any] | None = 
     return step
 
 
-def torch_step(rows: int, length: int, dtype: str, model: dict[str, Any] | None = None, **options: Any) -> Step:
+def _noise(parameter: Any) -> npt.NDArray[np.float32]:
+    """Weights of a base, whose values take no time of their own."""
+    random = np.random.default_rng(0)
+    return parameter.mean + parameter.std * random.standard_normal(parameter.shape, np.float32)
+
+
+def torch_step(
+    rows: int,
+    length: int,
+    dtype: str,
+    model: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
+    **options: Any,
+) -> Step:
     """The step of `torch-gpt train`; `options` are those of the section `torch`."""
     from gpt_core.data.batches import next_token_batch
     from torch_gpt.distributed import connect
@@ -64,7 +94,7 @@ def torch_step(rows: int, length: int, dtype: str, model: dict[str, Any] | None 
     from torch_gpt.step import create_program
 
     keep_freed_memory()  # as `torch-gpt train` does
-    config = run_config("torch", rows, length, dtype, model or {}, options)
+    config = run_config("torch", rows, length, dtype, model or {}, options, adapter)
     program = create_program(config, connect())
     state = program.state
 
@@ -89,18 +119,31 @@ def hugging_face_gpt2_step(rows: int, length: int, dtype: str, *, compiled: bool
 
 def hugging_face_llama_step(rows: int, length: int, dtype: str, *, compiled: bool, **sizes: Any) -> Step:
     """`LlamaForCausalLM` of 124M, tied, attention through `scaled_dot_product_attention`."""
+    return _hugging_face_step(llama(length, **sizes), rows, length, dtype, compiled=compiled)
+
+
+def llama(length: int, **sizes: Any) -> Any:
+    """The same without a step."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"vocab_size": VOCAB, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
+    heads = {"num_attention_heads": 12, "max_position_embeddings": max(length, 1024)}
     config = LlamaConfig(
-        num_attention_heads=12,
-        max_position_embeddings=max(length, 1024),
         tie_word_embeddings=True,
         use_cache=False,
         attn_implementation="sdpa",
-        **shape | sizes,
+        **shape | heads | sizes,
     )
-    return _hugging_face_step(LlamaForCausalLM(config), rows, length, dtype, compiled=compiled)
+    return LlamaForCausalLM(config)
+
+
+def peft_llama_step(rows: int, length: int, dtype: str, *, rank: int, compiled: bool, **sizes: Any) -> Step:
+    """PEFT's adapters of a rank beside all linear layers of `LlamaForCausalLM`."""
+    from peft import LoraConfig, get_peft_model
+
+    model = llama(length, **sizes)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return _hugging_face_step(get_peft_model(model, config), rows, length, dtype, compiled=compiled)
 
 
 def hugging_face_starcoder2_step(
@@ -139,7 +182,8 @@ def _hugging_face_step(model: Any, rows: int, length: int, dtype: str, *, compil
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.train().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
     forward = torch.compile(model) if compiled else model
 
     def step(number: int) -> float:
@@ -148,7 +192,7 @@ def _hugging_face_step(model: Any, rows: int, length: int, dtype: str, *, compil
             # `shift_labels` is the next token of every position, so that all of them count, as in ours.
             loss = forward(input_ids=ids[:, :-1], labels=ids[:, :-1], shift_labels=ids[:, 1:].contiguous()).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss.detach())

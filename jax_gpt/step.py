@@ -62,7 +62,7 @@ class Program(NamedTuple):
 
     Args:
         create: Makes the first state, every array already in its place; with an adapter without its frozen weights,
-            which `jax_gpt.lora.with_weights` brings.
+            which `jax_gpt.start.on_base` brings.
         step: (state, batch, learning rate) -> (state, {"loss", "gradient_norm", "targets"}); takes the state over.
         evaluate: (all parameters, batch) -> (summed loss in nats, tokens that counted).
         state: The state without data: shapes, dtypes and shardings.

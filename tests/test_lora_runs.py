@@ -21,11 +21,12 @@ from parity.cli import main as parity
 OTHER = {"jax": "torch", "torch": "jax"}
 HALF, ALL = 2, 4
 LLAMA = ["--model.norm", "rms", "--model.bias", "false", "--model.gated_mlp", "true", "--model.activation", "silu"]
+LLAMA += ["--model.pad_vocab_size_multiple", "1"]
 FLAGS = [
     *("--train.dtype", "float64", "--train.steps", str(ALL), "--train.checkpoint_every", str(HALF)),
     *("--train.evaluation_batches", "1", "--train.evaluate_every", str(ALL), *LLAMA),
 ]
-ADAPTER = ["--adapter.rank", "3", "--adapter.alpha", "6"]
+ADAPTER = ["--adapter.rank", "3", "--adapter.alpha", "60"]
 
 
 def command(framework: str, *words: object) -> int:
@@ -79,7 +80,7 @@ def test_a_checkpoint_is_the_base_with_the_adapter_that_alone_was_trained_and_sa
             a, b = (adapter[f"{name.removesuffix('.kernel')}.lora_{which}"] for which in "ab")
             inputs = a.reshape(a.shape[0], -1, a.shape[-1])
             products = [x @ y.reshape(y.shape[0], -1) for x, y in zip(inputs, b, strict=True)]
-            expected = expected + 6 / 3 * np.stack(products).reshape(expected.shape)
+            expected = expected + 60 / 3 * np.stack(products).reshape(expected.shape)
         np.testing.assert_allclose(opened.read(row), expected, rtol=0, atol=1e-14, err_msg=name)
 
 
@@ -150,7 +151,7 @@ def test_another_run_goes_on_with_an_adapter_of_peft(
     shutil.rmtree(run)
     capfd.readouterr()
     assert "belongs to another base" in refused(capfd, train(framework, config, run, *still, "--train.seed", 5))
-    assert "rank 3 and scale 2" in refused(capfd, train(framework, config, run, *still, "--adapter.rank", 4))
+    assert "rank 3 and scale 20" in refused(capfd, train(framework, config, run, *still, "--adapter.rank", 4))
     assert not run.exists() or not list(run.iterdir())
 
 
@@ -160,3 +161,43 @@ def test_only_a_run_with_an_adapter_has_one_to_export(
     code = parity(["convert", str(whole / "base"), str(tmp_path / "out"), "--to", "peft"])
     assert "has no adapter" in refused(capfd, code)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_transformers_is_read_where_it_lies_and_known_by_its_hash(
+    framework: str, config: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, run = tmp_path / "hf", tmp_path / "run"
+    assert parity(["convert", str(whole / "base"), str(base), "--to", "hf"]) == 0
+    assert train(framework, config, run, "--train.start_from", base) == 0
+    assert losses(run) == losses(whole)  # the same weights from elsewhere
+    assert not (run / "base").exists()
+    begun, before = origin_of(run), origin_of(whole)
+    assert begun is not None
+    assert before is not None
+    assert (begun.name, begun.weights_sha256) == (str(base), before.weights_sha256)
+    ours, theirs = (open_checkpoint(checkpoint_folder(of, ALL)) for of in (run, whole))
+    assert hash_weights(ours) == hash_weights(theirs)
+    adapter = tmp_path / "adapter"
+    assert parity(["convert", str(run), str(adapter), "--to", "peft"]) == 0
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    capfd.readouterr()
+    shutil.rmtree(base)
+    assert "which is gone" in refused(capfd, parity(["convert", str(run), str(tmp_path / "out"), "--to", "torch"]))
+
+
+def test_a_prompt_goes_on_with_an_adapter_as_with_the_run_that_made_it(
+    framework: str, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(whole / "base", base)
+    for file in (*whole.glob("vocab.json"), *whole.glob("merges.txt")):
+        shutil.copyfile(file, base / file.name)
+    assert parity(["convert", str(whole), str(adapter), "--to", "peft"]) == 0
+    words = ["the", "--max-new-tokens", 4, "--dtype", "float64", "--json"]
+    capfd.readouterr()
+    assert command(framework, "generate", whole, *words) == 0
+    expected = json.loads(capfd.readouterr().out)
+    assert command(framework, "generate", base, *words, "--adapter", adapter) == 0
+    assert json.loads(capfd.readouterr().out) == expected
+    assert command(framework, "generate", base, *words) == 0
+    assert json.loads(capfd.readouterr().out) != expected
