@@ -10,6 +10,7 @@ from gpt_core.errors import InputError
 from parity.faults import (
     attention,
     blocks,
+    chat,
     conversion,
     decoding,
     dtype,
@@ -35,6 +36,7 @@ FAULTS = (
     *blocks.FAULTS,
     *conversion.FAULTS,
     *lora.FAULTS,
+    *chat.FAULTS,
     *loss.FAULTS,
     *optimizer.FAULTS,
     *decoding.FAULTS,

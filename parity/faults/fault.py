@@ -1,7 +1,6 @@
 """What a planted fault is, how one is planted in a PyTorch twin, and in which models it bites."""
 
-import functools
-import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -27,13 +26,12 @@ def in_model(change: Callable[[Model], None]) -> Plant:
 
 
 def replacing(target: str, wrap: Callable[..., Any]) -> Plant:
-    """A fault that wraps a function of the PyTorch twin: `wrap(original, *arguments, **options)`."""
+    """A fault that wraps a function or a method: `wrap(original, *arguments, **options)`."""
 
     @contextmanager
     def plant(model: Model) -> Iterator[None]:
-        module, name = target.rsplit(".", 1)
-        original = getattr(importlib.import_module(module), name)
-        with mock.patch(target, functools.partial(wrap, original)):
+        original = pkgutil.resolve_name(target)
+        with mock.patch(target, lambda *arguments, **options: wrap(original, *arguments, **options)):
             yield
 
     return plant
@@ -73,7 +71,7 @@ def with_config(of: Callable[[Model], list[Any]] = attentions, **fields: Callabl
 
 
 Site = str | Callable[[ModelConfig], str]
-Area = Literal["logits", "loss", "gradients", "optimizer", "decode", "segments", "adapter", "noise"]
+Area = Literal["logits", "loss", "gradients", "optimizer", "decode", "segments", "adapter", "chat", "noise"]
 
 
 @dataclass(frozen=True)

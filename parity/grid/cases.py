@@ -10,6 +10,7 @@ from parity.checkpoints.convert import DTYPES
 from parity.checks import CheckResult
 from parity.checks.activations import check_activations
 from parity.checks.adapter import check_adapter
+from parity.checks.chat import check_chat
 from parity.checks.decode import check_decode
 from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
@@ -63,6 +64,8 @@ def checks(subject: Subject, fault: Fault | None = None) -> Iterator[CheckResult
         yield check_gradients(variant, dtype, subject.config, gradients, forward_differs=divergence is not None)
     if subject.adapted:
         yield _adapter(subject, fault)
+        with planted(fault, None):
+            yield check_chat(variant, dtype)
     if dtype == "float64" and whole:
         trained = subject.torch_model()
         with planted(fault, trained):

@@ -7,6 +7,7 @@ from typing import Any
 from parity.checks import CheckResult
 from parity.checks.activations import check_activations
 from parity.checks.adapter import check_adapter
+from parity.checks.chat import check_chat
 from parity.checks.decode import check_decode
 from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
@@ -27,7 +28,7 @@ _FIRST = ("learned-mha-full", "rope-gqa-window")
 _LEFT_OUT = ("decode", "optimizer")
 """Checks that a brief case has not."""
 
-_OF_THE_TWELVE = ("noise", "adapter")
+_OF_THE_TWELVE = ("noise", "adapter", "chat")
 """Checks that no other case has."""
 
 _ENOUGH = 4
@@ -124,6 +125,8 @@ def _caught_by(
         jax, torch = subject.jax_documents, subject.torch_documents(model, gradients=False)
         packed, alone = ({"jax": ours, "torch": theirs} for ours, theirs in zip(jax, torch, strict=True))
         return check_segments(variant, dtype, subject.config, packed, alone, forward=True), "", ""
+    if fault.caught_by == "chat":
+        return check_chat(variant, dtype), "", ""
     if fault.caught_by == "adapter":
         run = subject.torch.run(model, subject.tokens, trace=False)
         return check_adapter(variant, dtype, {"torch": run.logits, "jax": subject.adapted_jax}), "", ""

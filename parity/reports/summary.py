@@ -11,7 +11,7 @@ Content = Mapping[str, Any]
 
 CHECKS = (
     *("weights", "activations", "logits", "loss", "gradients", "optimizer", "training", "decode"),
-    *("segments", "adapter"),
+    *("segments", "adapter", "chat"),
 )
 DTYPES = ("float64", "float32", "bfloat16")
 
