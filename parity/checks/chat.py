@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gpt_core.data import chats
-from gpt_core.data.packing import batch_of_rows
+from gpt_core.data import chats, packing
 from gpt_core.text.finding import open_tokenizer
 from gpt_core.text.tokenizer_rules import TOKENIZER_CONFIG, TOKENIZER_FILE
 from parity.checks import CheckResult
@@ -62,8 +61,8 @@ def _made() -> Arrays:
     records = ([{"role": role, "content": content} for role, content in turns] for turns in CONVERSATIONS)
     documents = [encoder.encode({"messages": messages}) for messages in records]
     rows = chats.packed(documents, CONTEXT)
-    packed = [chats.packed_row([documents[number] for number in row], CONTEXT) for row in rows]
-    return {name: np.asarray(array) for name, array in batch_of_rows(packed, separate=True).items()}
+    packed = [packing.packed_row([documents[number] for number in row], CONTEXT) for row in rows]
+    return {name: np.asarray(array) for name, array in packing.batch_of_rows(packed, separate=True).items()}
 
 
 def expected_rows() -> Arrays:

@@ -53,7 +53,7 @@ FAULTS = (
         "a mask of tokens used for targets, one place off at every turn and at every conversation's end",
         "chat",
         everywhere,
-        replacing("gpt_core.data.chats.packed_row", learned_one_early),
+        replacing("gpt_core.data.packing.packed_row", learned_one_early),
     ),
     Fault(
         "end-of-turn-not-learned",
