@@ -147,6 +147,8 @@ def _forward(
     most = torch.full(query.shape[:-1], torch.finfo(wide).min, dtype=wide, device=query.device)
     total, sums = torch.zeros_like(most), torch.zeros(query.shape, dtype=wide, device=query.device)
     for index, cut in _meetings(band):
+        if mask.hides_all(index, cut):
+            continue
         seen = (wide_key[:, cut], value[:, cut], mask(index, cut))
         _meet(wide_query[index], *seen, most[index], total[index], sums[index], softcap)
     return (sums / total[..., None]).to(query.dtype), most + total.log2()
@@ -207,6 +209,8 @@ def _backward(
     mean = (cotangent.to(wide) * mixed).sum(-1, keepdim=True)
     d_query, d_key, d_value = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (query, key, value))
     for index, cut in _meetings(band):
+        if mask.hides_all(index, cut):
+            continue
         asked = (query[index], wide_query[index], log_total[index], mean[index], cotangent[index])
         seen = (key[:, cut], wide_key[:, cut], value[:, cut], mask(index, cut))
         _meet_backward(*asked, *seen, d_query[index], d_key[:, cut], d_value[:, cut], softcap)
@@ -295,6 +299,11 @@ class _Masks:
         if reach is not None:
             # Row n hides the first n keys: to copy rows takes a quarter of the time of comparing.
             self.from_first = self._hidden(band.keys + 1).tril(-1)
+        self.oldest = None if reach is None else _oldest_keys(reach)
+
+    def hides_all(self, index: int, cut: slice) -> bool:
+        """Whether no query of a block is known to see one of these keys: their documents begin behind them."""
+        return self.oldest is not None and cut.stop - self.band.reach <= self.oldest[index]
 
     def __call__(self, index: int, cut: slice) -> torch.Tensor | None:
         band = self.band
@@ -330,3 +339,17 @@ class _Masks:
 
     def _hidden(self, rows: int) -> torch.Tensor:
         return torch.full((rows, self.band.keys), -torch.inf, dtype=self.dtype, device=self.device)
+
+
+def _oldest_keys(reach: torch.Tensor) -> list[int] | None:
+    """The first key that is seen from each block, in any row; None where to look would hold up a device or a compiler.
+
+    Args:
+        reach: How far back each query sees, `[block, batch, query]`.
+    """
+    if reach.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    blocks, _, queries = reach.shape
+    first = torch.arange(blocks * queries).view(blocks, 1, queries) - reach
+    oldest: list[int] = first.amin((1, 2)).tolist()
+    return oldest
