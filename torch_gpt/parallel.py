@@ -4,6 +4,7 @@ DDP (Li et al., 2020): every process has the whole model. FSDP2 (Zhao et al., 20
 and moments, and put one block at a time together. Rows of the batch are dealt out in either case.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,10 +15,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt_core.config import ModelConfig
 from gpt_core.data.batches import Batch
 from gpt_core.data.order import host_rows
 from gpt_core.errors import InputError
+from gpt_core.formats.safetensors_torch import spoke_of
+from gpt_core.parameters import Parameter
 from gpt_core.runs.config import RunConfig, TorchConfig
+from gpt_core.storage.weights import Source, slots
+from torch_gpt.arrays import from_numpy
 from torch_gpt.distributed import process_count, process_index
 from torch_gpt.loss import chunked_loss, summed_loss
 from torch_gpt.model import GPT
@@ -124,6 +130,23 @@ def like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         return whole
     # Every process has the whole: nothing is sent.
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def fill(
+    parameters: Mapping[str, nn.Parameter], source: Source, model: ModelConfig, table: Mapping[str, Parameter]
+) -> None:
+    """Give parameters the values of a source, each process its own part of them, one whole tensor in memory at a time.
+
+    Args:
+        parameters: By name; all that the table says, in their own dtypes.
+        source: Gives the values.
+        model: The model.
+        table: What is filled.
+    """
+    for key, slot in slots(model, spoke_of(table), table).items():
+        whole = from_numpy(slot.encode(source(slot.parameter)))
+        parameters[key].copy_(like(whole, parameters[key]))
 
 
 def local_rows(batch_size: int) -> list[int]:

@@ -6,12 +6,10 @@ import torch
 
 from gpt_core.adapter import adapter_table
 from gpt_core.checkpoints.adapted import Base
-from gpt_core.formats.safetensors_torch import spoke_of
 from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.runs.config import RunConfig
-from gpt_core.storage.weights import Source, slots
-from torch_gpt.arrays import from_numpy
-from torch_gpt.parallel import like
+from gpt_core.storage.weights import Source
+from torch_gpt.parallel import fill
 from torch_gpt.step import Program, TrainState
 
 
@@ -44,7 +42,6 @@ def on_base(program: Program, config: RunConfig, base: Base | None, state: Train
     return state
 
 
-@torch.no_grad()
 def placed(
     parameters: Mapping[str, torch.nn.Parameter],
     config: RunConfig,
@@ -52,7 +49,4 @@ def placed(
     table: Mapping[str, Parameter] | None = None,
 ) -> None:
     """Weights, those of the model unless a table says otherwise, in the places of parameters, in their dtypes."""
-    rows = parameter_table(config.model) if table is None else table
-    for key, slot in slots(config.model, spoke_of(rows), rows).items():
-        whole = from_numpy(slot.encode(source(slot.parameter)))
-        parameters[key].copy_(like(whole, parameters[key]))
+    fill(parameters, source, config.model, parameter_table(config.model) if table is None else table)

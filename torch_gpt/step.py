@@ -12,13 +12,16 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.checkpoint import checkpoint
 
+from gpt_core.adapter import whole_table
+from gpt_core.parameters import Parameter
 from gpt_core.runs.config import RunConfig, chunk_of_loss
 from torch_gpt import lora
+from torch_gpt.arrays import to_numpy
 from torch_gpt.distributed import process_count, process_index
 from torch_gpt.dtypes import torch_dtype
 from torch_gpt.model import GPT, BlockStep, initialiser
 from torch_gpt.optimizer import create_optimizer, update
-from torch_gpt.parallel import Objective, shared_out, summed, synchronised
+from torch_gpt.parallel import Objective, fill, shared_out, summed, synchronised
 
 Batch = Mapping[str, torch.Tensor]
 Metrics = dict[str, torch.Tensor | float]
@@ -67,19 +70,31 @@ class Program(NamedTuple):
 def create_program(config: RunConfig, accelerator: Accelerator) -> Program:
     """Everything that a run does on its devices."""
     fresh = initialiser(config.train.seed, config.precision)
+    # What FSDP2 cuts up is made when it is cut: no process has the whole model, not even at the start.
+    cut = config.torch.strategy == "fsdp2" and process_count() > 1
+
+    def create(row: Parameter) -> torch.Tensor:
+        dtype = torch_dtype(config.precision.param_dtype)
+        return torch.empty(row.shape, dtype=dtype, device="meta") if cut else fresh(row)
+
     stored = torch_dtype(config.adapter.base_dtype or config.precision.param_dtype)
     base = GPT(
         config.model,
-        lambda row: fresh(row).to(stored),
+        lambda row: create(row).to(stored),
         precision=config.precision,
         implementation=config.torch.attention,
         around_block=_around_block(config),
     )
-    model = lora.attach(base, config.adapter, fresh).to(accelerator.device)
+    model = lora.attach(base, config.adapter, create)
+    model = model if cut else model.to(accelerator.device)
     rows = config.train.batch_size // config.train.accumulation // process_count()
     on_gpu = accelerator.device.type == "cuda"
     chunk = max(1, chunk_of_loss(config.torch.loss_chunk, on_gpu=on_gpu) // rows)
     objective = shared_out(Objective(model, chunk), config.torch, accelerator)
+    if cut:
+        objective.to_empty(device=accelerator.device)
+        table = whole_table(config.model, config.adapter)
+        fill(dict(model.named_parameters()), lambda row: to_numpy(fresh(row)), config.model, table)
     optimizer = create_optimizer(config.optimizer, model, config.adapter)
     parameters, frozen = lora.split(model)
     for parameter in parameters.values():  # there from the start, also where the first step is skipped

@@ -71,6 +71,8 @@ def lowered_step(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, ROWS))
 
     batch: Any = {"tokens": rows(jnp.int32), "targets": rows(jnp.int32), "mask": rows(jnp.bool_)}
+    if config.data.separates:
+        batch["segments"] = rows(jnp.int32)
     rate = jax.ShapeDtypeStruct((), config.precision.wide_dtype)
     return program.step.lower(program.state, batch, rate)  # type: ignore[attr-defined]  # it is a jitted function
 
