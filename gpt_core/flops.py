@@ -2,6 +2,7 @@
 
 import re
 
+from gpt_core.adapter import NO_ADAPTER, AdapterConfig, adapter_table
 from gpt_core.config import ModelConfig
 from gpt_core.parameters import parameter_table
 
@@ -26,17 +27,23 @@ _PEAKS: tuple[tuple[str, float, float | None], ...] = (
 )
 
 
-def training_flops_per_token(config: ModelConfig, context_length: int) -> float:
+def training_flops_per_token(config: ModelConfig, context_length: int, adapter: AdapterConfig = NO_ADAPTER) -> float:
     """Floating-point operations of a training step for one token: three times those of the forward pass.
 
     The backward pass multiplies twice for each product of the forward pass: once for the gradient of each factor. What
     rematerialisation computes again is not counted, so that utilisation says what the model got (PaLM, appendix B).
+    Frozen weights have no gradient; the adapter beside them is multiplied in both passes.
 
     Args:
         config: The model.
         context_length: Tokens of a row in training.
+        adapter: What is trained in the place of the weights, if anything.
     """
-    return 3 * forward_flops_per_token(config, context_length)
+    forward = forward_flops_per_token(config, context_length)
+    if adapter.rank is None:
+        return 3 * forward
+    beside = 2.0 * sum(row.size for row in adapter_table(config, adapter).values())
+    return 3 * (forward + beside) - 2.0 * _weights(config)
 
 
 def forward_flops_per_token(config: ModelConfig, context_length: int) -> float:
@@ -57,10 +64,14 @@ def forward_flops_per_token(config: ModelConfig, context_length: int) -> float:
         config: The model.
         context_length: Tokens of a row.
     """
-    blocks = sum(row.size for name, row in parameter_table(config).items() if name.startswith("blocks.") and row.decay)
-    weights = blocks + config.vocab_size * config.embed_dim
     visible = sum(mean_visible_keys(context_length, config.view(kind).window) for kind in config.layer_kinds)
-    return 2.0 * weights + 4.0 * config.n_heads * config.head_dim * visible
+    return 2.0 * _weights(config) + 4.0 * config.n_heads * config.head_dim * visible
+
+
+def _weights(config: ModelConfig) -> int:
+    """Elements of every matrix that a token is multiplied by."""
+    blocks = sum(row.size for name, row in parameter_table(config).items() if name.startswith("blocks.") and row.decay)
+    return blocks + config.vocab_size * config.embed_dim
 
 
 def mean_visible_keys(context_length: int, window: int | None) -> float:

@@ -29,6 +29,7 @@ from gpt_core.storage.checkpoint_config import read_checkpoint_config
 from gpt_core.storage.merging import Pair, Pairs, merged
 from gpt_core.storage.tensor_info import Array, TensorInfo
 from gpt_core.storage.weights import DType, Source, cast
+from gpt_core.text.finding import tokenizer_of
 from gpt_core.text.tokenizer import Tokenizer
 
 
@@ -133,7 +134,7 @@ class AdaptedCheckpoint:
     @property
     def tokenizer(self) -> Tokenizer | None:
         """GPT-2's tokenizer, where it lies beside the weights."""
-        return self._base.tokenizer
+        return tokenizer_of(self.path)
 
     @property
     def notices(self) -> tuple[str, ...]:

@@ -133,7 +133,8 @@ class Journal:
     def _mfu(self, tokens_per_second: float) -> dict[str, float]:
         if self._peak_flops is None:
             return {}
-        flops = training_flops_per_token(self._config.model, self._config.context_length)
+        config = self._config
+        flops = training_flops_per_token(config.model, config.context_length, config.adapter)
         return {"mfu": tokens_per_second * flops / self._peak_flops}
 
     def evaluated(self, step: int, loss: float) -> None:

@@ -123,12 +123,14 @@ def make_plan(config: RunConfig, topology: Topology, devices: Sequence[Any]) -> 
         devices: Of `topology.devices()`.
 
     Raises:
-        InputError: the mesh does not fit the slice or the model, the run is in float64, or what is installed cannot
-            compile the step.
+        InputError: the mesh does not fit the slice or the model, the run is in float64 or has an adapter, or what is
+            installed cannot compile the step.
     """
     check_dtype(config, "jax")
     if config.train.dtype == "float64":
         raise InputError("train.dtype = 'float64': TPUs have no fp64; plan with bfloat16 or float32")
+    if config.adapter.rank is not None:
+        raise InputError("adapter.rank: plans count runs that train all weights, which need more; leave `adapter` out")
     mesh = create_mesh(config.jax.mesh, devices)
     check_divides(config, mesh)
     try:

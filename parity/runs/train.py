@@ -97,6 +97,8 @@ def compare_training(
         InputError: a variant that the model cannot be changed to, one that comes twice, or a config that cannot run.
         RunFailedError: a trainer failed; the message is its own.
     """
+    if config.adapter.rank is not None:
+        raise InputError("adapter.rank: `parity train` trains all weights; leave `adapter` out")
     models = [
         config.model if name == "config" else as_variant(config.model, name, config.context_length) for name in variants
     ]

@@ -1,5 +1,6 @@
 import pytest
 
+from gpt_core.adapter import AdapterConfig
 from gpt_core.config import ModelConfig
 from gpt_core.flops import forward_flops_per_token, peak_flops, training_flops_per_token
 
@@ -73,6 +74,14 @@ def test_flops_of_a_pattern_are_those_of_its_layers_one_by_one(pattern: str) -> 
         expected = counted(config, context_length)
         assert forward_flops_per_token(config, context_length) == pytest.approx(expected, rel=1e-12)
         assert training_flops_per_token(config, context_length) == pytest.approx(3 * expected, rel=1e-12)
+
+
+def test_an_adapter_takes_the_gradients_of_frozen_weights_away_and_adds_its_own_products() -> None:
+    # Rank 8 beside the 768 x 768 queries of 12 blocks: 12 x 8 x (768 + 768) weights, two operations each, three times.
+    adapter = AdapterConfig(rank=8, targets=["attention.query"])
+    frozen = 247_064_064  # the gradients of 123,532,032 weights
+    expected = 797_870_592 - frozen + 3 * 2 * 147_456
+    assert training_flops_per_token(ModelConfig(), 1024, adapter) == expected
 
 
 def test_gpt2_has_the_flops_counted_by_hand() -> None:

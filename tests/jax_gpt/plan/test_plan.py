@@ -292,11 +292,12 @@ def test_meshes_that_do_not_fit_the_slice_are_refused(tmp_path: Path) -> None:
         "does not multiply to the 4 device": {"jax": {"mesh": {"data": 3}}},
         "n_heads = 2": {"jax": {"mesh": {"data": 1, "fsdp": 1, "tensor": 4}}, "model": MODEL | {"n_heads": 2}},
         "TPUs have no fp64": {"train": {"dtype": "float64"}},
+        "train all weights": {"adapter": {"rank": 2}},
     }
     done = plan(tmp_path, "v5e:2x2", *named.values())
-    assert done.stdout.split() == ["2", "2", "2"], done.stderr[-2000:]
+    assert done.stdout.split() == ["2", "2", "2", "2"], done.stderr[-2000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 3
+    assert len(said) == 4
     assert all(words in line for words, line in zip(named, said, strict=True)), said
     assert "Traceback" not in done.stderr
 

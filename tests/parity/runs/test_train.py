@@ -86,6 +86,11 @@ def test_a_variant_that_comes_twice_is_refused(tmp_path: Path) -> None:
         compare_training(config, ["config", "learned-mha-full"], ["float64"], tmp_path)
 
 
+def test_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="trains all weights"):
+        compare_training(RunConfig.from_dict({"adapter": {"rank": 2}}), ["config"], ["float64"], tmp_path)
+
+
 def test_first_weights_follow_the_table() -> None:
     config = RunConfig.from_dict({"model": {"vocab_size": 400, "n_layers": 2, "n_heads": 4, "embed_dim": 64}})
     weights = initial_weights(config)
