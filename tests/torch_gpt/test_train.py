@@ -232,10 +232,11 @@ def test_compiled_blocks_give_the_same_losses(config: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(losses(compiled), losses(eager), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("adapter", [[], pytest.param(["--adapter.rank", "3"], marks=pytest.mark.slow)])
 def test_blocks_that_processes_share_are_traced_whole_and_give_the_same_losses(
-    config: Path, tmp_path: Path, alone: Call, together: Call
+    adapter: list[str], config: Path, tmp_path: Path, alone: Call, together: Call
 ) -> None:
-    eager, traced, words = tmp_path / "eager", tmp_path / "traced", [*COMPILED, "--config", str(config)]
+    eager, traced, words = tmp_path / "eager", tmp_path / "traced", [*COMPILED, *adapter, "--config", str(config)]
     assert alone("train", *words, "--out", str(eager)) == 0
     assert together("train_traced", *words, "--out", str(traced), "--torch.strategy", "fsdp2") == 0
     np.testing.assert_allclose(losses(traced), losses(eager), rtol=1e-12, atol=0)
