@@ -188,7 +188,8 @@ def open_base(run: Path, config: RunConfig) -> Checkpoint:
     start = origin_of(run)
     if start is None:
         raise InputError(f"{run / RUN_FILE}: does not say what base the adapter belongs to (start)")
-    folder = run / BASE if start.name == BASE else local_folder(start.name)
+    own = run / BASE
+    folder = own if start.name == BASE and exists(own) else local_folder(start.name)
     if not exists(folder):
         raise InputError(
             f"{run}: its adapter belongs to the base {start.name}, which is gone; put it back there, or change from: "
