@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError, shown
 from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.sections import require_count, require_flag, require_number, require_one_of, require_text
+from gpt_core.storage.tensor_info import Array
+from gpt_core.storage.weights import Source
 
 BaseDType = Literal["float32", "bfloat16"]
 
@@ -160,6 +164,30 @@ def pair_of(layer: str, kernel: Parameter, rank: int) -> tuple[Parameter, Parame
         decay=True,
     )
     return a, b
+
+
+def fresh_adapter(model: ModelConfig, adapter: AdapterConfig, seed: int) -> Source:
+    """First values of an adapter as its table says, the same in either framework.
+
+    Args:
+        model: What it stands beside.
+        adapter: Its rank and targets.
+        seed: Of the run.
+    """
+    table = adapter_table(model, adapter)
+
+    def read(parameter: Parameter) -> Array:
+        row = table[parameter.name]
+        layers = range(row.shape[0]) if parameter.layer is None else [parameter.layer]
+        blocks = [
+            row.std * np.random.default_rng([seed, row.stream, layer]).standard_normal(row.shape[1:])
+            if row.std
+            else np.zeros(row.shape[1:])
+            for layer in layers
+        ]
+        return np.stack(blocks) if parameter.layer is None else blocks[0]
+
+    return read
 
 
 def input_axes(layer: str) -> int:

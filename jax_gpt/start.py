@@ -41,7 +41,7 @@ def on_base(program: Program, config: RunConfig, base: Base | None, state: Train
     Args:
         program: Whose devices hold it.
         config: The run.
-        base: Gives the weights, and the adapter where the run begins with one that is not fresh.
+        base: Gives the weights, and the adapter where the run begins.
         state: Without them.
     """
     if base is None:

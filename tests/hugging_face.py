@@ -235,6 +235,33 @@ def save(sample: Sample, folder: Path, seed: int = 0) -> Any:
     return model
 
 
+def save_with_tokenizer(folder: Path, vocabulary: int, rows: int) -> None:
+    """A small Llama, saved by transformers, with a byte-level tokenizer of its own.
+
+    Args:
+        folder: To be.
+        vocabulary: Tokens; the first are "<s>", "</s>" and "<end>".
+        rows: Of the model, at least as many.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from gpt_core.data.stdlib import prose
+
+    sample = SAMPLES["llama, yarn, tied"]
+    fields = sample.fields | {"vocab_size": rows, "eos_token_id": [1, 2], "bos_token_id": 0}
+    save(Sample(sample.model_type, fields, sample.format), folder)
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<s>", "</s>", "<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator([prose()[:40_000]], trainer)
+    made.save(str(folder / "tokenizer.json"))
+
+
 def save_config(sample: Sample, folder: Path) -> None:
     """Its config.json alone."""
     from transformers import AutoConfig

@@ -14,8 +14,7 @@ import pytest
 import tokenizers
 import torch
 import yaml
-from hugging_face import SAMPLES, edit, save
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from hugging_face import edit, save_with_tokenizer
 
 from gpt_core.commands.train import train_config, train_parser
 from gpt_core.data.loader import training_batches
@@ -33,21 +32,7 @@ VOCABULARY, ROWS = 300, 312  # the model has more rows than the tokenizer has to
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama as transformers saves it, with a tokenizer of its own, a chat template and two ends of text."""
     folder = tmp_path_factory.mktemp("start") / "llama"
-    sample = SAMPLES["llama, yarn, tied"]
-    fields = sample.fields | {"vocab_size": ROWS, "eos_token_id": [1, 2], "bos_token_id": 0}
-    save(type(sample)("llama", fields, sample.format), folder)
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.train_from_iterator(
-        [prose()[:40_000]],
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=["<s>", "</s>", "<end>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    made.save(str(folder / "tokenizer.json"))
+    save_with_tokenizer(folder, VOCABULARY, ROWS)
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>",  "eos_token": "</s>"}')
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     edit(folder / "generation_config.json", eos_token_id=[1, 2])

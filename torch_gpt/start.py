@@ -31,7 +31,7 @@ def on_base(program: Program, config: RunConfig, base: Base | None, state: Train
     Args:
         program: Whose parameters are filled, in place.
         config: The run.
-        base: Gives the weights, and the adapter where the run begins with one that is not fresh.
+        base: Gives the weights, and the adapter where the run begins.
         state: Of the program, or one that goes on.
     """
     if base is None:

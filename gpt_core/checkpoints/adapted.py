@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from gpt_core import formats
-from gpt_core.adapter import AdapterConfig, adapter_table, layer_name, pair_of, target_kernels
+from gpt_core.adapter import AdapterConfig, adapter_table, fresh_adapter, layer_name, pair_of, target_kernels
 from gpt_core.checkpoints.hashing import hash_weights
 from gpt_core.checkpoints.hub import local_folder
 from gpt_core.config import ModelConfig
@@ -231,8 +231,7 @@ class Base(NamedTuple):
 
     Args:
         weights: Gives the parameters of the model, which are frozen.
-        adapter: Gives those of the adapter, where they are to come from a file; None for fresh ones, or for a run that
-            goes on.
+        adapter: Gives those of the adapter, fresh or out of a file; None for a run that goes on.
     """
 
     weights: Source
@@ -249,8 +248,10 @@ def base_of(run: Path, config: RunConfig) -> Base | None:
     if config.adapter.rank is None:
         return None
     base = open_base(run, config)
-    if config.adapter.start_from is None or saved_steps(run):
+    if saved_steps(run):
         return Base(base.read, None)
+    if config.adapter.start_from is None:
+        return Base(base.read, fresh_adapter(config.model, config.adapter, config.train.seed))
     opened = open_peft(Path(config.adapter.start_from), config.model, base.format)
     require_base(opened, base)
     return Base(base.read, source_of_peft(opened, config.model, config.adapter))
