@@ -43,8 +43,9 @@ def torch_rows(rounds: int) -> list[Row]:
     """An adapter of ours and one of PEFT in turns; then all weights of ours, by itself."""
     dtype = dtype_of("PyTorch")
     shape, peer, whole = (BATCH, TIME, dtype), "peft and transformers", "all weights trained"
+    # The base as SmolLM2 is published, and as both load it.
     sides = {
-        "ours": partial(torch_step, *shape, MODEL, {"rank": RANK}),
+        "ours": partial(torch_step, *shape, MODEL, {"rank": RANK, "base_dtype": dtype}),
         peer: partial(peft_llama_step, *shape, rank=RANK, compiled=False, **PEER),
     }
     found = in_turns(sides, rounds=rounds, steps=3, warm=1)

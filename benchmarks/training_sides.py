@@ -138,10 +138,11 @@ def llama(length: int, **sizes: Any) -> Any:
 
 
 def peft_llama_step(rows: int, length: int, dtype: str, *, rank: int, compiled: bool, **sizes: Any) -> Step:
-    """PEFT's adapters of a rank beside all linear layers of `LlamaForCausalLM`."""
+    """PEFT's adapters of a rank beside all linear layers of `LlamaForCausalLM`, whose weights are stored in `dtype`."""
+    import torch
     from peft import LoraConfig, get_peft_model
 
-    model = llama(length, **sizes)
+    model = llama(length, **sizes).to(getattr(torch, dtype))
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return _hugging_face_step(get_peft_model(model, config), rows, length, dtype, compiled=compiled)
 
