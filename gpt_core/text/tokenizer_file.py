@@ -63,13 +63,19 @@ class FileTokenizer(Tokenizer):
 
     def _require_whole(self, path: Path) -> None:
         """Refuse what makes ids that the file does not say."""
-        if "AutoTokenizer" in (self._config.get("auto_map") or {}):
+        mapped, added = (self._config.get(name) or {} for name in ("auto_map", "added_tokens_decoder"))
+        if not isinstance(mapped, dict) or "AutoTokenizer" in mapped:  # once it was a list, of tokenizers alone
             raise InputError(
                 f"{path.parent / TOKENIZER_CONFIG}: auto_map: this tokenizer needs code of its own, which is never run"
             )
         if getattr(self.backend.model, "dropout", None):
             raise InputError(f"{path}: model.dropout makes its ids random; set it to null")
-        for number, token in (self._config.get("added_tokens_decoder") or {}).items():
+        if not isinstance(added, dict):
+            raise InputError(
+                f"{path.parent / TOKENIZER_CONFIG}: added_tokens_decoder = {shown(added)} must be tokens by id; "
+                f"{_AGAIN}"
+            )
+        for number, token in added.items():
             content = _content(token)
             if content is not None and str(self.backend.token_to_id(content)) != number:
                 raise InputError(
@@ -107,13 +113,18 @@ class FileTokenizer(Tokenizer):
         Raises:
             InputError: its files name no `eos_token`, or one that it has not.
         """
-        token = self.special_tokens.get("eos_token")
-        number = None if token is None else self.backend.token_to_id(token)
+        number = self.id_of("eos_token")
         if number is None:
             raise InputError(
                 f"{self.name}: names no token that ends a text; set eos_token in {TOKENIZER_CONFIG} to one of its own"
             )
-        return int(number)
+        return number
+
+    def id_of(self, special: str) -> int | None:
+        """The id of a special token by its name, such as "bos_token"; None where its files name none, or no own one."""
+        token = self.special_tokens.get(special)
+        number = None if token is None else self.backend.token_to_id(token)
+        return None if number is None else int(number)
 
     @property
     def chat_template(self) -> str | None:

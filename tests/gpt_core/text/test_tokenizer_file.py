@@ -177,6 +177,9 @@ def sentencepiece_alone(folder: Path) -> None:
     ("change", "message"),
     [
         (edit("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}), "needs code of its own"),
+        (edit("tokenizer_config.json", auto_map=["x.Y", None]), "needs code of its own"),
+        (edit("tokenizer_config.json", auto_map=5), "needs code of its own"),
+        (edit("tokenizer_config.json", added_tokens_decoder=["</s>"]), "must be tokens by id"),
         (
             edit("tokenizer_config.json", added_tokens_decoder={"7": {"content": "<new>"}}),
             "no token '<new>' of the id 7",
