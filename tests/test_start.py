@@ -262,3 +262,27 @@ def test_a_fresh_run_on_prepared_text_keeps_the_tokenizer_that_cut_it(
     (row,) = json.loads(capfd.readouterr().out)
     theirs = tokenizers.Tokenizer.from_file(str(run / "tokenizer.json"))
     assert row["text"] == theirs.decode(row["tokens"], skip_special_tokens=False)
+
+
+def test_a_model_trained_with_ones_own_tokenizer_is_exported_with_its_special_tokens(
+    text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gpt_core.data.cli import main as data
+    from parity.cli import main as parity
+
+    own, run, out = (tmp_path / name for name in ("own", "run", "out"))
+    assert data(["tokenizer", str(text / "*.txt"), str(own), "--vocab-size", "300"]) == 0
+    edit(own / "tokenizer_config.json", bos_token="a", eos_token="z")
+    small = {"vocab_size": 300, "n_layers": 1, "n_heads": 2, "embed_dim": 16, "context_length": 24, "position": "rope"}
+    flags = [word for name, value in small.items() for word in (f"--model.{name}", str(value))]
+    steps = ["--train.steps", "1", "--train.batch_size", "2", "--train.evaluation_batches", "1"]
+    source = ["--data.source", str(text / "*.txt"), "--data.tokenizer", str(own), "--data.streams", "2"]
+    assert main("torch", "train", "--out", run, *flags, *steps, *source, "--data.validation_fraction", "0.3") == 0
+    assert parity(["convert", str(run), str(out), "--to", "hf"]) == 0
+    tokens = json.loads((own / "tokenizer.json").read_text())["model"]["vocab"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    for config in (model.config, model.generation_config):
+        assert (config.bos_token_id, config.eos_token_id) == (tokens["a"], tokens["z"])
+    assert tokenizer.eos_token_id == tokens["z"]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from gpt_core.formats.hf_fields import HUGGING_FACE_TYPES, model_type_of
 from gpt_core.parameters import parameter_count
 from gpt_core.sections import is_whole
 from gpt_core.storage.checkpoint_config import CONFIG_FILE, config_home
+from gpt_core.text.finding import text_tokenizer
 from gpt_core.text.gpt2 import Gpt2Tokenizer
 from gpt_core.text.tokenizer import Tokenizer
+from gpt_core.text.tokenizer_file import FileTokenizer
 from gpt_core.text.tokenizer_rules import END_OF_TEXT, TOKENIZER_CONFIG, TOKENIZER_FILE, tokenizer_files
 
 GENERATION_CONFIG = "generation_config.json"
@@ -43,11 +46,11 @@ def carry(source: Path, folder: Path) -> None:
 
 
 def token_ids(source: Path | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Begin, end and padding for config.json: those that came with the model, or GPT-2's.
+    """Begin, end and padding for config.json: those that came with the model, or its tokenizer's.
 
     Args:
         source: The checkpoint that it came from.
-        tokenizer: Its own, or None.
+        tokenizer: GPT-2's; None where another one lies beside the checkpoint, or none.
 
     Raises:
         InputError: a file that names them is damaged.
@@ -58,8 +61,19 @@ def token_ids(source: Path | None, tokenizer: Tokenizer | None) -> dict[str, Any
         if file.is_file():
             content = read_object(file)
             return {name: content.get(name) for name in TOKEN_IDS}
+        if tokenizer is None:
+            return _ids_of_tokenizer(home)
     end = None if tokenizer is None else tokenizer.end_of_text
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+
+
+def _ids_of_tokenizer(home: Path) -> dict[str, Any]:
+    """What the tokenizer beside a checkpoint names; one that cannot be read here, and goes along, names nothing."""
+    with suppress(InputError):
+        found = text_tokenizer(home, "")
+        if isinstance(found, FileTokenizer):
+            return {name: found.id_of(name.removesuffix("_id")) for name in TOKEN_IDS}
+    return dict.fromkeys(TOKEN_IDS)
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
