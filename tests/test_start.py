@@ -286,3 +286,23 @@ def test_a_model_trained_with_ones_own_tokenizer_is_exported_with_its_special_to
     for config in (model.config, model.generation_config):
         assert (config.bos_token_id, config.eos_token_id) == (tokens["a"], tokens["z"])
     assert tokenizer.eos_token_id == tokens["z"]
+
+
+def test_eval_holds_its_sections_against_the_model_that_is_evaluated(checkpoint: Path, tmp_path: Path) -> None:
+    from gpt_core.cli import parser
+    from gpt_core.commands.train import eval_config, eval_parser
+    from gpt_core.data.config import DataConfig
+    from gpt_core.formats import open_checkpoint
+
+    def evaluated(*words: str) -> RunConfig:
+        top = parser("A program.", "  prog eval", prog="prog")
+        top.add_subcommands(required=True, dest="subcommand").add_subcommand("eval", eval_parser("prog"))
+        line = ["eval", *words, str(checkpoint)]
+        return eval_config(top.parse_args(line).eval, top.parse_args(line, defaults=False).eval, checkpoint)
+
+    model = open_checkpoint(checkpoint).config
+    assert evaluated("--data.streams", "2") == RunConfig(model=model, data=DataConfig(streams=2))
+    assert evaluated("--train.context_length", "2000").context_length == 2000  # beyond the default model's table
+    file = tmp_path / "run.yaml"
+    file.write_text(f"train: {{start_from: {checkpoint}}}\nadapter: {{rank: 2, targets: [mlp.gate]}}\n")
+    assert evaluated("--config", str(file)).model.gated_mlp  # which the default model has not

@@ -8,6 +8,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 
+from gpt_core.checkpoints.adapted import config_of
 from gpt_core.checkpoints.start import model_of, started_model
 from gpt_core.cli import parser, print_json, say
 from gpt_core.commands.generate import CHECKPOINT
@@ -17,6 +18,7 @@ from gpt_core.files.reading import is_file, read_yaml
 from gpt_core.runs.config import RunConfig
 from gpt_core.runs.folder import RUN_FILE, read_run
 from gpt_core.sections import require_filled
+from gpt_core.storage.checkpoint_config import read_checkpoint_config
 
 
 class _FileOrPreset(ActionConfigFile):
@@ -122,15 +124,15 @@ def eval_config(options: Namespace, given: Namespace, checkpoint: Path) -> RunCo
         checkpoint: Folder of the checkpoint.
 
     Raises:
-        InputError: a flag asks for another model than the checkpoint's.
+        InputError: a flag asks for another model than the checkpoint's, or there is no checkpoint.
     """
-    if options.config:
-        return run_config(options)
-    if "model" in given:
+    if "model" in given and not options.config:
         raise InputError(f"--model does not go with a checkpoint: {checkpoint} has a model of its own")
     run = checkpoint.parent.parent
-    if not is_file(run / RUN_FILE):
-        return run_config(options)
+    if options.config or not is_file(run / RUN_FILE):
+        # The other sections are held against the model that is evaluated, whatever the file trains.
+        model = read_checkpoint_config(checkpoint) if is_file(run / RUN_FILE) else config_of(checkpoint)
+        return run_config(options, {"model": model.to_dict(), "adapter": {}})
     saved, _ = read_run(run)
     flags = {section.name: given[section.name].as_dict() for section in fields(RunConfig) if section.name in given}
     return RunConfig.from_dict(_changed(saved.to_dict(), flags), source="command line")

@@ -59,11 +59,7 @@ def test_a_run_of_a_pod_is_evaluated_on_another_mesh(checkpoint: Path) -> None:
 def test_a_file_stands_in_place_of_the_runs_config(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text("data: {streams: 2}")
     found = config(checkpoint, "--config", str(tmp_path / "other.yaml"), "--train.batch_size", "2")
-    assert found == RunConfig(data=DataConfig(streams=2), train=TrainConfig(batch_size=2))
-
-
-def test_a_model_alone_takes_all_from_the_command_line(tmp_path: Path) -> None:
-    assert config(tmp_path / "model", "--data.streams", "2") == RunConfig(data=DataConfig(streams=2))
+    assert found == RunConfig(model=SAVED.model, data=DataConfig(streams=2), train=TrainConfig(batch_size=2))
 
 
 @pytest.mark.parametrize(
