@@ -306,3 +306,19 @@ def test_eval_holds_its_sections_against_the_model_that_is_evaluated(checkpoint:
     file = tmp_path / "run.yaml"
     file.write_text(f"train: {{start_from: {checkpoint}}}\nadapter: {{rank: 2, targets: [mlp.gate]}}\n")
     assert evaluated("--config", str(file)).model.gated_mlp  # which the default model has not
+
+
+def test_a_base_is_called_by_its_step_so_that_its_run_can_go_on(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    assert train("torch", config, base, "--train.steps", "1") == 0
+    adapter = ("--train.start_from", base, "--adapter.rank", "2", "--train.steps", "1")
+    assert train("torch", config, run, *adapter) == 0
+    begun = origin_of(run)
+    assert begun is not None
+    assert begun.name == f"{base}@1"
+    assert train("torch", config, base) == 0
+    assert saved_steps(base)[-1] == 2
+    assert main("torch", "generate", run, "the", "--max-new-tokens", "1") == 0
+    assert train("torch", config, run, *adapter) == 0  # it goes on from there as well

@@ -15,7 +15,7 @@ from gpt_core.errors import InputError, shown
 from gpt_core.files.reading import is_file
 from gpt_core.formats.base import Checkpoint
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import RUN_FILE, Origin, saved_steps
+from gpt_core.runs.folder import RUN_FILE, Origin, run_of, saved_steps
 from gpt_core.storage.checkpoint_config import read_checkpoint_config
 from gpt_core.text.finding import find_tokenizer, open_tokenizer, text_tokenizer
 from gpt_core.text.gpt2 import GPT2, gpt2_tokenizer, is_gpt2
@@ -46,11 +46,19 @@ class Start:
         with progress() as bar:
             for part in bar.track(every, description=f"reading {config.train.start_from}"):
                 weights.add(part, self.checkpoint.read(part))
-        return Origin(str(config.train.start_from), weights.hexdigest(), self.checkpoint.path)
+        return Origin(
+            _lasting(str(config.train.start_from), self.checkpoint.path), weights.hexdigest(), self.checkpoint.path
+        )
 
     def saved_tokenizer(self, model: ModelConfig) -> Tokenizer | None:
         """What is written beside a new model: the tokenizer, where there is a row for each of its tokens."""
         return self.tokenizer if model.vocab_size >= self.tokenizer.vocab_size else None
+
+
+def _lasting(start_from: str, checkpoint: Path) -> str:
+    """What weights are called for good: `RUN` and `RUN@best` are others once that run goes on."""
+    run = run_of(checkpoint)
+    return start_from if run is None or Path(start_from) == checkpoint else f"{run}@{checkpoint.name}"
 
 
 def begin(config: RunConfig, run: Path) -> Start:
