@@ -114,40 +114,12 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> 
     tokenizer.save(folder)
     if not isinstance(tokenizer, Gpt2Tokenizer):
         return
-    _write_json(folder / TOKENIZER_FILE, _tokenizer_json(tokenizer), indent=None)
+    _write_json(folder / TOKENIZER_FILE, tokenizer.content, indent=None)
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     # Not "GPT2Tokenizer": transformers 5 rebuilds that one from vocab.json and merges.txt instead of reading
     # tokenizer.json, and ends with a vocabulary of one.
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length, **special}
     _write_json(folder / TOKENIZER_CONFIG, config | {"clean_up_tokenization_spaces": False})
-
-
-def _tokenizer_json(tokenizer: Gpt2Tokenizer) -> dict[str, Any]:
-    """GPT-2's byte-level BPE in the file format of the library `tokenizers`."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end = {"id": tokenizer.end_of_text, "content": END_OF_TEXT, "single_word": False, "lstrip": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [end | {"rstrip": False, "normalized": False, "special": True}],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": byte_level | {"trim_offsets": False},
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": tokenizer.vocabulary,
-            "merges": tokenizer.merges,
-        },
-    }
 
 
 def write_generation_config(folder: Path, ids: dict[str, Any]) -> None:

@@ -141,12 +141,12 @@ def open_tokenizer(path_or_name: str) -> Tokenizer:
 def _opened(found: FoundTokenizer, folder: Path, otherwise: str, name: str = "") -> Tokenizer:
     if found.kind == "gpt2" and not has_template(found.files):
         return gpt2_tokenizer()
-    sha256 = gpt2_tokenizer().sha256 if found.kind == "gpt2" else None
+    gpt2 = gpt2_tokenizer() if found.kind == "gpt2" else None
     if not found.readable:
         raise InputError(
             f"{folder}: its tokenizer is not GPT-2's ({found.difference}), and {unreadable(found.files)}; {otherwise}"
         )
     try:
-        return FileTokenizer(folder, found.files, name or str(folder), sha256)
+        return FileTokenizer(folder, found.files, name or str(folder), gpt2)
     except InputError as error:
         raise InputError(f"{error}; {otherwise}") from None

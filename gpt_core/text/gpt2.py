@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -90,6 +91,34 @@ class Gpt2Tokenizer(Tokenizer):
     def merges(self) -> list[str]:
         """The merges, as `merges.txt` spells them, in order."""
         return merge_lines(self._files[MERGES_FILE].read_text(encoding="utf-8"))
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The same in the file format of the library `tokenizers`."""
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        end = {"id": self.end_of_text, "content": END_OF_TEXT, "single_word": False, "lstrip": False}
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [end | {"rstrip": False, "normalized": False, "special": True}],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": byte_level | {"trim_offsets": False},
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": "",
+                "end_of_word_suffix": "",
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": self.vocabulary,
+                "merges": self.merges,
+            },
+        }
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens in it are plain text.

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from gpt_core.errors import InputError, shown
 from gpt_core.files.reading import read_json, read_text
+from gpt_core.text.gpt2 import Gpt2Tokenizer
 from gpt_core.text.tokenizer import Tokenizer
 from gpt_core.text.tokenizer_rules import (
+    END_OF_TEXT,
     SPECIAL_TOKENS,
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
@@ -38,18 +40,22 @@ class FileTokenizer(Tokenizer):
 
     Args:
         folder: Where its files lie.
-        files: All of them; `tokenizer.json` is one.
+        files: All of them; `tokenizer.json` is one, unless it is GPT-2's.
         name: What messages call it.
-        sha256: Of its content, where that is known already.
+        gpt2: GPT-2's, where its ids are those: then `vocab.json` and `merges.txt` will do, and its special tokens need
+            no file.
 
     Raises:
         InputError: a file is damaged, or it needs code of its own.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path], name: str, sha256: str | None = None) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path], name: str, gpt2: Gpt2Tokenizer | None = None) -> None:
         path = folder / TOKENIZER_FILE
         self._folder, self._files, self.name = folder, tuple(files), name
-        self._text = read_text(path, _LARGEST)
+        if gpt2 is None or path in self._files:
+            self._text = read_text(path, _LARGEST)
+        else:
+            self._text = json.dumps(gpt2.content)
         try:
             self.backend = tokenizers.Tokenizer.from_str(self._text)
         except Exception as error:  # the library's own, of no type
@@ -59,7 +65,8 @@ class FileTokenizer(Tokenizer):
         self.backend.no_truncation()
         self.backend.no_padding()
         self.vocab_size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        self._sha256 = sha256
+        self._sha256 = None if gpt2 is None else gpt2.sha256
+        self._named = {} if gpt2 is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
 
     def _require_whole(self, path: Path) -> None:
         """Refuse what makes ids that the file does not say."""
@@ -100,7 +107,7 @@ class FileTokenizer(Tokenizer):
     @cached_property
     def special_tokens(self) -> dict[str, Any]:
         """Special tokens by name, as a chat template is given them: "eos_token" and its like."""
-        found = {**_object(self._folder / SPECIAL_TOKENS), **self._config}
+        found = {**self._named, **_object(self._folder / SPECIAL_TOKENS), **self._config}
         named = {name: _content(found[name]) for name in _NAMED if name in found}
         extra = found.get("extra_special_tokens")
         named |= {name: _content(token) for name, token in extra.items()} if isinstance(extra, dict) else {}

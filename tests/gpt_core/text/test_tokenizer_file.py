@@ -154,6 +154,32 @@ def test_gpt2s_tokenizer_with_a_chat_template_is_read_from_its_file_and_known_as
     assert found.encode("Hello <|endoftext|>") == gpt2_tokenizer().encode("Hello <|endoftext|>")
 
 
+def test_gpt2s_two_files_with_a_chat_template_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from gpt_core.text.chat import Chat
+
+    gpt2_tokenizer().save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    template = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    found = open_tokenizer(str(tmp_path))
+    assert is_gpt2(found)
+    assert found.encode("a  b") == gpt2_tokenizer().encode("a  b")
+    assert found.end_of_text == gpt2_tokenizer().end_of_text
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": " there"}]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.apply_chat_template(messages, tokenize=False) == "Hello<|endoftext|> there<|endoftext|>"
+    assert Chat(found).encode(messages) == [15496, 50256, 612, 50256]
+    (tmp_path / "copy").mkdir()
+    found.save(tmp_path / "copy")
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == [
+        "merges.txt",
+        "tokenizer_config.json",
+        "vocab.json",
+    ]
+
+
 def edit(file: str, **changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / file
