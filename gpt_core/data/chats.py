@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -257,12 +257,19 @@ def chat_evaluation_batches(
 ) -> Iterator[Batch]:
     """Every conversation of the validation split once, packed within windows of the source's order.
 
-    All hosts get the same number of batches; rows that are left over at the end are empty. Arguments and errors as
-    `ChatBatches`.
+    All hosts get the same number of batches; rows that are left over at the end are empty. Arguments as `ChatBatches`.
+
+    Raises:
+        InputError: as `ChatBatches`; or all conversations were left out.
     """
-    documents = StreamedChats(config, "validation", tokenizer, context_length).all_documents()
+    chats = StreamedChats(config, "validation", tokenizer, context_length)
     chosen = range(batch_size) if rows is None else rows
-    coming = _packed_rows(documents, config.shuffle_window, context_length)
+    coming = _packed_rows(chats.all_documents(), config.shuffle_window, context_length)
+    first = next(coming, None)
+    if first is None and chats.notices():
+        left_out = "; ".join(chats.notices().values())
+        raise InputError(f"{config.source}: the validation split has nothing to learn: {left_out}")
+    coming = coming if first is None else chain([first], coming)
     while some := list(islice(coming, batch_size)):
         some += [packed_row([], context_length)] * (batch_size - len(some))
         yield batch_of_rows([some[row] for row in chosen], separate=config.separates)

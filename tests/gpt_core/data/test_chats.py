@@ -337,6 +337,21 @@ def test_conversations_without_an_answer_are_left_out_and_said(tokenizer: Tokeni
         take(ChatBatches(alone, "train", 1, CONTEXT, tokenizer=tokenizer), 1)
 
 
+def test_evaluating_what_was_all_left_out_says_why(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    silent = [{"messages": [turn("user", f"Hello {number}?")]} for number in range(9)]
+    long = [{"messages": conversation(number)} for number in range(9)]
+    for records, told in (
+        (silent, "the assistant says nothing in them"),
+        (long, "longer than the context of 8 tokens"),
+    ):
+        config = chats(write_records(tmp_path / "a.jsonl", records), validation_fraction=0.9)
+        with pytest.raises(InputError, match=f"validation split has nothing to learn: .* were left out: {told}"):
+            next(validation_batches(config, 2, 8, tokenizer=tokenizer))
+    never = chats(tmp_path / "a.jsonl", validation_fraction=1e-9)
+    with pytest.raises(InputError, match="no document fell into the validation split"):
+        next(validation_batches(never, 2, CONTEXT, tokenizer=tokenizer))
+
+
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no fields": ({"text": "x"}, "no field 'messages', nor 'prompt' and 'completion'; it has: text"),
     "half a pair": ({"prompt": "x"}, "no field 'messages', nor 'prompt' and 'completion'; it has: prompt"),
