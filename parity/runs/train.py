@@ -99,6 +99,10 @@ def compare_training(
     """
     if config.adapter.rank is not None:
         raise InputError("adapter.rank: `parity train` trains all weights; leave `adapter` out")
+    if config.train.start_from is not None:
+        raise InputError(
+            f"train.start_from = {config.train.start_from}: `parity train` begins with fresh weights; leave it out"
+        )
     models = [
         config.model if name == "config" else as_variant(config.model, name, config.context_length) for name in variants
     ]

@@ -91,6 +91,11 @@ def test_an_adapter_is_refused(tmp_path: Path) -> None:
         compare_training(RunConfig.from_dict({"adapter": {"rank": 2}}), ["config"], ["float64"], tmp_path)
 
 
+def test_weights_to_start_from_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="start_from = somewhere: `parity train` begins with fresh weights"):
+        compare_training(RunConfig.from_dict({"train": {"start_from": "somewhere"}}), ["config"], ["float64"], tmp_path)
+
+
 def test_first_weights_follow_the_table() -> None:
     config = RunConfig.from_dict({"model": {"vocab_size": 400, "n_layers": 2, "n_heads": 4, "embed_dim": 64}})
     weights = initial_weights(config)
