@@ -6,6 +6,7 @@ special tokens and hold the chat template.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
@@ -33,6 +34,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _NO_PART = ("version", "truncation", "padding")  # of a tokenizer.json: no id of a text depends on them here
 _AGAIN = "save it again with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 _UNKNOWN = "\ufffd"
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class FileTokenizer(Tokenizer):
@@ -245,6 +247,6 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _content(token: Any) -> str | None:
-    """The text of a token, which may be written with its rules."""
+    """The text of a token, which may be written with its rules; half a character is none."""
     content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
+    return content if isinstance(content, str) and not _HALF.search(content) else None

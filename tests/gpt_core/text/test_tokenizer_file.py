@@ -226,7 +226,10 @@ def test_what_cannot_be_read_is_refused_by_name(change: Callable[[Path], Any], m
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("token", "told"), [(None, "names no token that ends a text"), ("<none>", "names no token")])
+@pytest.mark.parametrize(
+    ("token", "told"),
+    [(None, "names no token that ends a text"), ("<none>", "names no token"), ("\ud800", "names no token")],
+)
 def test_documents_need_a_token_that_ends_them(token: str | None, told: str, small: Path) -> None:
     edit("tokenizer_config.json", eos_token=token)(small)
     tokenizer = open_tokenizer(str(small))
