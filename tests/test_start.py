@@ -186,7 +186,10 @@ def test_eval_of_a_folder_of_transformers_is_its_loss(
         (["--train.start_from", "/nowhere"], "/nowhere: no such file or folder"),
         (["--train.start_from", ""], "start_from"),
         (["--data.tokenizer", "gpt2"], r"data\.tokenizer = gpt2: another tokenizer than that of the weights"),
-        (["--train.start_from", "WITHOUT", "--train.steps", "1"], r"model\.vocab_size = 312 is smaller than the 50257"),
+        (
+            ["--train.start_from", "WITHOUT", "--train.steps", "1"],
+            r"model\.vocab_size = 312 is smaller than the 50257 .*; it belongs to other weights",
+        ),
     ],
 )
 def test_what_does_not_fit_the_weights_is_refused_before_anything_is_written(
@@ -262,6 +265,29 @@ def test_a_fresh_run_on_prepared_text_keeps_the_tokenizer_that_cut_it(
     (row,) = json.loads(capfd.readouterr().out)
     theirs = tokenizers.Tokenizer.from_file(str(run / "tokenizer.json"))
     assert row["text"] == theirs.decode(row["tokens"], skip_special_tokens=False)
+
+
+def test_prepared_text_without_the_tokenizer_that_cut_it_is_refused(
+    text: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    from gpt_core.checkpoints.start import tokenizer_of_data
+    from gpt_core.data.cli import main as data
+    from gpt_core.data.config import DataConfig
+    from gpt_core.errors import InputError
+
+    made = tmp_path / "data"
+    assert data(["prepare", str(text / "*.txt"), str(made), "--tokenizer", str(checkpoint)]) == 0
+    config = RunConfig(data=DataConfig(prepared=str(made)))
+    assert tokenizer_of_data(config, None).sha256 == open_tokenizer(str(checkpoint)).sha256
+    edit(made / "tokenizer.json", normalizer={"type": "Lowercase"})
+    with pytest.raises(
+        InputError, match=f"cut by the tokenizer {checkpoint}, which does not lie beside them as it was"
+    ):
+        tokenizer_of_data(config, None)
+    for name in CARRIED:
+        (made / name).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="which does not lie beside them any more; put its files back"):
+        tokenizer_of_data(config, None)
 
 
 def test_a_model_trained_with_ones_own_tokenizer_is_exported_with_its_special_tokens(

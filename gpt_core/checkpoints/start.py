@@ -25,6 +25,9 @@ FREE_FIELDS = ("dropout", "context_length", "rope_theta", "rope_scaling")
 """Fields of a model that touch no weight, where it has no table of positions."""
 
 
+_HASH = "tokenizer_sha256"  # in the settings of prepared tokens, unless GPT-2's tokenizer cut them
+
+
 @dataclass(frozen=True)
 class Start:
     """What a run begins with.
@@ -90,12 +93,10 @@ def tokenizer_of_data(config: RunConfig, home: Path | None) -> Tokenizer:
         return _tokenizer_of(data)
     tokenizer = text_tokenizer(home, "set data.tokenizer to one that can be read")
     if data.prepared is not None:
-        settings = Index.read(Path(data.prepared)).settings
-        name = settings.get("tokenizer", GPT2)
-        same = is_gpt2(tokenizer) if name == GPT2 else settings.get("tokenizer_sha256") == tokenizer.sha256
-        if not same:
+        index = Index.read(Path(data.prepared))
+        if not _cut(index, tokenizer):
             raise InputError(
-                f"{data.prepared}: its tokens were cut by the tokenizer {name}, and the weights have another "
+                f"{data.prepared}: its tokens were cut by the tokenizer {_cutter(index)}, and the weights have another "
                 f"({tokenizer.name}); prepare the text with theirs: gpt-data prepare SOURCE DESTINATION "
                 f"--tokenizer {home}"
             )
@@ -108,11 +109,36 @@ def tokenizer_of_data(config: RunConfig, home: Path | None) -> Tokenizer:
 
 
 def _tokenizer_of(data: DataConfig) -> Tokenizer:
-    """The tokenizer that data name."""
-    if data.prepared is not None:
-        own = find_tokenizer(Path(data.prepared)).kind is not None
-        return open_tokenizer(data.prepared) if own else gpt2_tokenizer()
-    return gpt2_tokenizer() if data.tokenizer is None else open_tokenizer(data.tokenizer)
+    """The tokenizer that data name.
+
+    Raises:
+        InputError: it cannot be read, or is not the one that cut the data.
+    """
+    if data.prepared is None:
+        return gpt2_tokenizer() if data.tokenizer is None else open_tokenizer(data.tokenizer)
+    folder = Path(data.prepared)
+    index = Index.read(folder)
+    if _HASH not in index.settings:
+        return gpt2_tokenizer()
+    own = open_tokenizer(data.prepared) if find_tokenizer(folder).kind is not None else None
+    if own is None or not _cut(index, own):
+        raise InputError(
+            f"{data.prepared}: its tokens were cut by the tokenizer {_cutter(index)}, which does not lie beside them "
+            f"{'any more' if own is None else 'as it was'}; put its files back, or prepare the text again"
+        )
+    return own
+
+
+def _cutter(index: Index) -> str:
+    """The name of the tokenizer that cut prepared tokens."""
+    return str(index.settings.get("tokenizer", GPT2))
+
+
+def _cut(index: Index, tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer is the one that cut prepared tokens."""
+    if _HASH not in index.settings:
+        return is_gpt2(tokenizer)
+    return bool(index.settings[_HASH] == tokenizer.sha256)
 
 
 def started_model(config_of: ModelConfig, given: Mapping[str, Any], start_from: str) -> ModelConfig:
