@@ -256,8 +256,9 @@ def check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
         known = tokenizer.vocab_size
         source = "the GPT-2 tokenizer" if is_gpt2(tokenizer) else f"the tokenizer {tokenizer.name}"
     if known > config.model.vocab_size:
+        what_to_do = "raise it" if config.train.start_from is None else "it belongs to other weights"
         raise InputError(
-            f"model.vocab_size = {config.model.vocab_size} is smaller than the {known} tokens of {source}; raise it"
+            f"model.vocab_size = {config.model.vocab_size} is smaller than the {known} tokens of {source}; {what_to_do}"
         )
 
 
