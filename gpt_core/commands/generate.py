@@ -131,8 +131,9 @@ def _sampling(options: Namespace, tokenizer: Tokenizer, checkpoint: Path) -> Sam
     if options.stop == "":
         raise InputError("--stop is an empty text; give one with at least one token")
     ends = end_tokens(checkpoint, tokenizer) if options.stop is None else tokenizer.encode_marked(options.stop)[:1]
+    most = CHAT_TOKENS if options.chat else NEW_TOKENS
     return SamplingConfig(
-        max_new_tokens=options.max_new_tokens or (CHAT_TOKENS if options.chat else NEW_TOKENS),
+        max_new_tokens=most if options.max_new_tokens is None else options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,

@@ -116,6 +116,12 @@ def test_without_a_tokenizer_that_can_be_read_text_is_refused(
         run(checkpoint, "Hello", rows=[])
 
 
+@pytest.mark.parametrize("more", [[], ["--chat"]])
+def test_no_tokens_are_refused_as_too_few(more: list[str], chatty: Path) -> None:
+    with pytest.raises(InputError, match="max_new_tokens = 0 must be a whole number of at least 1"):
+        run(chatty, "the", "--max-new-tokens", "0", *more, rows=[])
+
+
 @pytest.mark.parametrize("ends", ["text", [1, "2"], {"a": 1}, -1])
 def test_an_end_that_is_no_token_is_refused(ends: object, other: Path) -> None:
     (other / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
