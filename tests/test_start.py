@@ -348,3 +348,9 @@ def test_a_base_is_called_by_its_step_so_that_its_run_can_go_on(
     assert saved_steps(base)[-1] == 2
     assert main("torch", "generate", run, "the", "--max-new-tokens", "1") == 0
     assert train("torch", config, run, *adapter) == 0  # it goes on from there as well
+    base.rename(tmp_path / "elsewhere")
+    capfd.readouterr()
+    assert main("torch", "generate", run, "the") == 2
+    said = capfd.readouterr().err.strip()
+    assert f"{run}: its adapter belongs to the base {base}@1, which is gone" in said
+    assert "\n" not in said

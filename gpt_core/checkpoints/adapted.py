@@ -140,7 +140,7 @@ class AdaptedCheckpoint:
     def notices(self) -> tuple[str, ...]:
         """What a person should know of reading it."""
         told = "the adapter is merged into the base: loading both apart sums in another order, within rounding"
-        return (*self._base.notices, told)
+        return tuple(dict.fromkeys((*self._base.notices, told)))
 
     def read(self, parameter: Parameter) -> Array:
         """A parameter, or one block of it, in canonical axes."""
@@ -189,11 +189,14 @@ def open_base(run: Path, config: RunConfig) -> Checkpoint:
     if start is None:
         raise InputError(f"{run / RUN_FILE}: does not say what base the adapter belongs to (start)")
     own = run / BASE
-    folder = own if start.name == BASE and exists(own) else local_folder(start.name)
-    if not exists(folder):
+    try:
+        folder, why = own if start.name == BASE and exists(own) else local_folder(start.name), ""
+    except InputError as error:
+        folder, why = Path(start.name), f" ({error})"
+    if why or not exists(folder):
         raise InputError(
-            f"{run}: its adapter belongs to the base {start.name}, which is gone; put it back there, or change from: "
-            f"in {run / RUN_FILE}"
+            f"{run}: its adapter belongs to the base {start.name}, which is gone{why}; put it back there, or change "
+            f"from: in {run / RUN_FILE}"
         )
     base = open_checkpoint(folder)
     found = {name: row.shape for name, row in parameter_table(base.config).items()}
