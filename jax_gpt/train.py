@@ -101,7 +101,8 @@ def _train(
     program = create_program(config, mesh)
     rows = local_rows(mesh, config.train.batch_size)
     steps = config.train.steps
-    opening = rows_without_tokens(config.model.vocab_size, start.tokenizer)
+    given = config.train.start_from is not None
+    opening = rows_without_tokens(config.model.vocab_size, start.tokenizer, given=given)
     if config.jax.attention == "auto":
         opening.append(
             f"attention: {picks(jax.default_backend(), config.train.dtype, config.model, config.data.separates)}"

@@ -101,7 +101,8 @@ def _train(
     program = create_program(config, accelerator)
     rows = local_rows(config.train.batch_size)
     steps = config.train.steps
-    opening = rows_without_tokens(config.model.vocab_size, start.tokenizer)
+    given = config.train.start_from is not None
+    opening = rows_without_tokens(config.model.vocab_size, start.tokenizer, given=given)
     if config.torch.attention == "auto":
         opening.append(
             f"attention: {picks(program.device.type, config.train.dtype, config.model, config.data.separates)}"

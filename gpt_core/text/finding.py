@@ -26,21 +26,22 @@ def tokenizer_for(vocab_size: int) -> Tokenizer | None:
     return gpt2_tokenizer() if vocab_size >= gpt2_tokenizer().vocab_size else None
 
 
-def rows_without_tokens(vocab_size: int, tokenizer: Tokenizer | None = None) -> list[str]:
+def rows_without_tokens(vocab_size: int, tokenizer: Tokenizer | None = None, *, given: bool = False) -> list[str]:
     """What a person should know of a model with more rows than the tokenizer saved with it has tokens.
 
     Args:
         vocab_size: Rows of the model.
         tokenizer: GPT-2's unless given.
+        given: Whether the rows are those of weights to start from, which cannot be chosen.
     """
     known = gpt2_tokenizer() if tokenizer is None else tokenizer
     if vocab_size <= known.vocab_size:
         return []
     whose = "the GPT-2 tokenizer" if is_gpt2(known) else f"the tokenizer {known.name}"
+    instead = f"; model.vocab_size {known.vocab_size} with model.pad_vocab_size_multiple 64 pads without them"
     return [
         f"model.vocab_size = {vocab_size}: rows {known.vocab_size} to {vocab_size - 1} have no token of {whose}, they "
-        f"are never generated; model.vocab_size {known.vocab_size} with model.pad_vocab_size_multiple 64 pads without "
-        f"them"
+        f"are never generated{'' if given else instead}"
     ]
 
 

@@ -134,6 +134,9 @@ def test_a_tokenizer_belongs_to_a_model_that_has_a_row_for_each_of_its_tokens(ro
     notices = rows_without_tokens(rows)
     assert len(notices) == (rows > 50257)
     assert all("rows 50257 to 50303" in notice and "pad_vocab_size_multiple 64" in notice for notice in notices)
+    told = rows_without_tokens(rows, given=True)  # nobody can choose those of given weights
+    assert len(told) == len(notices)
+    assert all(notice.endswith("they are never generated") for notice in told)
 
 
 def test_prose_is_long_english() -> None:
