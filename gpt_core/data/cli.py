@@ -192,6 +192,8 @@ def _tokenizer(options: Namespace) -> int:
         print_json({"destination": str(options.destination), "vocab_size": count, "skipped": reader.skipped})
     else:
         say(f"{options.destination}: {count:,} tokens")
+        if reader.skipped:
+            say(one_line(f"note: {reader.skipped} broken records skipped; the first: {reader.first_skipped}"))
         if count < options.vocab_size:
             say(f"note: no pair is left that occurs twice: {count:,} tokens are fewer than --vocab-size asks for")
     return SUCCESS
