@@ -12,7 +12,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.data.config import DataConfig
 from gpt_core.data.prepared import Index
 from gpt_core.errors import InputError, shown
-from gpt_core.files.reading import is_file
+from gpt_core.files.reading import exists, is_file
 from gpt_core.formats.base import Checkpoint
 from gpt_core.runs.config import RunConfig
 from gpt_core.runs.folder import RUN_FILE, Origin, run_of, saved_steps
@@ -59,9 +59,11 @@ class Start:
 
 
 def _lasting(start_from: str, checkpoint: Path) -> str:
-    """What weights are called for good: `RUN` and `RUN@best` are others once that run goes on."""
-    run = run_of(checkpoint)
-    return start_from if run is None or Path(start_from) == checkpoint else f"{run}@{checkpoint.name}"
+    """What weights are called for good, from anywhere: `RUN` and `RUN@best` are others once that run goes on."""
+    run, place = run_of(checkpoint), Path(start_from)
+    if run is not None and place != checkpoint:
+        return f"{run.absolute()}@{checkpoint.name}"
+    return str(place.absolute()) if exists(place) else start_from  # which is a name on the hub
 
 
 def begin(config: RunConfig, run: Path) -> Start:
