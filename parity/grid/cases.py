@@ -64,7 +64,7 @@ def checks(subject: Subject, fault: Fault | None = None) -> Iterator[CheckResult
         yield check_gradients(variant, dtype, subject.config, gradients, forward_differs=divergence is not None)
     if subject.adapted:
         yield _adapter(subject, fault)
-        with planted(fault, None):
+        with planted(fault if fault is not None and fault.caught_by == "chat" else None, None):
             yield check_chat(variant, dtype)
     if dtype == "float64" and whole:
         trained = subject.torch_model()
