@@ -28,7 +28,8 @@ from rich.table import Table
 
 from gpt_core.parameters import Parameter
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import Framework, checkpoint_folder, open_run
+from gpt_core.runs.folder import Framework, open_run
+from gpt_core.runs.saved import checkpoint_folder
 from gpt_core.runs.tracking import read_metrics
 from gpt_core.storage.tensor_info import Array
 from parity.comparison.tolerances import DRIFT_RATIO, tolerance

@@ -70,7 +70,7 @@ def prompts() -> list[list[int]]:
 def jax_side(
     out: Path, new: int, draft_tokens: int, temperature: float
 ) -> tuple[Callable[[list[int]], Any], Callable[[list[int]], Any]]:
-    from gpt_core.runs.folder import find_checkpoint
+    from gpt_core.runs.saved import find_checkpoint
     from gpt_core.text.generation import SamplingConfig
     from jax_gpt.checkpoint import load
     from jax_gpt.decode import prepare

@@ -21,7 +21,7 @@ from gpt_core.errors import InputError
 from gpt_core.files.hashes import is_exhaustion, write_hashes
 from gpt_core.files.reading import read_json
 from gpt_core.runs.config import TrainConfig
-from gpt_core.runs.folder import (
+from gpt_core.runs.saved import (
     RECORD_FILE,
     StepRecord,
     checkpoint_folder,
@@ -230,7 +230,7 @@ class _UnlessOfOrbax:
 
 
 class _Kept:
-    """Orbax's question which checkpoints stay, answered by `gpt_core.runs.folder.kept_steps`."""
+    """Orbax's question which checkpoints stay, answered by `gpt_core.runs.saved.kept_steps`."""
 
     def __init__(self, run: Path, config: TrainConfig) -> None:
         self._run, self._config = run, config

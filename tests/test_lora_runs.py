@@ -14,7 +14,8 @@ from gpt_core.adapter import adapter_table
 from gpt_core.checkpoints.adapted import open_checkpoint, open_run_adapter
 from gpt_core.checkpoints.hashing import hash_weights
 from gpt_core.parameters import parameter_table
-from gpt_core.runs.folder import checkpoint_folder, origin_of, read_run
+from gpt_core.runs.folder import origin_of, read_run
+from gpt_core.runs.saved import checkpoint_folder
 from gpt_core.runs.tracking import read_metrics
 from parity.cli import main as parity
 

@@ -13,7 +13,7 @@ import pytest
 from gpt_core.errors import InputError
 from gpt_core.files.hashes import HASHES_FILE
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import StepRecord, checkpoint_folder, saved_steps
+from gpt_core.runs.saved import StepRecord, checkpoint_folder, saved_steps
 
 CONFIG = RunConfig.from_dict(
     {

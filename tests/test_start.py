@@ -20,7 +20,8 @@ from gpt_core.commands.train import train_config, train_parser
 from gpt_core.data.loader import training_batches
 from gpt_core.data.stdlib import prose
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import origin_of, saved_steps
+from gpt_core.runs.folder import origin_of
+from gpt_core.runs.saved import saved_steps
 from gpt_core.runs.tracking import read_metrics
 from gpt_core.text.finding import open_tokenizer
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from chat_templates import write_tokenizer
 
-from gpt_core.runs.folder import saved_steps
+from gpt_core.runs.saved import saved_steps
 from gpt_core.runs.tracking import read_metrics
 from gpt_core.runs.training import Journal
 from gpt_core.text.finding import tokenizer_of

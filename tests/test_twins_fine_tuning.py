@@ -15,7 +15,7 @@ from gpt_core.checkpoints.adapted import open_run_adapter
 from gpt_core.checkpoints.start import model_of
 from gpt_core.formats import open_checkpoint
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import checkpoint_folder
+from gpt_core.runs.saved import checkpoint_folder
 from gpt_core.runs.tracking import read_metrics
 from parity.cli import main as parity
 

@@ -18,7 +18,7 @@ from gpt_core.files.hashes import write_hashes
 from gpt_core.files.reading import parse_json
 from gpt_core.files.writing import anything, atomic_directory, clear_leftovers
 from gpt_core.runs.config import TrainConfig
-from gpt_core.runs.folder import (
+from gpt_core.runs.saved import (
     RECORD_FILE,
     StepRecord,
     checkpoint_folder,

@@ -24,7 +24,8 @@ from gpt_core.formats.base import Checkpoint
 from gpt_core.formats.peft import PeftAdapter, open_peft, source_of_peft
 from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import BASE, RUN_FILE, Framework, Origin, origin_of, read_run, run_of, saved_steps, write_run
+from gpt_core.runs.folder import BASE, Framework, Origin, origin_of, read_run, run_of, write_run
+from gpt_core.runs.saved import RUN_FILE, saved_steps
 from gpt_core.storage.checkpoint_config import read_checkpoint_config
 from gpt_core.storage.merging import Pair, Pairs, merged
 from gpt_core.storage.tensor_info import Array, TensorInfo

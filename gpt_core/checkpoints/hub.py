@@ -5,7 +5,7 @@ from pathlib import Path
 from gpt_core.errors import InputError
 from gpt_core.files.hub import fetch, is_hub_name
 from gpt_core.files.reading import exists
-from gpt_core.runs.folder import find_checkpoint
+from gpt_core.runs.saved import find_checkpoint
 
 _FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.model", "*.jinja"]  # never a pickle, never code
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from gpt_core.files.reading import real_path
 from gpt_core.formats.hf_folder import CARD_FILE, GENERATION_CONFIG
 from gpt_core.formats.peft_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from gpt_core.runs.folder import RUN_FILE
+from gpt_core.runs.saved import RUN_FILE
 from gpt_core.storage.checkpoint_config import CHECKPOINTS, CONFIG_FILE, PARAMS_FOLDER
 from gpt_core.text.tokenizer_rules import ADDITIONAL_TEMPLATES, TOKENIZER_FILES
 

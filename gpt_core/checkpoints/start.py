@@ -15,7 +15,8 @@ from gpt_core.errors import InputError, shown
 from gpt_core.files.reading import exists, is_file
 from gpt_core.formats.base import Checkpoint
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import RUN_FILE, Origin, run_of, saved_steps
+from gpt_core.runs.folder import Origin, run_of
+from gpt_core.runs.saved import RUN_FILE, saved_steps
 from gpt_core.storage.checkpoint_config import read_checkpoint_config
 from gpt_core.text.finding import find_tokenizer, open_tokenizer, text_tokenizer
 from gpt_core.text.gpt2 import GPT2, gpt2_tokenizer, is_gpt2

@@ -16,7 +16,8 @@ from gpt_core.config import ModelConfig, find_config
 from gpt_core.errors import InputError
 from gpt_core.files.reading import is_file, read_yaml
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import RUN_FILE, read_run
+from gpt_core.runs.folder import read_run
+from gpt_core.runs.saved import RUN_FILE
 from gpt_core.sections import require_filled
 from gpt_core.storage.checkpoint_config import read_checkpoint_config
 

@@ -20,7 +20,8 @@ from gpt_core.errors import InputError, RunFailedError
 from gpt_core.flops import training_flops_per_token
 from gpt_core.interrupts import SIGNALS
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import Framework, StepRecord
+from gpt_core.runs.folder import Framework
+from gpt_core.runs.saved import StepRecord
 from gpt_core.runs.summary import environment, loss_curve, write_summary
 from gpt_core.runs.tracking import Tracker
 from gpt_core.text.gpt2 import is_gpt2

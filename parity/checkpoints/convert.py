@@ -15,7 +15,8 @@ from gpt_core.errors import InputError
 from gpt_core.files.reading import real_path
 from gpt_core.files.writing import require_apart
 from gpt_core.parameters import parameter_count
-from gpt_core.runs.folder import RECORD_FILE, read_record, read_run
+from gpt_core.runs.folder import read_run
+from gpt_core.runs.saved import RECORD_FILE, read_record
 from gpt_core.storage.checkpoint_config import CHECKPOINTS, config_home
 
 DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

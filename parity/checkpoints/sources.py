@@ -11,7 +11,7 @@ import fsspec
 from gpt_core.checkpoints.hub import local_folder
 from gpt_core.data.sources import is_regular
 from gpt_core.errors import InputError
-from gpt_core.runs.folder import RECORD_FILE, find_checkpoint
+from gpt_core.runs.saved import RECORD_FILE, find_checkpoint
 from gpt_core.storage.checkpoint_config import CHECKPOINTS
 
 

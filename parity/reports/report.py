@@ -17,7 +17,7 @@ from rich.table import Table
 from gpt_core.errors import InputError
 from gpt_core.files.reading import exists, is_folder
 from gpt_core.files.writing import atomic_file
-from gpt_core.runs.folder import RUN_FILE
+from gpt_core.runs.saved import RUN_FILE
 from gpt_core.storage.checkpoint_config import CONFIG_FILE, PARAMS_FOLDER, WEIGHTS_FILE
 from parity.checks import CheckResult
 from parity.reports.summary import CHECKS, DTYPES, fault_line, missed, noise_lines, ordered

@@ -24,19 +24,8 @@ from gpt_core.formats import orbax_jax, safetensors_torch
 from gpt_core.formats.hf_folder import carry
 from gpt_core.parameters import Parameter, parameter_table
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import (
-    BASE,
-    RECORD_FILE,
-    RUN_FILE,
-    Framework,
-    StepRecord,
-    checkpoint_folder,
-    origin_of,
-    read_record,
-    read_run,
-    run_of,
-    write_run,
-)
+from gpt_core.runs.folder import BASE, Framework, origin_of, read_run, run_of, write_run
+from gpt_core.runs.saved import RECORD_FILE, RUN_FILE, StepRecord, checkpoint_folder, read_record
 from gpt_core.runs.tracking import METRICS_FILE, read_metrics
 from gpt_core.runs.training import check_dtype
 from gpt_core.storage.checkpoint_config import PARAMS_FOLDER, WEIGHTS_FILE, read_checkpoint_config

@@ -29,7 +29,8 @@ from gpt_core.files.writing import atomic_file
 from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import Framework, checkpoint_folder, open_run
+from gpt_core.runs.folder import Framework, open_run
+from gpt_core.runs.saved import checkpoint_folder
 from gpt_core.runs.tracking import METRICS_FILE, read_metrics
 from gpt_core.storage.checkpoint_config import CHECKPOINTS
 from gpt_core.storage.tensor_info import Array

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from gpt_core.runs.folder import StepRecord
+from gpt_core.runs.saved import StepRecord
 from jax_gpt.cli import main
 from jax_gpt.run_checkpoint import RunCheckpoints
 from jax_gpt.step import TrainState

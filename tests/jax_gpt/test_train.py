@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_core.runs.folder import saved_steps
+from gpt_core.runs.saved import saved_steps
 from gpt_core.runs.tracking import read_metrics
 from gpt_core.storage.orbax_file import OrbaxReader
 from jax_gpt.cli import main

@@ -416,7 +416,8 @@ def test_the_card_of_a_run_names_the_run(tmp_path, exports):
     import shutil
 
     from gpt_core.runs.config import RunConfig
-    from gpt_core.runs.folder import RECORD_FILE, StepRecord, open_run
+    from gpt_core.runs.folder import open_run
+    from gpt_core.runs.saved import RECORD_FILE, StepRecord
 
     config = CONFIGS["rope-gqa-full"]
     run = tmp_path / "my-run"

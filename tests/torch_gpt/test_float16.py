@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from gpt_core.config import ModelConfig
 from gpt_core.files.hashes import write_hashes
 from gpt_core.optimization import AdamWConfig
-from gpt_core.runs.folder import checkpoint_folder
+from gpt_core.runs.saved import checkpoint_folder
 from gpt_core.runs.tracking import read_metrics
 from gpt_core.storage.safetensors_file import OPTIMIZER_FILE, SafetensorsReader, write_safetensors
 from torch_gpt.cli import main

@@ -11,7 +11,8 @@ from gpt_core.commands.train import eval_config, eval_parser, train_config, trai
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.runs.config import DataConfig, JaxConfig, MeshConfig, RunConfig, TrainConfig
-from gpt_core.runs.folder import checkpoint_folder, open_run
+from gpt_core.runs.folder import open_run
+from gpt_core.runs.saved import checkpoint_folder
 
 SAVED = RunConfig(
     model=ModelConfig(vocab_size=64, n_layers=2, n_heads=2, embed_dim=8),

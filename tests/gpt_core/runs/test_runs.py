@@ -12,20 +12,16 @@ import yaml
 from gpt_core.errors import InputError, RunFailedError
 from gpt_core.files.hashes import write_hashes
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import (
+from gpt_core.runs.folder import differing_run_fields, held_run, open_run, read_run, resume_notices
+from gpt_core.runs.saved import (
     RECORD_FILE,
     RUN_FILE,
     StepRecord,
     checkpoint_folder,
-    differing_run_fields,
     find_checkpoint,
-    held_run,
     kept_steps,
     newest_readable,
-    open_run,
     read_record,
-    read_run,
-    resume_notices,
     saved_steps,
     set_aside,
 )

@@ -12,7 +12,8 @@ from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
 from gpt_core.runs.config import RunConfig
-from gpt_core.runs.folder import RECORD_FILE, StepRecord, open_run
+from gpt_core.runs.folder import open_run
+from gpt_core.runs.saved import RECORD_FILE, StepRecord
 from gpt_core.storage.checkpoint_config import CHECKPOINTS, PARAMS_FOLDER
 from jax_gpt.checkpoint import save
 from jax_gpt.model import GPT, initialiser

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gpt_core.files.hashes import HASHES_FILE
-from gpt_core.runs.folder import checkpoint_folder, saved_steps
+from gpt_core.runs.saved import checkpoint_folder, saved_steps
 from gpt_core.runs.tracking import read_metrics
 from gpt_core.storage.safetensors_file import OPTIMIZER_FILE, SafetensorsReader, write_safetensors
 from parity.cli import main
