@@ -92,7 +92,7 @@ def flat_adamw(config: Any, mesh: Any) -> Made:
             return function
 
         def gathered(self, parameters: Any, *, of_block: bool = False) -> Any:
-            if of_block:
+            if of_block or not isinstance(parameters, dict):  # what is frozen: nothing
                 return parameters
             parts = {kind: iter(unravel[kind](parameters[kind])) for kind in (True, False)}
             return jax.tree_util.tree_unflatten(tree, [next(parts[kind]) for kind in decays])
