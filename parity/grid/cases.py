@@ -57,7 +57,7 @@ def checks(subject: Subject, fault: Fault | None = None) -> Iterator[CheckResult
     yield check_loss(variant, dtype, {"jax": reference.loss, "torch": run.loss})
     if everything and whole:
         yield _decode(subject, fault, run, truth)
-    if dtype == "float64" and subject.packed:
+    if dtype == "float64" and subject.further:
         yield _segments(subject, fault)
     if subject.gradients:
         gradients = {"jax": reference.gradients, "torch": run.gradients}

@@ -28,6 +28,9 @@ _FIRST = ("learned-mha-full", "rope-gqa-window")
 _LEFT_OUT = ("decode", "optimizer")
 """Checks that a brief case has not."""
 
+_FURTHER = ("segments", "adapter", "chat")
+"""Checks of documents, adapters and conversations, which few cases have where cases are not named."""
+
 _OF_THE_TWELVE = ("noise", "adapter", "chat")
 """Checks that no other case has."""
 
@@ -77,8 +80,8 @@ def places(cases: Sequence[Case], *, full: bool, whole: bool = True) -> dict[str
             biting = [case for case in biting if fault.caught_by not in _OF_THE_TWELVE or not case.covering]
             if fault.caught_by in _LEFT_OUT and not whole:
                 biting = [case for case in biting if not case.brief]
-            if fault.caught_by == "segments" and not whole:
-                biting = [case for case in biting if case.packed]
+            if fault.caught_by in _FURTHER and not whole:
+                biting = [case for case in biting if case.further]
             biting.sort(key=lambda case: (case.variant not in _FIRST, not case.covering, len(planted[case.variant])))
             biting = biting[:_ENOUGH]
         for case in biting:

@@ -93,7 +93,7 @@ class Subject:
     ) -> None:
         self.case, self.dtype, self.config, self.attention = case, dtype, case.config, attention
         self.whole = full or whole or not case.brief  # or what is brief, briefly
-        self.packed = full or whole or case.packed
+        self.further = full or whole or case.further
         self.full, self.gradients = full, dtype == "float64" or (full and dtype == "float32")
         self.jax, self.torch = side_of("jax"), side_of("torch")
         stored = DTYPES[Precision.of(dtype).param_dtype]
@@ -156,7 +156,7 @@ class Subject:
     @property
     def adapted(self) -> bool:
         """Whether the case is checked with an adapter too."""
-        return self.dtype == "float64" and not self.case.covering
+        return self.dtype == "float64" and self.further and not self.case.covering
 
     def adapted_torch(self) -> Any:
         """A PyTorch twin with an adapter beside its layers."""

@@ -31,8 +31,8 @@ NEW_TOKENS = TIME - min(PROMPTS)  # that are written behind each: over four wind
 DOCUMENTS = ((5, 20, 12), (14, 1, 22))
 """Lengths of documents in each row: shorter than the window, longer than it, and a single token."""
 
-_PACKED = ("learned-mha-full", "learned-gqa-window", "rope-mqa-full", "rope-gqa-window")
-"""Cases that are checked with several documents in a row by default: what attention sees, by how positions enter."""
+_FURTHER = ("learned-mha-full", "rope-gqa-window")
+"""Cases in which what goes beyond one model on one text is checked by default: the two kinds of positions and masks."""
 
 _ORDINARY = 5000
 """Pieces of GPT-2's vocabulary, the first ones, that make up ordinary text."""
@@ -69,9 +69,9 @@ class Case:
     brief: bool = False
 
     @property
-    def packed(self) -> bool:
-        """Whether rows of several documents are checked in it where cases are not named."""
-        return self.variant in _PACKED
+    def further(self) -> bool:
+        """Whether documents in a row, adapters and conversations are checked in it where cases are not named."""
+        return self.variant in _FURTHER
 
     @property
     def covering(self) -> bool:
