@@ -75,6 +75,8 @@ def read(config: Path, run: Path, *more: str) -> RunConfig:
 
 
 frameworks = pytest.mark.parametrize("framework", ["jax", "torch"])
+# What both share is seen in one of them, and JAX compiles for longer.
+slow_in_jax = pytest.mark.parametrize("framework", [pytest.param("jax", marks=pytest.mark.slow), "torch"])
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def test_no_steps_and_an_export_give_back_what_was_taken_byte_for_byte(
     assert exported["eos_token_id"] == [1, 2]
 
 
-@frameworks
+@slow_in_jax
 def test_a_run_goes_on_without_its_source_and_knows_it_by_hash(
     framework: str, checkpoint: Path, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
