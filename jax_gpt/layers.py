@@ -4,6 +4,8 @@
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,12 +205,17 @@ def softcapped(x: Float[jax.Array, "..."], cap: float | None) -> Float[jax.Array
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def dropout(x: Float[jax.Array, "..."], rate: float, key: jax.Array | None) -> Float[jax.Array, "..."]:
-    """Zero entries at `rate` and scale up the rest; the identity without a key."""
-    if key is None or rate == 0:
+def dropout(x: Float[jax.Array, "batch ..."], rate: float, keys: jax.Array | None) -> Float[jax.Array, "batch ..."]:
+    """Zero entries at `rate` and scale up the rest, each row by its own key `[batch]`; the identity without keys."""
+    if keys is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def split_keys(keys: jax.Array | None, parts: int) -> Any:
+    """Keys `[batch]` of dropout as `[parts, batch]`, or as many times None."""
+    return [None] * parts if keys is None else jax.vmap(partial(jax.random.split, num=parts), out_axes=1)(keys)
 
 
 def finish_logits(

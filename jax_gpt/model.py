@@ -32,6 +32,7 @@ from jax_gpt.layers import (
     normed,
     residual,
     scaled,
+    split_keys,
 )
 from jax_gpt.pretrained import Pretrained
 from jax_gpt.scan import BlockStep, block_step, scan_blocks
@@ -64,11 +65,11 @@ class Block(nnx.Module):
         x: Float[jax.Array, "batch time embed"],
         kind: str,
         taps: Taps | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
         positions: Int[jax.Array, "batch time"] | None = None,
     ) -> Float[jax.Array, "batch time embed"]:
         tap(taps, "input", x)
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        keys = split_keys(dropout_keys, 2)
 
         def attention(x: jax.Array) -> jax.Array:
             y = self.attention(normed(self.attention_norm, x, "attention_norm", taps), kind, taps, positions)
@@ -78,8 +79,8 @@ class Block(nnx.Module):
             y = self.mlp(normed(self.mlp_norm, x, "mlp_norm", taps), taps)
             return finish(normed(self.mlp_post_norm, y, "mlp_post_norm", taps), keys[1])
 
-        def finish(branch: jax.Array, key: jax.Array | None) -> jax.Array:
-            return dropout(scaled(branch, self.config.residual_scale), self.config.dropout, key)
+        def finish(branch: jax.Array, keys: jax.Array | None) -> jax.Array:
+            return dropout(scaled(branch, self.config.residual_scale), self.config.dropout, keys)
 
         return residual(x, attention, mlp, self.config)
 
@@ -131,7 +132,7 @@ class GPT(Pretrained, nnx.Module):
         tokens: Int[jax.Array, "batch time"],
         *,
         taps: Taps | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
         segments: Int[jax.Array, "batch time"] | None = None,
     ) -> Float[jax.Array, "batch time vocab"]:
         """Logits of the next token at every position, in fp32 (fp64 in fp64 runs), padded columns cut.
@@ -139,27 +140,27 @@ class GPT(Pretrained, nnx.Module):
         Args:
             tokens: Token ids `[batch, time]`, time <= context_length with learned positions.
             taps: A dictionary to be filled with every site of `gpt_core.sites`; None costs nothing.
-            dropout_key: Turns dropout on, at the rate of the config; None is evaluation.
+            dropout_keys: Of each row, `[batch]`: turns dropout on, at the rate of the config; None is evaluation.
             segments: Which document of its row each token belongs to; equal ids lie together. Documents do not see each
                 other, and positions begin anew in each. None: a row is one document.
 
         Raises:
             InputError: the sequence is longer than the table of learned positions.
         """
-        return tap(taps, "logits", self.unembed(self.hidden(tokens, taps, dropout_key, segments)))
+        return tap(taps, "logits", self.unembed(self.hidden(tokens, taps, dropout_keys, segments)))
 
     def hidden(
         self,
         tokens: Int[jax.Array, "batch time"],
         taps: Taps | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
         segments: Int[jax.Array, "batch time"] | None = None,
     ) -> Float[jax.Array, "batch time embed"]:
         """Everything but the head: the final norm's output. Arguments as for logits."""
-        embed_key, blocks_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        embed_keys, block_keys = split_keys(dropout_keys, 2)
         positions = None if segments is None else positions_in(segments)
-        x = dropout(tap(taps, "embedding", self.embed(tokens, positions)), self.config.dropout, embed_key)
-        x = self.run_blocks(x, taps, blocks_key, positions)
+        x = dropout(tap(taps, "embedding", self.embed(tokens, positions)), self.config.dropout, embed_keys)
+        x = self.run_blocks(x, taps, block_keys, positions)
         return tap(taps, "final_norm", self.final_norm(x))
 
     def embed(
@@ -180,11 +181,11 @@ class GPT(Pretrained, nnx.Module):
         self,
         x: Float[jax.Array, "batch time embed"],
         taps: Taps | None,
-        dropout_key: jax.Array | None,
+        dropout_keys: jax.Array | None,
         positions: Int[jax.Array, "batch time"] | None = None,
     ) -> Float[jax.Array, "batch time embed"]:
         """All blocks, scanned or one after the other."""
-        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.n_layers)
+        keys = None if dropout_keys is None else split_keys(dropout_keys, self.config.n_layers)
         if self.scan_layers:
             return scan_blocks(self.blocks, x, taps, keys, self.config, self.around_block, positions)
         graph = nnx.split(self.blocks[0])[0]

@@ -12,7 +12,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.sites import block_sites
 from jax_gpt.taps import Taps, collect
 
-Layer = tuple[nnx.State, jax.Array | None]  # one block's parameters and dropout key
+Layer = tuple[nnx.State, jax.Array | None]  # one block's parameters and each row's dropout key
 BlockStep = Callable[[jax.Array, Layer], tuple[jax.Array, Taps]]
 
 
@@ -84,7 +84,7 @@ def scan_blocks(
         blocks: One block whose parameters have a leading axis of layers.
         x: Its input.
         taps: Filled with every site of every block, where it is given.
-        keys: Of dropout, `[layers]`.
+        keys: Of dropout, `[layers, batch]`.
         config: The model.
         around_block: Wraps the function of one block.
         positions: Of tokens in their documents, `[batch, time]`; None where a row is one.

@@ -157,16 +157,8 @@ def training_step(
         parameters: nnx.State, frozen: nnx.State, part: Batch, keys: jax.Array | None, count: jax.Array
     ) -> jax.Array:
         model = nnx.merge(graph, layout.gathered(parameters), layout.gathered(frozen))
-        segments = part.get("segments")
-        if keys is None:
-            hidden = model.hidden(part["tokens"], segments=segments)
-        else:  # a key for every row, so that what is dropped does not depend on the mesh
-
-            def of_row(tokens: jax.Array, segments: jax.Array | None, key: jax.Array) -> jax.Array:
-                documents = None if segments is None else segments[None]
-                return model.hidden(tokens[None], dropout_key=key, segments=documents)[0]
-
-            hidden = jax.vmap(of_row)(part["tokens"], segments, keys)
+        # A key for every row, so that what is dropped does not depend on the mesh.
+        hidden = model.hidden(part["tokens"], dropout_keys=keys, segments=part.get("segments"))
         by_token = 1 / count  # of the whole step
         return chunked_loss(model.unembed, hidden, part["targets"], part["mask"], chunk, by_token)
 

@@ -337,18 +337,19 @@ def test_dropout_is_off_without_a_key() -> None:
     """The programs are the same as without dropout, operation by operation."""
     weights, tokens = random_weights(DROPPING), tokens_of(DROPPING)
 
-    def program(rate: float, key: jax.Array | None) -> str:
+    def program(rate: float, keys: jax.Array | None) -> str:
         model = build(replace(DROPPING, dropout=rate), weights, Precision(), scan_layers=False)
-        return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(lambda tokens: model(tokens, dropout_key=key))(tokens)))
+        return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(lambda tokens: model(tokens, dropout_keys=keys))(tokens)))
 
+    keys = jax.random.split(jax.random.key(0), len(tokens))
     assert program(RATE, None) == program(0.0, None)
-    assert program(RATE, jax.random.key(0)) != program(0.0, None)
-    assert "random_bits" not in program(0.0, jax.random.key(0))
+    assert program(RATE, keys) != program(0.0, None)
+    assert "random_bits" not in program(0.0, keys)
 
 
 def test_dropout_zeroes_at_its_rate_and_keeps_the_mean() -> None:
     n = 40_000
-    dropped = np.asarray(dropout(jnp.full((n,), 3.0), RATE, jax.random.key(0)))
+    dropped = np.asarray(dropout(jnp.full((1, n), 3.0), RATE, jax.random.key(0)[None]))
     assert np.allclose(dropped[dropped != 0], 4.0)
     assert abs((dropped == 0).mean() - RATE) < 5 * math.sqrt(RATE * (1 - RATE) / n)
     assert abs(dropped.mean(dtype="float64") - 3) < 5 * 4 * math.sqrt(RATE * (1 - RATE) / n)
@@ -362,7 +363,7 @@ def test_dropout_acts_on_the_embedding_and_on_both_residual_branches(scan_layers
     @jax.jit
     def drop(key: jax.Array) -> Taps:
         taps: Taps = {}
-        nnx.merge(graph, state)(tokens, taps=taps, dropout_key=key)
+        nnx.merge(graph, state)(tokens, taps=taps, dropout_keys=jax.random.split(key, len(tokens)))
         return taps
 
     taps, again, other = (drop(jax.random.key(seed)) for seed in (1, 1, 2))
