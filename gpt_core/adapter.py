@@ -97,11 +97,14 @@ def scale_of(rank: int, alpha: float, *, rslora: bool) -> float:
 
 
 def linear_layers(model: ModelConfig) -> dict[str, Parameter]:
-    """The kernels that can have an adapter, by the name of their layer ("attention.query"), in the table's order."""
+    """The kernels that can have an adapter, by the name of their layer ("attention.query"), in the table's order.
+
+    Those of a mixture, its router and its experts, are none: PEFT has no pair of matrices for them.
+    """
     return {
         layer_name(name): row
         for name, row in parameter_table(model).items()
-        if name.startswith(_BLOCKS) and name.endswith(_KERNEL)
+        if name.startswith(_BLOCKS) and name.endswith(_KERNEL) and "experts" not in row.axes
     }
 
 

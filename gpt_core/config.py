@@ -3,7 +3,8 @@
 Models covered: GPT-2 (Radford et al., 2019) with learned or rotary positions (Su et al., 2021), multi-head,
 grouped-query (Ainslie et al., 2023) or multi-query attention (Shazeer, 2019), a full or a sliding-window causal mask
 (Beltagy et al., 2020; Jiang et al., 2023) or a cycle of both, and the norms, MLPs and scales of the decoders since:
-Llama, Mistral, Qwen, Gemma, OLMo, SmolLM, Phi, Granite, GPT-NeoX. docs/variants.md maps each to these fields.
+Llama, Mistral, Qwen, Gemma, OLMo, SmolLM, Phi, Granite, GPT-NeoX; and mixtures of experts (Shazeer et al., 2017), as
+Mixtral, Qwen 3 and OLMoE have them. docs/variants.md maps each to these fields.
 """
 
 import math
@@ -35,8 +36,9 @@ LARGEST_VOCABULARY = 2**24
 _CHOICES = {"position": Position, "norm": Norm, "norm_placement": NormPlacement, "activation": Activation}
 _FLAGS = (
     *("tied_embeddings", "bias", "qkv_bias", "mlp_bias"),
-    *("norm_unit_offset", "parallel_residual", "gated_mlp"),
+    *("norm_unit_offset", "parallel_residual", "gated_mlp", "router_normalise"),
 )
+_OF_EXPERTS = ("experts_per_token", "expert_dim", "router_normalise")
 _RANGE = "from 1e-6 to 1e6"
 _MOST = {
     "vocab_size": LARGEST_VOCABULARY,
@@ -48,6 +50,9 @@ _MOST = {
     "embed_dim": 2**20,
     "head_dim": 2**16,
     "mlp_dim": 2**24,
+    "n_experts": 2**16,
+    "experts_per_token": 2**16,
+    "expert_dim": 2**24,
     "pad_vocab_size_multiple": 2**20,
 }
 """Largest value of each count, far beyond any model there is: what is larger is a mistake, or an attack."""
@@ -118,6 +123,12 @@ class ModelConfig:
         embedding_scale: Factor on token embeddings, rounded to the format of computation (Gemma, Granite).
         residual_scale: Factor on both residual branches (Granite).
         logit_scale: Factor on the logits (Granite).
+        n_experts: MLPs of every layer, of which a router chooses some for each token; 0 is one MLP for all tokens.
+            Experts are gated and have no biases.
+        experts_per_token: Experts that a token is sent to.
+        expert_dim: Width of the hidden layer of an expert. Default: mlp_dim, which nothing else reads then.
+        router_normalise: Whether the weights of a token's experts sum to one (Mixtral); else they are probabilities
+            among all experts (OLMoE).
 
     Raises:
         InputError: a value is of the wrong type or outside its range; the message names field and range.
@@ -159,6 +170,10 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    n_experts: int = 0
+    experts_per_token: int = 2
+    expert_dim: int | None = _FOLLOWS
+    router_normalise: bool = True
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "n_layers", "n_heads", "embed_dim", "pad_vocab_size_multiple"):
@@ -201,9 +216,10 @@ class ModelConfig:
         self._require_number("dropout", "a number in [0, 1)", lambda value: 0 <= value < 1)
         self._require_number("rope_fraction", "a number in (0, 1]", lambda value: 0 < value <= 1)
         self._follow("qkv_bias", self.bias)
-        self._follow("mlp_bias", self.bias)
+        self._follow("mlp_bias", self.bias and not self.n_experts)
         for name in _FLAGS:
             require_flag(self, name)
+        self._require_experts()
         self._require_pattern()
         self._require_rotation()
         if self.parallel_residual and self.norm_placement != "pre":
@@ -212,6 +228,28 @@ class ModelConfig:
                 f"{self.norm_placement!r} has not; use 'pre'"
             )
         self._require_possible_size()
+
+    def _require_experts(self) -> None:
+        require_count(self, "n_experts", least=0, most=_MOST["n_experts"])
+        if not self.n_experts:
+            idle = [name for name in _OF_EXPERTS if getattr(self, name) != getattr(ModelConfig, name)]
+            if idle:
+                raise InputError(f"{idle[0]} = {shown(getattr(self, idle[0]))} needs experts; give n_experts")
+            return
+        self._follow("expert_dim", self.mlp_dim)
+        self._require_count("expert_dim")
+        self._require_count("experts_per_token")
+        if self.experts_per_token > self.n_experts:
+            raise InputError(
+                f"experts_per_token = {self.experts_per_token} is more than n_experts = {self.n_experts}; a token is "
+                f"sent to each expert once"
+            )
+        for name, only in (("gated_mlp", True), ("mlp_bias", False)):
+            if getattr(self, name) is not only:
+                raise InputError(
+                    f"{name} = {shown(not only)} and n_experts = {self.n_experts}: experts are gated and have no "
+                    f"biases; set {name} to {str(only).lower()}"
+                )
 
     def _require_pattern(self) -> None:
         pattern = self.attention_pattern
@@ -293,7 +331,7 @@ class ModelConfig:
         if count > _MOST_PARAMETERS:
             raise InputError(
                 f"the model would have {count:.1e} parameters, more than {_MOST_PARAMETERS:.0e}; lower n_layers, "
-                f"embed_dim, mlp_dim, n_heads, head_dim, vocab_size or context_length"
+                f"embed_dim, mlp_dim, n_experts, n_heads, head_dim, vocab_size or context_length"
             )
 
     def _follow(self, name: str, value: Any) -> None:

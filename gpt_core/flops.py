@@ -4,7 +4,7 @@ import re
 
 from gpt_core.adapter import NO_ADAPTER, AdapterConfig, adapter_table
 from gpt_core.config import ModelConfig
-from gpt_core.parameters import parameter_table
+from gpt_core.parameters import active_size, parameter_table
 
 # Dense peaks of one device in units of 1e12 floating-point operations a second, by a pattern of its name: bfloat16, and
 # float32 as the hardware multiplies it (TensorFloat-32 on a GPU; None where the maker publishes no number). Sparsity is
@@ -69,8 +69,9 @@ def forward_flops_per_token(config: ModelConfig, context_length: int) -> float:
 
 
 def _weights(config: ModelConfig) -> int:
-    """Elements of every matrix that a token is multiplied by."""
-    blocks = sum(row.size for name, row in parameter_table(config).items() if name.startswith("blocks.") and row.decay)
+    """Elements of every matrix that a token is multiplied by; of a mixture those of its own experts."""
+    rows = (row for name, row in parameter_table(config).items() if name.startswith("blocks.") and row.decay)
+    blocks = sum(active_size(row, config) for row in rows)
     return blocks + config.vocab_size * config.embed_dim
 
 

@@ -19,7 +19,8 @@ class Parameter:
 
     Args:
         name: Canonical dotted name, such as "blocks.attention.query.kernel".
-        axes: Names of the axes, out of layers, vocab, position, embed, heads, kv_heads, head_dim, mlp.
+        axes: Names of the axes, out of layers, vocab, position, embed, heads, kv_heads, head_dim, mlp, experts,
+            expert_mlp.
         shape: Sizes of these axes.
         mean: Initial mean: 1 for norm scales (0 where the model adds the 1), else 0.
         std: Initial standard deviation: 0 for biases and norm scales.
@@ -66,6 +67,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "kv_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
         "mlp": config.mlp_dim,
+        "experts": config.n_experts,
+        "expert_mlp": config.expert_dim or 0,
     }
 
 
@@ -82,6 +85,17 @@ def block_table(table: Mapping[str, Parameter], layer: int) -> dict[str, Paramet
 def parameter_count(config: ModelConfig) -> int:
     """Number of trainable numbers, padded rows of the vocabulary included."""
     return sum(parameter.size for parameter in parameter_table(config).values())
+
+
+def active_size(parameter: Parameter, config: ModelConfig) -> int:
+    """Numbers of a parameter that one token is multiplied by: of the experts, those that it is sent to."""
+    shared = "expert_mlp" not in parameter.axes
+    return parameter.size if shared else parameter.size // config.n_experts * config.experts_per_token
+
+
+def active_count(config: ModelConfig) -> int:
+    """Number of parameters that one token meets; of a model without experts all."""
+    return sum(active_size(parameter, config) for parameter in parameter_table(config).values())
 
 
 def _rows(config: ModelConfig) -> Iterator[Parameter]:
@@ -121,10 +135,13 @@ def _rows(config: ModelConfig) -> Iterator[Parameter]:
         yield from norm("blocks.attention_post_norm", "layers embed")
     if before:
         yield from norm("blocks.mlp_norm", "layers embed")
+    name, experts, width = ("moe", "experts ", "expert_mlp") if config.n_experts else ("mlp", "", "mlp")
+    if config.n_experts:
+        yield from linear("blocks.moe.router", "embed", "experts", std=std, bias=False)
     if config.gated_mlp:
-        yield from linear("blocks.mlp.gate", "embed", "mlp", std=std, bias=config.mlp_bias)
-    yield from linear("blocks.mlp.up", "embed", "mlp", std=std, bias=config.mlp_bias)
-    yield from linear("blocks.mlp.down", "mlp", "embed", std=residual_std, bias=config.mlp_bias)
+        yield from linear(f"blocks.{name}.gate", f"{experts}embed", width, std=std, bias=config.mlp_bias)
+    yield from linear(f"blocks.{name}.up", f"{experts}embed", width, std=std, bias=config.mlp_bias)
+    yield from linear(f"blocks.{name}.down", f"{experts}{width}", "embed", std=residual_std, bias=config.mlp_bias)
     if after:
         yield from norm("blocks.mlp_post_norm", "layers embed")
     yield from norm("final_norm", "embed")

@@ -22,8 +22,15 @@ BLOCK_SITES = (
     "mlp_norm",  # [batch, time, embed], unless norm_placement is "post"
     "mlp.hidden",  # [batch, time, mlp] after activation and gate
     "mlp.output",  # [batch, time, embed]
+    "moe.scores",  # [batch, time, experts] of the router, in place of an MLP's sites
+    "moe.chosen",  # [batch, time, experts_per_token] the experts of a token, the highest score first
+    "moe.weights",  # [batch, time, experts_per_token] their weights
+    "moe.output",  # [batch, time, embed]
     "mlp_post_norm",  # [batch, time, embed], unless norm_placement is "pre"
 )
+
+ROUTING_SITES = ("moe.scores", "moe.chosen", "moe.weights")
+"""What the router of a mixture decides."""
 
 
 def block_sites(config: ModelConfig, kind: str) -> tuple[str, ...]:
@@ -33,6 +40,7 @@ def block_sites(config: ModelConfig, kind: str) -> tuple[str, ...]:
         absent += ("normed_query", "normed_key")
     if config.view(kind).rotation is None:
         absent += ("rotated_query", "rotated_key")
+    absent += ("mlp.hidden", "mlp.output") if config.n_experts else (*ROUTING_SITES, "moe.output")
     return tuple(site for site in BLOCK_SITES if not site.endswith(absent))
 
 

@@ -18,6 +18,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, block_table, parameter_table
 from gpt_core.precision import Precision
+from jax_gpt import moe
 from jax_gpt.attention import Implementation
 from jax_gpt.layers import (
     MLP,
@@ -34,6 +35,7 @@ from jax_gpt.layers import (
     scaled,
     split_keys,
 )
+from jax_gpt.moe import Experts, Mixture, experts_of
 from jax_gpt.pretrained import Pretrained
 from jax_gpt.scan import BlockStep, block_step, scan_blocks
 from jax_gpt.segments import positions_in
@@ -51,12 +53,16 @@ class Block(nnx.Module):
         config: ModelConfig,
         precision: Precision,
         implementation: Implementation,
+        experts: Experts,
     ) -> None:
         self.attention_norm = norm_of(f"{name}.attention_norm", table, create, config, precision)
         self.attention = Attention(f"{name}.attention", table, create, config, precision, implementation)
         self.attention_post_norm = norm_of(f"{name}.attention_post_norm", table, create, config, precision)
         self.mlp_norm = norm_of(f"{name}.mlp_norm", table, create, config, precision)
-        self.mlp = MLP(f"{name}.mlp", table, create, config, precision)
+        if config.n_experts:
+            self.moe = Mixture(f"{name}.moe", table, create, config, precision, experts)
+        else:
+            self.mlp = MLP(f"{name}.mlp", table, create, config, precision)
         self.mlp_post_norm = norm_of(f"{name}.mlp_post_norm", table, create, config, precision)
         self.config = config
 
@@ -76,13 +82,18 @@ class Block(nnx.Module):
             return finish(normed(self.attention_post_norm, y, "attention_post_norm", taps), keys[0])
 
         def mlp(x: jax.Array) -> jax.Array:
-            y = self.mlp(normed(self.mlp_norm, x, "mlp_norm", taps), taps)
+            y = self.feed_forward(normed(self.mlp_norm, x, "mlp_norm", taps), taps)
             return finish(normed(self.mlp_post_norm, y, "mlp_post_norm", taps), keys[1])
 
         def finish(branch: jax.Array, keys: jax.Array | None) -> jax.Array:
             return dropout(scaled(branch, self.config.residual_scale), self.config.dropout, keys)
 
         return residual(x, attention, mlp, self.config)
+
+    @property
+    def feed_forward(self) -> MLP | Mixture:
+        """What the second branch consists of."""
+        return self.moe if self.config.n_experts else self.mlp
 
 
 class GPT(Pretrained, nnx.Module):
@@ -93,9 +104,11 @@ class GPT(Pretrained, nnx.Module):
         create: Makes each parameter of the table; `initialiser(seed)` for fresh weights.
         precision: Number formats of storage and computation.
         implementation: Of attention; see `jax_gpt.attention`.
+        experts: Implementation of a mixture's experts; see `jax_gpt.moe`.
         scan_layers: Keep the blocks stacked and scan over them, so that compile time does not grow with depth.
             False keeps and runs one block after the other: the same function and the same numbers.
         around_block: Wraps the function of one block, for rematerialisation and sharding; must not change its value.
+        around_experts: Wraps the function of a block's experts, for sharding; must not change its value.
     """
 
     def __init__(
@@ -105,18 +118,21 @@ class GPT(Pretrained, nnx.Module):
         *,
         precision: Precision = Precision(),
         implementation: Implementation = "reference",
+        experts: moe.Implementation = "reference",
         scan_layers: bool = True,
         around_block: Callable[[BlockStep], BlockStep] = lambda step: step,
+        around_experts: Callable[[Experts], Experts] = lambda experts: experts,
     ) -> None:
         table = parameter_table(config)
+        of_experts = around_experts(experts_of(experts))
         self.token_embedding = nnx.Param(create(table["token_embedding"]))  # [vocab, embed]
         if config.position == "learned":
             self.position_embedding = nnx.Param(create(table["position_embedding"]))  # [position, embed]
         if scan_layers:
-            self.blocks: Any = Block("blocks", table, create, config, precision, implementation)
+            self.blocks: Any = Block("blocks", table, create, config, precision, implementation, of_experts)
         else:
             self.blocks = nnx.List(
-                Block("blocks", block_table(table, layer), create, config, precision, implementation)
+                Block("blocks", block_table(table, layer), create, config, precision, implementation, of_experts)
                 for layer in range(config.n_layers)
             )
         self.final_norm = Norm("final_norm", table, create, config, precision)

@@ -18,6 +18,7 @@ from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, block_table, parameter_table
 from gpt_core.precision import Precision
+from torch_gpt import moe
 from torch_gpt.attention import Implementation
 from torch_gpt.dtypes import torch_dtype
 from torch_gpt.layers import (
@@ -34,6 +35,7 @@ from torch_gpt.layers import (
     residual,
     scaled,
 )
+from torch_gpt.moe import Experts, Mixture, experts_of
 from torch_gpt.pretrained import Pretrained
 from torch_gpt.products import linear
 from torch_gpt.segments import positions_in
@@ -53,13 +55,17 @@ class Block(nn.Module):
         config: ModelConfig,
         precision: Precision,
         implementation: Implementation,
+        experts: Experts,
     ) -> None:
         super().__init__()
         self.attention_norm = norm_of(f"{name}.attention_norm", table, create, config, precision)
         self.attention = Attention(f"{name}.attention", table, create, config, precision, implementation)
         self.attention_post_norm = norm_of(f"{name}.attention_post_norm", table, create, config, precision)
         self.mlp_norm = norm_of(f"{name}.mlp_norm", table, create, config, precision)
-        self.mlp = MLP(f"{name}.mlp", table, create, config, precision)
+        if config.n_experts:
+            self.moe = Mixture(f"{name}.moe", table, create, config, precision, experts)
+        else:
+            self.mlp = MLP(f"{name}.mlp", table, create, config, precision)
         self.mlp_post_norm = norm_of(f"{name}.mlp_post_norm", table, create, config, precision)
         self.config = config
 
@@ -77,13 +83,18 @@ class Block(nn.Module):
             return finish(normed(self.attention_post_norm, y, "attention_post_norm", taps))
 
         def mlp(x: torch.Tensor) -> torch.Tensor:
-            y = self.mlp(normed(self.mlp_norm, x, "mlp_norm", taps), taps)
+            y = self.feed_forward(normed(self.mlp_norm, x, "mlp_norm", taps), taps)
             return finish(normed(self.mlp_post_norm, y, "mlp_post_norm", taps))
 
         def finish(branch: torch.Tensor) -> torch.Tensor:
             return dropout(scaled(branch, self.config.residual_scale), self.config.dropout, self.training)
 
         return residual(x, attention, mlp, self.config)
+
+    @property
+    def feed_forward(self) -> MLP | Mixture:
+        """What the second branch consists of."""
+        return self.moe if self.config.n_experts else self.mlp
 
 
 class GPT(Pretrained, nn.Module):
@@ -94,6 +105,7 @@ class GPT(Pretrained, nn.Module):
         create: Makes each parameter of the table; `initialiser(seed)` for fresh weights.
         precision: Number formats of storage and computation.
         implementation: Of attention; see `torch_gpt.attention`.
+        experts: Implementation of a mixture's experts; see `torch_gpt.moe`.
         around_block: Wraps the function of one block, for rematerialisation; must not change its value.
     """
 
@@ -104,15 +116,17 @@ class GPT(Pretrained, nn.Module):
         *,
         precision: Precision = Precision(),
         implementation: Implementation = "reference",
+        experts: moe.Implementation = "reference",
         around_block: Callable[[BlockStep], BlockStep] = lambda step: step,
     ) -> None:
         super().__init__()
         table = parameter_table(config)
+        of_experts = experts_of(experts)
         self.token_embedding = nn.Parameter(create(table["token_embedding"]))  # [vocab, embed]
         if config.position == "learned":
             self.position_embedding = nn.Parameter(create(table["position_embedding"]))  # [position, embed]
         self.blocks = nn.ModuleList(
-            Block("blocks", block_table(table, layer), create, config, precision, implementation)
+            Block("blocks", block_table(table, layer), create, config, precision, implementation, of_experts)
             for layer in range(config.n_layers)
         )
         self.final_norm = Norm("final_norm", table, create, config, precision)

@@ -143,11 +143,12 @@ def without_window(config: ModelConfig) -> ModelConfig:
 def same_function(config: ModelConfig, other: ModelConfig) -> bool:
     """Whether two configs give the same function of the same weights."""
     a, b = config.to_dict(), other.to_dict()
-    return all(
-        _same(a[name], b[name])
-        for name in a
-        if name not in _FREE and not (name == "rope_theta" and config.position == other.position == "learned")
-    )
+    idle = set(_FREE)
+    if config.position == other.position == "learned":
+        idle.add("rope_theta")
+    if config.n_experts and other.n_experts:  # whose width is expert_dim
+        idle.add("mlp_dim")
+    return all(_same(a[name], b[name]) for name in a if name not in idle)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -1,0 +1,159 @@
+"""Products of rows with the kernel of each row's own group, as a mixture of experts has them.
+
+Rows lie sorted by their group. On a CPU each group's rows are filled up to whole blocks, of which each is one ordinary
+product; elsewhere `jax.lax.ragged_dot` multiplies them as they lie. Blocks that hold nothing are not computed.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from jax_gpt.platform import platform
+
+_BLOCK = 128  # rows of a block at most: more would be filled up with nothing, fewer leave a core's units idle
+_LEAST = 8
+
+
+class Places(NamedTuple):
+    """Where copies of tokens lie among the sorted rows, of which some are nobody's.
+
+    Args:
+        row: Of each copy, `[tokens, chosen]`.
+        copy: Of each row, `[rows]`; where nobody's, the number of copies.
+        sizes: Rows of each group, nobody's included, `[groups]`.
+    """
+
+    row: jax.Array
+    copy: jax.Array
+    sizes: jax.Array
+
+
+Multiply = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def grouped(
+    function: Callable[[jax.Array, Multiply], jax.Array],
+    x: Float[jax.Array, "tokens inputs"],
+    groups: Int[jax.Array, "tokens chosen"],
+    n_groups: int,
+) -> Float[jax.Array, "tokens chosen outputs"]:
+    """A function of rows, of each token once for each of its groups.
+
+    Args:
+        function: (rows, multiply) -> rows, where `multiply(rows, kernels)` is the product of each row with its group's
+            part of kernels `[groups, inputs, outputs]`; must leave rows of zeros where they are.
+        x: The tokens.
+        groups: Of each token.
+        n_groups: How many there are.
+    """
+    on_cpu = platform() == "cpu"
+    block = _block(groups.size, n_groups) if on_cpu else 1
+    places = _places(groups, n_groups, block)
+    multiply = partial(_in_blocks, block) if on_cpu else jax.lax.ragged_dot
+    return _collected(function(_spread(x, places), lambda rows, kernels: multiply(rows, kernels, places.sizes)), places)
+
+
+def _block(copies: int, n_groups: int) -> int:
+    """Rows of a block: about those of a group, a power of two."""
+    return min(_BLOCK, max(_LEAST, 1 << (copies // n_groups).bit_length()))
+
+
+def _places(groups: jax.Array, n_groups: int, block: int) -> Places:
+    copies = groups.size
+    flat = groups.reshape(-1)
+    counts = jnp.zeros(n_groups, jnp.int32).at[flat].add(1)
+    sizes = -(-counts // block) * block
+    order = jnp.argsort(flat, stable=True)  # copies by their group
+    within = jnp.arange(copies) - (jnp.cumsum(counts) - counts)[flat[order]]
+    sorted_rows = ((jnp.cumsum(sizes) - sizes)[flat[order]] + within).astype(jnp.int32)
+    rows = -(-(copies + n_groups * (block - 1)) // block) * block  # enough for any choice
+    row = jnp.zeros(copies, jnp.int32).at[order].set(sorted_rows, unique_indices=True)
+    copy = jnp.full(rows, copies, jnp.int32).at[sorted_rows].set(order.astype(jnp.int32), unique_indices=True)
+    return Places(row.reshape(groups.shape), copy, sizes)
+
+
+# Each is the other's transpose, said in full: JAX's own would scatter, which a CPU does row by row.
+
+
+@jax.custom_vjp
+def _spread(x: jax.Array, places: Places) -> jax.Array:
+    """Tokens `[tokens, inputs]` to their rows `[rows, inputs]`; zeros where they are nobody's."""
+    return _taken(x, places.copy // places.row.shape[1])
+
+
+@jax.custom_vjp
+def _collected(rows: jax.Array, places: Places) -> jax.Array:
+    """Rows `[rows, outputs]` to the copies of tokens `[tokens, chosen, outputs]`."""
+    return rows[places.row]
+
+
+def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+_spread.defvjp(lambda x, places: (_spread(x, places), places), lambda places, g: (g[places.row].sum(1), None))
+_collected.defvjp(
+    lambda rows, places: (_collected(rows, places), places),
+    lambda places, g: (_taken(g.reshape(-1, g.shape[-1]), places.copy), None),
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_blocks(
+    block: int,
+    rows: Float[jax.Array, "rows inputs"],
+    kernels: Float[jax.Array, "groups inputs outputs"],
+    sizes: Int[jax.Array, " groups"],
+) -> Float[jax.Array, "rows outputs"]:
+    """As `jax.lax.ragged_dot`, of groups whose sizes are multiples of `block`."""
+
+    def multiply(index: jax.Array, group: jax.Array, product: jax.Array) -> jax.Array:
+        return _put(product, index, _cut(rows, index, block) @ kernels[group])
+
+    return _over_blocks(block, sizes, multiply, jnp.zeros((len(rows), kernels.shape[2]), rows.dtype))
+
+
+def _forward(block: int, rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> tuple[jax.Array, Any]:
+    return _in_blocks(block, rows, kernels, sizes), (rows, kernels, sizes)
+
+
+def _backward(block: int, kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    rows, kernels, sizes = kept
+    wide = jnp.promote_types(kernels.dtype, jnp.float32)
+
+    def multiply(index: jax.Array, group: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        of_rows, of_kernels = found
+        part = _cut(gradient, index, block)
+        of_rows = _put(of_rows, index, part @ kernels[group].T)
+        product = jnp.matmul(_cut(rows, index, block).T, part, preferred_element_type=wide)
+        return of_rows, of_kernels.at[group].add(product)
+
+    zeros = (jnp.zeros_like(rows), jnp.zeros(kernels.shape, wide))
+    of_rows, of_kernels = _over_blocks(block, sizes, multiply, zeros)
+    return of_rows, of_kernels.astype(kernels.dtype), None
+
+
+_in_blocks.defvjp(_forward, _backward)
+
+
+def _over_blocks(block: int, sizes: jax.Array, step: Callable[[jax.Array, jax.Array, Any], Any], start: Any) -> Any:
+    """`step(first row, group, carry)` for each block that somebody has."""
+    ends = jnp.cumsum(sizes)
+
+    def body(index: jax.Array, carry: Any) -> Any:
+        first = index * block
+        return step(first, jnp.searchsorted(ends, first, side="right"), carry)
+
+    return jax.lax.fori_loop(0, ends[-1] // block, body, start)
+
+
+def _cut(rows: jax.Array, first: jax.Array, block: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(rows, first, block)
+
+
+def _put(rows: jax.Array, first: jax.Array, part: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(rows, part.astype(rows.dtype), first, 0)
