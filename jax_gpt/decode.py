@@ -21,6 +21,7 @@ from gpt_core.precision import Precision
 from gpt_core.rotary import rotary_angles
 from jax_gpt.layers import activate, finish_logits, normalise, residual, scaled, softcapped
 from jax_gpt.model import GPT
+from jax_gpt.moe import route
 from jax_gpt.rotary import turn
 from jax_gpt.taps import Taps
 
@@ -41,6 +42,23 @@ class Matrix(NamedTuple):
     bias: jax.Array | None
 
 
+class MLP(NamedTuple):
+    """The matrices of an MLP; None is what the model has not."""
+
+    gate: Matrix | None
+    up: Matrix
+    down: Matrix
+
+
+class Mixture(NamedTuple):
+    """A router `[embed, experts]` in wide_dtype, and of all experts `[experts, parts, outputs, inputs]`."""
+
+    router: jax.Array
+    gate: jax.Array
+    up: jax.Array
+    down: jax.Array
+
+
 class Layer(NamedTuple):
     """One block's weights; `inward` is query, key and value in one. None is what the model has not."""
 
@@ -51,9 +69,7 @@ class Layer(NamedTuple):
     output: Matrix
     attention_post_norm: Scale | None
     mlp_norm: Scale | None
-    gate: Matrix | None
-    up: Matrix
-    down: Matrix
+    feed_forward: MLP | Mixture
     mlp_post_norm: Scale | None
 
 
@@ -106,8 +122,17 @@ def prepare(model: GPT, limit: int) -> Weights:
             biases = [jnp.zeros(len(kernel), precision.compute_dtype)]
         return Matrix(_parted(kernel), jnp.concatenate(biases) if biases else None)
 
+    def bank(module: Any) -> jax.Array:
+        return jax.vmap(_parted)(_stored(module.kernel[...].swapaxes(1, 2), precision))
+
+    def feed_forward(module: Any) -> MLP | Mixture:
+        if config.n_experts:
+            router = module.router.kernel[...].astype(wide)
+            return Mixture(router, bank(module.gate), bank(module.up), bank(module.down))
+        return MLP(optional(matrix, module.gate), matrix(module.up), matrix(module.down))
+
     def layer(block: Any) -> Layer:
-        attention, mlp = block.attention, block.mlp
+        attention = block.attention
         return Layer(
             optional(norm, block.attention_norm),
             matrix(attention.query, attention.key, attention.value),
@@ -116,9 +141,7 @@ def prepare(model: GPT, limit: int) -> Weights:
             matrix(attention.output),
             optional(norm, block.attention_post_norm),
             optional(norm, block.mlp_norm),
-            optional(matrix, mlp.gate),
-            matrix(mlp.up),
-            matrix(mlp.down),
+            feed_forward(block.feed_forward),
             optional(norm, block.mlp_post_norm),
         )
 
@@ -256,12 +279,36 @@ def _block(
         return scaled(y, config.residual_scale)
 
     def mlp(x: jax.Array) -> jax.Array:
-        x = normed(layer.mlp_norm, x)
-        gate = None if layer.gate is None else multiply(x, layer.gate, precision)
-        hidden = activate(multiply(x, layer.up, precision), gate, config)
-        return scaled(normed(layer.mlp_post_norm, multiply(hidden, layer.down, precision)), config.residual_scale)
+        y = feed_forward(normed(layer.mlp_norm, x), layer.feed_forward, config, precision)
+        return scaled(normed(layer.mlp_post_norm, y), config.residual_scale)
 
     return residual(x, attention, mlp, config), key, value
+
+
+def feed_forward(
+    x: Float[jax.Array, "batch new embed"], weights: MLP | Mixture, config: ModelConfig, precision: Precision
+) -> Float[jax.Array, "batch new embed"]:
+    """The MLP; of a mixture the experts of these tokens, of whose weights no other's are read."""
+    if isinstance(weights, MLP):
+        gate = None if weights.gate is None else multiply(x, weights.gate, precision)
+        return multiply(activate(multiply(x, weights.up, precision), gate, config), weights.down, precision)
+    with jax.default_matmul_precision("highest"):
+        scores = x.astype(precision.wide_dtype) @ weights.router
+    chosen, shares = route(scores, config)  # [batch, new, experts_per_token]
+
+    def product(x: jax.Array, bank: jax.Array, expert: jax.Array, outputs: int) -> jax.Array:
+        return multiply(x, Matrix(bank[expert], None), precision)[..., :outputs]
+
+    def add(expert: jax.Array, total: jax.Array) -> jax.Array:
+        def added() -> jax.Array:
+            gate, up = (product(x, bank, expert, config.expert_dim or 0) for bank in (weights.gate, weights.up))
+            y = product(activate(up, gate, config), weights.down, expert, config.embed_dim)
+            return total + y.astype(total.dtype) * jnp.where(chosen == expert, shares, 0).sum(-1, keepdims=True)
+
+        return jax.lax.cond((chosen == expert).any(), added, lambda: total)
+
+    total = jax.lax.fori_loop(0, config.n_experts, add, jnp.zeros(x.shape, precision.wide_dtype))
+    return total.astype(x.dtype)
 
 
 def _head(x: jax.Array, norm: Scale, head: Matrix, config: ModelConfig, precision: Precision) -> jax.Array:

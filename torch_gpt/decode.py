@@ -19,6 +19,7 @@ from gpt_core.rotary import rotary_angles
 from torch_gpt.dtypes import torch_dtype
 from torch_gpt.layers import activate, finish_logits, normalise, residual, scaled, softcapped
 from torch_gpt.model import GPT
+from torch_gpt.moe import route
 from torch_gpt.products import linear
 from torch_gpt.rotary import turn
 from torch_gpt.taps import Taps
@@ -40,6 +41,23 @@ class Matrix(NamedTuple):
     bias: torch.Tensor | None
 
 
+class MLP(NamedTuple):
+    """The matrices of an MLP; None is what the model has not."""
+
+    gate: Matrix | None
+    up: Matrix
+    down: Matrix
+
+
+class Mixture(NamedTuple):
+    """A router `[experts, embed]` in wide_dtype, and of all experts `[experts, outputs, inputs]`."""
+
+    router: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
 class Layer(NamedTuple):
     """One block's weights; `inward` is query, key and value in one. None is what the model has not."""
 
@@ -50,9 +68,7 @@ class Layer(NamedTuple):
     output: Matrix
     attention_post_norm: Scale | None
     mlp_norm: Scale | None
-    gate: Matrix | None
-    up: Matrix
-    down: Matrix
+    feed_forward: MLP | Mixture
     mlp_post_norm: Scale | None
 
 
@@ -97,8 +113,17 @@ def prepare(model: GPT, limit: int) -> Weights:
         biases = [module.bias.detach().to(compute) for module in modules if module.bias is not None]
         return Matrix(_joined(kernels), _joined(biases) if biases else None)
 
+    def bank(module: Any) -> torch.Tensor:
+        return module.weight.detach().to(compute)  # type: ignore[no-any-return]  # modules are Any here
+
+    def feed_forward(module: Any) -> MLP | Mixture:
+        if config.n_experts:
+            router = module.router.weight.detach().to(wide)
+            return Mixture(router, bank(module.gate), bank(module.up), bank(module.down))
+        return MLP(optional(matrix, module.gate), matrix(module.up), matrix(module.down))
+
     def layer(block: Any) -> Layer:
-        attention, mlp = block.attention, block.mlp
+        attention = block.attention
         return Layer(
             optional(norm, block.attention_norm),
             matrix(attention.query, attention.key, attention.value),
@@ -107,9 +132,7 @@ def prepare(model: GPT, limit: int) -> Weights:
             matrix(attention.output),
             optional(norm, block.attention_post_norm),
             optional(norm, block.mlp_norm),
-            optional(matrix, mlp.gate),
-            matrix(mlp.up),
-            matrix(mlp.down),
+            feed_forward(block.feed_forward),
             optional(norm, block.mlp_post_norm),
         )
 
@@ -242,12 +265,63 @@ def _block(
         return scaled(y, config.residual_scale)
 
     def mlp(x: torch.Tensor) -> torch.Tensor:
-        x = normed(layer.mlp_norm, x)
-        gate = None if layer.gate is None else multiply(x, layer.gate, precision)
-        hidden = activate(multiply(x, layer.up, precision), gate, config)
-        return scaled(normed(layer.mlp_post_norm, multiply(hidden, layer.down, precision)), config.residual_scale)
+        y = feed_forward(normed(layer.mlp_norm, x), layer.feed_forward, config, precision)
+        return scaled(normed(layer.mlp_post_norm, y), config.residual_scale)
 
     return residual(x, attention, mlp, config)
+
+
+def feed_forward(
+    x: Float[torch.Tensor, "batch new embed"], weights: MLP | Mixture, config: ModelConfig, precision: Precision
+) -> Float[torch.Tensor, "batch new embed"]:
+    """The MLP; of a mixture the experts of these tokens, of whose weights no other's are read."""
+    if isinstance(weights, MLP):
+        gate = None if weights.gate is None else multiply(x, weights.gate, precision)
+        return multiply(activate(multiply(x, weights.up, precision), gate, config), weights.down, precision)
+    tokens = x.flatten(0, 1)
+    chosen, shares = route(F.linear(tokens.to(weights.router.dtype), weights.router), config)
+    mix = _by_token if torch.compiler.is_compiling() and len(tokens) <= FEW else _by_expert
+    return mix(tokens, chosen, shares, weights, config, precision).to(x.dtype).view_as(x)
+
+
+def _by_token(
+    tokens: torch.Tensor,
+    chosen: torch.Tensor,
+    shares: torch.Tensor,
+    weights: Mixture,
+    config: ModelConfig,
+    precision: Precision,
+) -> torch.Tensor:
+    """One token after the other; compiled, a product reads the part of the kernels that an index names where it lies."""
+
+    def expert(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        gate, up, down = (Matrix(bank.index_select(0, index)[0], None) for bank in weights[1:])
+        return multiply(activate(multiply(x, up, precision), multiply(x, gate, precision), config), down, precision)
+
+    mixed = [
+        torch.stack([expert(tokens[None, row : row + 1], one[None])[0, 0] for one in chosen[row]])
+        for row in range(len(tokens))
+    ]
+    return torch.einsum("tke,tk->te", torch.stack(mixed).to(shares.dtype), shares)
+
+
+def _by_expert(
+    tokens: torch.Tensor,
+    chosen: torch.Tensor,
+    shares: torch.Tensor,
+    weights: Mixture,
+    config: ModelConfig,
+    precision: Precision,
+) -> torch.Tensor:
+    """One expert after the other, each with its tokens."""
+    total = torch.zeros(tokens.shape, dtype=shares.dtype, device=tokens.device)
+    for expert in chosen.unique().tolist():
+        gate, up, down = (Matrix(bank[expert], None) for bank in weights[1:])
+        rows, places = (chosen == expert).nonzero(as_tuple=True)
+        x = tokens[rows][None]
+        y = multiply(activate(multiply(x, up, precision), multiply(x, gate, precision), config), down, precision)
+        total[rows] += y[0].to(total.dtype) * shares[rows, places, None]
+    return total
 
 
 def _head(x: torch.Tensor, norm: Scale, head: Matrix, config: ModelConfig, precision: Precision) -> torch.Tensor:
