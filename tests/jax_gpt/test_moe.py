@@ -1,0 +1,113 @@
+import inspect
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_experts
+import pytest
+from numpy_gpt import relative_error
+
+from gpt_core.config import ModelConfig
+from gpt_core.errors import InputError
+from jax_gpt.layers import activate
+from jax_gpt.moe import Implementation, Kernels, experts_of, pick, route
+
+CONFIG = ModelConfig(
+    n_experts=8, experts_per_token=2, embed_dim=48, mlp_dim=20, bias=False, gated_mlp=True, activation="silu"
+)
+EVERY = pytest.mark.parametrize("implementation", ["reference", "grouped"])
+# Rounding of fp32 (6e-8) through sums of up to 1,024 terms; 3e-7 to 8e-7 is seen.
+FP32_BOUND = 3e-6
+
+
+def found(given: numpy_experts.Inputs, implementation: Implementation, dtype: str) -> dict[str, np.ndarray]:
+    """What `numpy_experts.outputs` has, of an implementation."""
+
+    @jax.jit
+    def both(chosen: jax.Array, cotangent: jax.Array, *differentiated: jax.Array) -> tuple[jax.Array, ...]:
+        def mix(x: jax.Array, weights: jax.Array, *kernels: jax.Array) -> jax.Array:
+            def silu(up: jax.Array, gate: jax.Array) -> jax.Array:
+                return activate(up, gate, CONFIG)
+
+            return experts_of(implementation)(x, chosen, weights, Kernels(*kernels), silu)
+
+        mixed, pull_back = jax.vjp(mix, *differentiated)
+        return mixed, *pull_back(cotangent)
+
+    x, chosen, *rest, cotangent = given
+    arrays = both(jnp.asarray(chosen), *(jnp.asarray(array, dtype) for array in (cotangent, x, *rest)))
+    names = ("mixed", "x", "weights", "gate", "up", "down")
+    return {name: np.asarray(array) for name, array in zip(names, arrays, strict=True)}
+
+
+@pytest.mark.parametrize("traffic", numpy_experts.TRAFFIC)
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+@EVERY
+def test_fp64_is_the_sum_over_experts_forward_and_backward(
+    implementation: Implementation, tokens: int, traffic: str, x64: None
+) -> None:
+    given = numpy_experts.inputs(tokens, 12, 20, 8, 2, traffic)
+    expected, computed = numpy_experts.outputs(given), found(given, implementation, "float64")
+    for name, array in expected.items():
+        assert relative_error(computed[name], array) <= 1e-13, name
+    served = np.isin(np.arange(8), given.chosen)
+    assert not computed["up"][~served].any(), "an expert without tokens has no gradient"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("traffic", ["drawn", "starved", "one"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_grouped_holds_at_the_size_it_works_at(dtype: str, traffic: str, x64: None) -> None:
+    given = numpy_experts.inputs(2048, 512, 1024, 8, 2, traffic)
+    expected, computed = numpy_experts.outputs(given), found(given, "grouped", dtype)
+    for name, array in expected.items():
+        assert relative_error(computed[name], array) <= (1e-13 if dtype == "float64" else FP32_BOUND), name
+
+
+@pytest.mark.parametrize("traffic", ["drawn", "starved"])
+def test_ragged_products_are_the_same(traffic: str, monkeypatch: pytest.MonkeyPatch, x64: None) -> None:
+    """What runs on a TPU and a GPU."""
+    monkeypatch.setattr("jax_gpt.grouped.platform", lambda: "tpu")
+    given = numpy_experts.inputs(75, 12, 20, 8, 2, traffic)
+    expected, computed = numpy_experts.outputs(given), found(given, "grouped", "float64")
+    for name, array in expected.items():
+        assert relative_error(computed[name], array) <= 1e-13, name
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_a_token_goes_to_its_highest_scores(normalise: bool, x64: None) -> None:
+    scores = np.random.default_rng(0).normal(size=(3, 5, 8)) * 2
+    chosen, weights = route(jnp.asarray(scores), replace(CONFIG, experts_per_token=3, router_normalise=normalise))
+    probabilities = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    for token in np.ndindex(3, 5):
+        order = sorted(range(8), key=lambda expert: -scores[token][expert])[:3]
+        assert chosen[token].tolist() == order
+        expected = probabilities[token][order]
+        assert np.allclose(weights[token], expected / (expected.sum() if normalise else 1), rtol=1e-13, atol=0)
+
+
+def test_of_equal_scores_the_lowest_number_is_chosen() -> None:
+    chosen, weights = route(jnp.asarray([[1.0, 2.0, 2.0, 2.0, 0.0, 1.0, 1.0, 1.0]]), CONFIG)
+    assert chosen.tolist() == [[1, 2]]
+    assert weights.tolist() == [[0.5, 0.5]]
+
+
+def test_weights_survive_scores_whose_probabilities_underflow() -> None:
+    """A softmax over all would be 1 and seven zeros, of which top-k would take the first."""
+    chosen, weights = route(jnp.asarray([[0.0, 0.0, 0.0, 300.0, 0.0, 1.0, 0.0, 0.0]]), CONFIG)
+    assert chosen.tolist() == [[3, 5]]
+    assert weights[0, 0] == 1
+
+
+def test_auto_says_what_it_stands_for() -> None:
+    assert str(pick("cpu", "float32", CONFIG)) == (
+        "grouped (float32 on cpu: blocks of tokens of one expert each, 2 of 8 experts a token)"
+    )
+    assert "ragged" in str(pick("tpu", "bfloat16", CONFIG))
+    assert pick("cpu", "float32", replace(CONFIG, n_experts=2)).implementation == "reference"
+
+
+def test_an_unknown_implementation_is_named() -> None:
+    with pytest.raises(InputError, match="'sparse' is unknown; choose from: auto, reference, grouped"):
+        inspect.unwrap(experts_of)("sparse")
