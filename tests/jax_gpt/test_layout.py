@@ -16,7 +16,8 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from gpt_core.errors import InputError
 from gpt_core.runs.config import RunConfig
 from jax_gpt import attention
-from jax_gpt.layout import Layout, ring
+from jax_gpt.layout import Layout
+from jax_gpt.sent.stages import ring
 from jax_gpt.sharding import create_mesh
 from jax_gpt.step import create_program
 
