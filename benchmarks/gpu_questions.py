@@ -148,6 +148,8 @@ def decode(sizes: Sizes, _: Path) -> Iterator[Row]:
 
     from gpt_core.config import ModelConfig
 
+    if not sizes.compiled:
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # of the sides' processes
     sides = ("jax", "torch", *decoding.GRAPHS, PEER)
     found = decoding.timings(sizes.dtype, sizes.new, sizes.rounds, sizes.batches, sides, **sizes.model)
     ours = [side for side in sides[:-1] if side in found]

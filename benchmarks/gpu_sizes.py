@@ -24,7 +24,7 @@ class Sizes:
         steps: Of a turn.
         copied: Bytes of the copy that measures the memory's speed.
         multiplied: Rows of the square matrices that measure the speed of products.
-        compiled: Whether PyTorch's models are compiled where that is not the question.
+        compiled: Whether PyTorch's models become machine code; otherwise those of its trials are traced, and no more.
     """
 
     dtype: str = "bfloat16"

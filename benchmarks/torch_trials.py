@@ -126,7 +126,8 @@ class Running:
     def __init__(self, trial: Trial, sizes: Sizes) -> None:
         options = {"compile": True, **trial.options}
         config = run_config("torch", sizes.rows, sizes.length, sizes.dtype, dict(sizes.model), options)
-        with patch.object(torch, "compile", partial(torch.compile, mode=trial.mode)):
+        how: dict[str, Any] = {"mode": trial.mode} if sizes.compiled else {"backend": "aot_eager"}
+        with patch.object(torch, "compile", partial(torch.compile, **how)):
             program = create_program(config, connect())
         tokens = next_token_batch(batch(0, sizes.rows, sizes.length, config.model.vocab_size))
         self.trial, self.device, self.batch = trial, program.device, place_batch(tokens, program.device)
