@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -274,15 +273,6 @@ def edit(path: Path, **changes: Any) -> None:
     """Change fields of a JSON file; `...` takes one away."""
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
-
-
-def greedy(logits_of: Callable[[np.ndarray], np.ndarray], prompt: np.ndarray, new: int) -> np.ndarray:
-    """Tokens `[batch, new]` by running the whole model for every one: the definition, without a cache."""
-    ids = prompt
-    for _ in range(new):
-        padded = np.pad(ids, ((0, 0), (0, prompt.shape[1] + new - ids.shape[1])))  # a causal model does not see it
-        ids = np.concatenate([ids, logits_of(padded)[:, ids.shape[1] - 1].argmax(-1)[:, None]], axis=1)
-    return ids[:, prompt.shape[1] :]
 
 
 def tokens() -> np.ndarray:
