@@ -1,5 +1,6 @@
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,24 @@ from numpy_gpt import relative_error
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
+from gpt_core.precision import Precision
+from jax_gpt import decode
+from jax_gpt.decode import feed_forward, prepare
 from jax_gpt.layers import activate
+from jax_gpt.model import GPT, initialiser
 from jax_gpt.moe import Implementation, Kernels, experts_of, pick, route
+from jax_gpt.taps import Taps
 
+FP64 = Precision.of("float64")
 CONFIG = ModelConfig(
-    n_experts=8, experts_per_token=2, embed_dim=48, mlp_dim=20, bias=False, gated_mlp=True, activation="silu"
+    vocab_size=50,
+    n_experts=8,
+    experts_per_token=2,
+    embed_dim=48,
+    mlp_dim=20,
+    bias=False,
+    gated_mlp=True,
+    activation="silu",
 )
 EVERY = pytest.mark.parametrize("implementation", ["reference", "grouped"])
 # Rounding of fp32 (6e-8) through sums of up to 1,024 terms; 3e-7 to 8e-7 is seen.
@@ -111,3 +125,20 @@ def test_auto_says_what_it_stands_for() -> None:
 def test_an_unknown_implementation_is_named() -> None:
     with pytest.raises(InputError, match="'sparse' is unknown; choose from: auto, reference, grouped"):
         inspect.unwrap(experts_of)("sparse")
+
+
+@pytest.mark.parametrize(("batch", "new"), [(1, 1), (3, 1), (1, 4), (20, 1)])
+def test_decoding_reads_the_chosen_experts_alone(batch: int, new: int, x64: None) -> None:
+    """Those of no token hold what is no number; the others give what the block gives."""
+    model = GPT(replace(CONFIG, n_layers=1, n_experts=64), initialiser(0, FP64), precision=FP64, scan_layers=False)
+    block: Any = model.blocks[0]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(batch, new, CONFIG.embed_dim)))
+    taps: Taps = {}
+    expected = block.moe(x, taps)
+    idle = jnp.asarray(sorted(set(range(64)) - set(np.asarray(taps["moe.chosen"]).ravel().tolist())))
+    assert len(idle)
+    weights = prepare(model, 1).layers[0].feed_forward
+    assert isinstance(weights, decode.Mixture)
+    poisoned = weights._replace(**{name: getattr(weights, name).at[idle].set(jnp.nan) for name in Kernels._fields})
+    found = jax.jit(lambda x, weights: feed_forward(x, weights, model.config, FP64))(x, poisoned)
+    assert relative_error(found, np.asarray(expected)) <= 1e-13

@@ -1,5 +1,6 @@
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy_experts
@@ -9,11 +10,24 @@ from numpy_gpt import relative_error
 
 from gpt_core.config import ModelConfig
 from gpt_core.errors import InputError
+from gpt_core.precision import Precision
+from torch_gpt import decode
+from torch_gpt.decode import feed_forward, prepare
 from torch_gpt.layers import activate
+from torch_gpt.model import GPT, initialiser
 from torch_gpt.moe import Implementation, Kernels, experts_of, pick, route
+from torch_gpt.taps import Taps
 
+FP64 = Precision.of("float64")
 CONFIG = ModelConfig(
-    n_experts=8, experts_per_token=2, embed_dim=48, mlp_dim=20, bias=False, gated_mlp=True, activation="silu"
+    vocab_size=50,
+    n_experts=8,
+    experts_per_token=2,
+    embed_dim=48,
+    mlp_dim=20,
+    bias=False,
+    gated_mlp=True,
+    activation="silu",
 )
 EVERY = pytest.mark.parametrize("implementation", ["reference", "grouped"])
 # Rounding of fp32 (6e-8) through sums of up to 1,024 terms; 3e-7 to 8e-7 is seen.
@@ -115,3 +129,25 @@ def test_auto_says_what_it_stands_for() -> None:
 def test_an_unknown_implementation_is_named() -> None:
     with pytest.raises(InputError, match="'sparse' is unknown; choose from: auto, reference, grouped"):
         inspect.unwrap(experts_of)("sparse")
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize(("batch", "new"), [(1, 1), (3, 1), (1, 4), (20, 1)])
+def test_decoding_reads_the_chosen_experts_alone(
+    batch: int, new: int, compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of no token hold what is no number; the others give what the block gives."""
+    model = GPT(replace(CONFIG, n_layers=1, n_experts=64), initialiser(0, FP64), precision=FP64)
+    x = torch.tensor(np.random.default_rng(0).normal(size=(batch, new, CONFIG.embed_dim)))
+    taps: Taps = {}
+    block: Any = model.blocks[0]
+    expected = block.moe(x, taps).detach()
+    idle = sorted(set(range(64)) - set(taps["moe.chosen"].flatten().tolist()))
+    assert idle
+    weights = prepare(model, 1).layers[0].feed_forward
+    assert isinstance(weights, decode.Mixture)
+    for kernels in weights[1:]:
+        kernels[idle] = torch.nan
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: compiling)
+    found = feed_forward(x, weights, model.config, FP64)
+    assert relative_error(found, expected.numpy()) <= 1e-13
