@@ -29,6 +29,7 @@ SECTIONS: dict[str, tuple[str, list[str]]] = {
     "attention": ("attention alone", ["attention.py"]),
     "training": ("training GPT-2 124M", ["training.py"]),
     "llama": ("training a Llama of 124M", ["llama_training.py"]),
+    "mixture": ("mixtures of experts", ["mixture.py"]),
     "lora": ("training an adapter", ["lora.py"]),
     "pattern": ("local and global layers", ["pattern.py"]),
     "window": ("training with a window", ["window_training.py"]),

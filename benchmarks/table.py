@@ -1,9 +1,10 @@
-"""The efficiency table: plain GPT-2, with RoPE, with grouped queries, with a sliding window, each on top of the last.
+"""The efficiency table: plain GPT-2, with RoPE, grouped queries, a sliding window, experts, each on top of the last.
 
     python benchmarks/table.py [--part speed perplexity] [--table FILE] [--work DIR]
 
 - `speed`: shape of GPT-2 124M, one row of T 4096: tokens a second and peak memory of training, bytes of the cache of
-  keys and values of one sequence. Each of the other three runs in turns with plain GPT-2.
+  keys and values of one sequence. Each of the other rows runs in turns with plain GPT-2, a mixture of 8 experts, 2 of
+  them active, with the row before it: a dense model of as many active parameters.
 - `perplexity`: a small model trained by `jax-gpt train` and `torch-gpt train` on the interpreter's library, rows of
   512 tokens, equal steps; perplexity of the whole validation text, cut into rows of 1, 2 and 4 times that length.
 
@@ -13,6 +14,7 @@ CPU has it. Prints JSON rows (see `turns.row`); FILE gets the table itself.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -23,24 +25,28 @@ import yaml
 from training_sides import VOCAB, jax_step, torch_step
 from turns import Row, Side, dtype_of, in_turns, print_rows, row
 
-STANDARD = "Standard GPT-2"
+STANDARD, WINDOW, MIXTURE = "Standard GPT-2", "+ Sliding window", "+ Mixture (8 experts, 2 active)"
 MODELS: dict[str, dict[str, Any]] = {
     STANDARD: {},
     "+ RoPE": {"position": "rope"},
     "+ GQA": {"position": "rope", "grouped": True},
-    "+ Sliding window": {"position": "rope", "grouped": True, "window": True},
+    WINDOW: {"position": "rope", "grouped": True, "window": True},
+    MIXTURE: {"position": "rope", "grouped": True, "window": True, "experts": True},
 }
+PEERS = {name: WINDOW if name == MIXTURE else STANDARD for name in MODELS}
 FRAMEWORKS = ("JAX", "PyTorch")
 TIME, TRAINED = 4096, 512
 Table = dict[str, dict[str, dict[str, Any]]]
 
 
-def model(name: str, heads: int, kv_heads: int, window: int) -> dict[str, Any]:
+def model(name: str, heads: int, kv_heads: int, window: int, embed: int = 768) -> dict[str, Any]:
     """The model section of a row of the table."""
     fields = dict(MODELS[name])
     grouped = fields.pop("grouped", False)
     if fields.pop("window", False):
         fields["sliding_window"] = window
+    if fields.pop("experts", False):  # two of three kernels each have the parameters of one MLP of two kernels
+        fields |= {"n_experts": 8, "expert_dim": 4 * embed // 3, "gated_mlp": True, "activation": "silu"}
     return fields | {"n_heads": heads, "n_kv_heads": kv_heads if grouped else heads}
 
 
@@ -51,25 +57,26 @@ def speed(framework: str, table: Table) -> list[Row]:
     sides: dict[str, Side] = {name: partial(step, 1, TIME, dtype, model(name, 12, 4, 256)) for name in MODELS}
     results = []
     for name in list(MODELS)[1:]:
-        found = in_turns({side: sides[side] for side in (STANDARD, name)}, rounds=3)
-        plain, ours = found[STANDARD], found[name]
+        peer = PEERS[name]
+        found = in_turns({side: sides[side] for side in (peer, name)}, rounds=3)
+        plain, ours = found[peer], found[name]
         for entry, timing in found.items():
             numbers = table[framework].setdefault(entry, {})
             numbers["tokens_per_second"] = max(TIME / timing.best, numbers.get("tokens_per_second", 0))
             numbers["peak_memory_bytes"] = timing.peak_memory
         target = 0.97 if name == "+ RoPE" else None
         what = f"training, T {TIME}, {framework} {dtype}: {name}"
-        results.append(row(what, TIME / ours.best, TIME / plain.best, STANDARD, "tokens/s", target=target))
+        results.append(row(what, TIME / ours.best, TIME / plain.best, peer, "tokens/s", target=target))
         bound = 1.0 if name == "+ GQA" else None
         memory = (ours.peak_memory, plain.peak_memory)
-        results.append(row(f"{what}: peak memory", *memory, STANDARD, "bytes", at_most=bound, less_is_better=True))
+        results.append(row(f"{what}: peak memory", *memory, peer, "bytes", at_most=bound, less_is_better=True))
     for name in MODELS:
         table[framework][name]["cache_bytes"] = cache_bytes(framework, name)
     ours_bytes, plain_bytes = (table[framework][name]["cache_bytes"] for name in ("+ GQA", STANDARD))
     cache = f"cache of one sequence, T {TIME}, {framework} {dtype}: "
     results.append(row(cache + "+ GQA", ours_bytes, plain_bytes, STANDARD, "bytes", at_most=1 / 3))
-    window_bytes = table[framework]["+ Sliding window"]["cache_bytes"]
-    results.append(row(cache + "+ Sliding window", window_bytes, plain_bytes, STANDARD, "bytes", less_is_better=True))
+    window_bytes = table[framework][WINDOW]["cache_bytes"]
+    results.append(row(cache + WINDOW, window_bytes, plain_bytes, STANDARD, "bytes", less_is_better=True))
     return results
 
 
@@ -121,9 +128,9 @@ def perplexity(framework: str, table: Table, work: Path, steps: int) -> list[Row
     program = {"JAX": "jax-gpt", "PyTorch": "torch-gpt"}[framework]
     section = {"JAX": {"jax": {"loss_chunk": 256}}, "PyTorch": {"torch": {"compile": True, "loss_chunk": 256}}}
     for name in MODELS:
-        place = work / f"{program}-{'-'.join(name.lower().replace('+', '').split())}"
+        place = work / f"{program}-{'-'.join(re.findall('[a-z0-9]+', name.lower()))}"
         config = {
-            "model": model(name, 6, 2, 128)
+            "model": model(name, 6, 2, 128, embed=96)
             | {"vocab_size": VOCAB, "context_length": 4 * TRAINED, "n_layers": 4, "embed_dim": 96},
             "data": {"prepared": str(data)},
             "optimizer": {"learning_rate": 3e-3, "warmup_steps": 20, "final_learning_rate": 3e-4},
@@ -159,8 +166,8 @@ def perplexity(framework: str, table: Table, work: Path, steps: int) -> list[Row
         row(
             f"{what}: {name}",
             found[name][1],
-            found[STANDARD][1],
-            STANDARD,
+            found[PEERS[name]][1],
+            PEERS[name],
             "perplexity",
             at_most=1.0 if name == "+ RoPE" else None,
             less_is_better=True,
@@ -169,7 +176,7 @@ def perplexity(framework: str, table: Table, work: Path, steps: int) -> list[Row
     ]
     for name, at in found.items():
         for times in (2, 4):
-            bound = 1.05 if name == "+ Sliding window" and times == 4 else None
+            bound = 1.05 if name == WINDOW and times == 4 else None
             results.append(
                 row(
                     f"{what}, rows {times} times as long as trained: {name}",

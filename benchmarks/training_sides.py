@@ -137,6 +137,29 @@ def llama(length: int, **sizes: Any) -> Any:
     return LlamaForCausalLM(config)
 
 
+def mixtral_step(rows: int, length: int, dtype: str, *, experts: str, model: dict[str, Any]) -> Step:
+    """`MixtralForCausalLM` in the shape of a mixture of ours, by one of its implementations of experts."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=model["vocab_size"],
+        hidden_size=model["embed_dim"],
+        intermediate_size=model["expert_dim"],
+        num_hidden_layers=model["n_layers"],
+        num_attention_heads=model["n_heads"],
+        num_key_value_heads=model["n_kv_heads"],
+        num_local_experts=model["n_experts"],
+        num_experts_per_tok=model["experts_per_token"],
+        max_position_embeddings=max(length, 1024),
+        tie_word_embeddings=True,
+        output_router_logits=True,  # with the balance loss, as ours has it
+        use_cache=False,
+        attn_implementation="sdpa",
+        experts_implementation=experts,
+    )
+    return _hugging_face_step(MixtralForCausalLM(config), rows, length, dtype, compiled=False)
+
+
 def peft_llama_step(rows: int, length: int, dtype: str, *, rank: int, compiled: bool, **sizes: Any) -> Step:
     """PEFT's adapters of a rank beside all linear layers of `LlamaForCausalLM`, whose weights are stored in `dtype`."""
     import torch
