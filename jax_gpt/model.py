@@ -206,8 +206,7 @@ class GPT(Pretrained, nnx.Module):
             return scan_blocks(self.blocks, x, taps, keys, self.config, self.around_block, positions)
         graph = nnx.split(self.blocks[0])[0]
         run = {
-            kind: self.around_block(block_step(graph, kind, taps is not None, positions))
-            for kind in set(self.config.layer_kinds)
+            kind: self.around_block(block_step(graph, kind, taps, positions)) for kind in set(self.config.layer_kinds)
         }
         for layer, (block, kind) in enumerate(zip(self.blocks, self.config.layer_kinds, strict=True)):
             x, layer_taps = run[kind](x, (nnx.state(block), None if keys is None else keys[layer]))

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from gpt_core.config import ModelConfig
 from gpt_core.sites import block_sites
-from jax_gpt.taps import Taps, collect
+from jax_gpt.taps import Taps, collect, of_block
 
 Layer = tuple[nnx.State, jax.Array | None]  # one block's parameters and each row's dropout key
 BlockStep = Callable[[jax.Array, Layer], tuple[jax.Array, Taps]]
@@ -50,21 +50,21 @@ def _runs(kinds: str, first: int) -> Iterator[Stretch]:
         first += turns
 
 
-def block_step(graph: nnx.GraphDef[Any], kind: str, traced: bool, positions: jax.Array | None = None) -> BlockStep:
+def block_step(graph: nnx.GraphDef[Any], kind: str, taps: Taps | None, positions: jax.Array | None = None) -> BlockStep:
     """One block as a function of its input and its parameters.
 
     Args:
         graph: Of the block.
         kind: Of the layer.
-        traced: Whether to return its intermediates; otherwise there are none.
+        taps: The model's; what they would keep of the block is returned, and nothing where they are None.
         positions: Of tokens in their documents, `[batch, time]`; None where a row is one.
     """
 
     def step(x: jax.Array, layer: Layer) -> tuple[jax.Array, Taps]:
         parameters, key = layer
-        taps: Taps | None = {} if traced else None
-        x = nnx.merge(graph, parameters)(x, kind, taps, key, positions)
-        return x, taps or {}
+        found = of_block(taps)
+        x = nnx.merge(graph, parameters)(x, kind, found, key, positions)
+        return x, dict(found or {})
 
     return step
 
@@ -83,7 +83,7 @@ def scan_blocks(
     Args:
         blocks: One block whose parameters have a leading axis of layers.
         x: Its input.
-        taps: Filled with every site of every block, where it is given.
+        taps: Filled with the sites of every block, where it is given.
         keys: Of dropout, `[layers, batch]`.
         config: The model.
         around_block: Wraps the function of one block.
@@ -91,13 +91,13 @@ def scan_blocks(
     """
     graph, stacked = nnx.split(blocks)
     for stretch in stretches(config.layer_kinds, len(config.attention_pattern or "*")):
-        steps = [around_block(block_step(graph, kind, taps is not None, positions)) for kind in stretch.kinds]
+        steps = [around_block(block_step(graph, kind, taps, positions)) for kind in stretch.kinds]
         layers = _cut((stacked, keys), stretch, config.n_layers)
         x, found = jax.lax.scan(_turn(steps), x, layers, length=stretch.turns)
         for index in range(stretch.turns * len(steps)) if taps is not None else ():
             turn, place = divmod(index, len(steps))
             # In their order: the scan gives dictionaries back in another one.
-            sites = block_sites(config, stretch.kinds[place])
+            sites = [site for site in block_sites(config, stretch.kinds[place]) if site in found[place]]
             collect(taps, stretch.first + index, {site: found[place][site][turn] for site in sites})
     return x
 

@@ -22,7 +22,7 @@ from torch_gpt.model import GPT
 from torch_gpt.moe import route
 from torch_gpt.products import linear
 from torch_gpt.rotary import turn
-from torch_gpt.taps import Taps
+from torch_gpt.taps import Kept
 
 FEW = 8  # rows of a product, up to which the compiled form sums products
 
@@ -169,7 +169,7 @@ def prefill(
     Returns:
         Logits after each row's last token, and the cache.
     """
-    taps: Taps = _Kept()
+    taps = Kept(".key", "_key", ".value")
     hidden = model.hidden(tokens, taps)
     last = hidden.take_along_dim((lengths - 1)[:, None, None], dim=1)  # [batch, 1, embed]
     sources = {size: slot_positions(lengths - 1, size) for size in set(slots)}  # [batch, slots]
@@ -185,14 +185,6 @@ def prefill(
         tuple(kept(layer, "attention.value") for layer in range(len(keys))),
     )
     return model.unembed(last)[:, 0], cache
-
-
-class _Kept(dict[str, torch.Tensor]):
-    """Holds on to keys and values alone, of all sites of a model."""
-
-    def __setitem__(self, site: str, value: torch.Tensor) -> None:
-        if site.endswith((".key", "_key", ".value")):
-            super().__setitem__(site, value)
 
 
 @torch.no_grad()

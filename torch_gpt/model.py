@@ -39,7 +39,7 @@ from torch_gpt.moe import Experts, Mixture, experts_of
 from torch_gpt.pretrained import Pretrained
 from torch_gpt.products import linear
 from torch_gpt.segments import positions_in
-from torch_gpt.taps import Taps, collect, tap
+from torch_gpt.taps import Taps, collect, of_block, tap
 
 BlockStep = Callable[[torch.Tensor, str, Taps | None, torch.Tensor | None], torch.Tensor]
 
@@ -193,7 +193,7 @@ class GPT(Pretrained, nn.Module):
     ) -> Float[torch.Tensor, "batch time embed"]:
         """All blocks, one after the other."""
         for layer, (block, kind) in enumerate(zip(self.blocks, self.config.layer_kinds, strict=True)):
-            layer_taps: Taps | None = None if taps is None else {}
+            layer_taps = of_block(taps)
             x = self.around_block(block)(x, kind, layer_taps, positions)
             collect(taps, layer, layer_taps)
         return x
