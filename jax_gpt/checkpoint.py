@@ -14,6 +14,7 @@ from gpt_core.storage.checkpoint_config import PARAMS_FOLDER, refuse_twin, write
 from gpt_core.storage.orbax_file import write_orbax
 from gpt_core.storage.tensor_info import Array, TensorInfo
 from gpt_core.text.tokenizer import Tokenizer
+from jax_gpt import moe
 from jax_gpt.attention import Implementation
 from jax_gpt.model import GPT
 
@@ -49,6 +50,7 @@ def load(
     *,
     precision: Precision = Precision(),
     implementation: Implementation = "reference",
+    experts: moe.Implementation = "reference",
     scan_layers: bool = True,
 ) -> GPT:
     """Load a checkpoint, stacked or unrolled, into either form; weights are cast to `precision.param_dtype`.
@@ -65,5 +67,6 @@ def load(
         lambda parameter: jnp.array(checkpoint.read(parameter), dtype=precision.param_dtype, copy=True),
         precision=precision,
         implementation=implementation,
+        experts=experts,
         scan_layers=scan_layers,
     )

@@ -109,7 +109,9 @@ def _generate(options: Namespace) -> int:
         from jax_gpt.model import GPT
 
         def model(path: Path, adapter: Path | None = None) -> GPT:
-            return GPT.from_pretrained(path, adapter=adapter, precision=request.precision, implementation="auto")
+            return GPT.from_pretrained(
+                path, adapter=adapter, precision=request.precision, implementation="auto", experts="auto"
+            )
 
         target = model(request.checkpoint, request.adapter)
         if request.draft is None:

@@ -12,6 +12,7 @@ from gpt_core.formats.orbax_jax import spoke
 from gpt_core.precision import Precision
 from gpt_core.storage.tensor_info import Array
 from gpt_core.storage.weights import DType, Source, slots, source_of
+from jax_gpt import moe
 from jax_gpt.attention import Implementation
 
 Model = TypeVar("Model", bound="Pretrained")
@@ -30,6 +31,7 @@ class Pretrained(Saving):
         adapter: Path | None = None,
         precision: Precision = Precision(),
         implementation: Implementation = "reference",
+        experts: moe.Implementation = "reference",
         scan_layers: bool = True,
     ) -> Model:
         """Load a checkpoint of any format; weights are cast to `precision.param_dtype`.
@@ -39,6 +41,7 @@ class Pretrained(Saving):
             adapter: Folder of an adapter in PEFT's format, which is merged into it.
             precision: Number formats of storage and computation.
             implementation: Of attention.
+            experts: Implementation of a mixture's experts.
             scan_layers: Whether blocks are stacked.
 
         Raises:
@@ -51,6 +54,7 @@ class Pretrained(Saving):
             lambda parameter: jnp.array(checkpoint.read(parameter), dtype=precision.param_dtype, copy=True),
             precision=precision,
             implementation=implementation,
+            experts=experts,
             scan_layers=scan_layers,
         )
         return model

@@ -20,6 +20,7 @@ from gpt_core.storage.safetensors_file import SafetensorsReader, write_safetenso
 from gpt_core.storage.tensor_info import TensorInfo
 from gpt_core.storage.weights import require_keys, slots
 from gpt_core.text.tokenizer import Tokenizer
+from torch_gpt import moe
 from torch_gpt.arrays import to_numpy
 from torch_gpt.attention import Implementation
 from torch_gpt.dtypes import torch_dtype
@@ -49,7 +50,13 @@ def save(model: GPT, path: Path, tokenizer: Tokenizer | None = None, *, force: b
             tokenizer.save(folder)
 
 
-def load(path: Path, *, precision: Precision = Precision(), implementation: Implementation = "reference") -> GPT:
+def load(
+    path: Path,
+    *,
+    precision: Precision = Precision(),
+    implementation: Implementation = "reference",
+    experts: moe.Implementation = "reference",
+) -> GPT:
     """Load a checkpoint; weights are cast to `precision.param_dtype`.
 
     That of a run with an adapter is its base with the adapter merged into it.
@@ -60,7 +67,7 @@ def load(path: Path, *, precision: Precision = Precision(), implementation: Impl
     config = read_checkpoint_config(path)
     refuse_twin(path, "torch")
     if has_adapter(path):
-        return GPT.from_pretrained(path, precision=precision, implementation=implementation)
+        return GPT.from_pretrained(path, precision=precision, implementation=implementation, experts=experts)
     stored = SafetensorsReader(path / WEIGHTS_FILE).tensors  # a damaged file is named here
     require_keys(str(path), slots(config, SPOKE), {key: info.shape for key, info in stored.items()})
     dtype = torch_dtype(precision.param_dtype)
@@ -69,6 +76,7 @@ def load(path: Path, *, precision: Precision = Precision(), implementation: Impl
         lambda parameter: torch.empty(parameter.shape, dtype=dtype, device="meta"),
         precision=precision,
         implementation=implementation,
+        experts=experts,
     )
     state = {key: tensor.to(dtype) for key, tensor in load_file(path / WEIGHTS_FILE).items()}
     model.load_state_dict(state, strict=True, assign=True)

@@ -83,7 +83,9 @@ def _generate(options: Namespace) -> int:
         from torch_gpt.model import GPT
 
         def model(path: Path, adapter: Path | None = None) -> GPT:
-            loaded = GPT.from_pretrained(path, adapter=adapter, precision=request.precision, implementation="auto")
+            loaded = GPT.from_pretrained(
+                path, adapter=adapter, precision=request.precision, implementation="auto", experts="auto"
+            )
             return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
         target = model(request.checkpoint, request.adapter)

@@ -8,6 +8,7 @@ from gpt_core.formats.safetensors_torch import SPOKE
 from gpt_core.precision import Precision
 from gpt_core.storage.tensor_info import Array
 from gpt_core.storage.weights import DType, Source, slots, source_of
+from torch_gpt import moe
 from torch_gpt.arrays import from_numpy, to_numpy
 from torch_gpt.attention import Implementation
 from torch_gpt.dtypes import torch_dtype
@@ -26,6 +27,7 @@ class Pretrained(Saving):
         adapter: Path | None = None,
         precision: Precision = Precision(),
         implementation: Implementation = "reference",
+        experts: moe.Implementation = "reference",
     ) -> Model:
         """Load a checkpoint of any format; weights are cast to `precision.param_dtype`.
 
@@ -34,6 +36,7 @@ class Pretrained(Saving):
             adapter: Folder of an adapter in PEFT's format, which is merged into it.
             precision: Number formats of storage and computation.
             implementation: Of attention.
+            experts: Implementation of a mixture's experts.
 
         Raises:
             InputError: there is no such checkpoint, the hub cannot be reached, or it is damaged or beyond this model.
@@ -45,6 +48,7 @@ class Pretrained(Saving):
             lambda parameter: from_numpy(checkpoint.read(parameter)).to(torch_dtype(precision.param_dtype)),
             precision=precision,
             implementation=implementation,
+            experts=experts,
         )
         loaded: Model = model.eval()
         return loaded
