@@ -11,12 +11,14 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from gpt_core.adapter import whole_table
+from gpt_core.routing import Routing, expert_load, routing_metrics, summed_router_loss
 from gpt_core.runs.config import Remat, RunConfig, chunk_of_loss
 from jax_gpt import lora
 from jax_gpt.layout import Layout
 from jax_gpt.loss import chunked_loss
 from jax_gpt.model import GPT, initialiser
 from jax_gpt.optimizer import create_optimizer, update
+from jax_gpt.routing import routing_of, routing_taps
 from jax_gpt.scan import BlockStep
 from jax_gpt.sharding import ROWS, state_shardings
 
@@ -63,7 +65,8 @@ class Program(NamedTuple):
     Args:
         create: Makes the first state, every array already in its place; with an adapter without its frozen weights,
             which `jax_gpt.start.on_base` brings.
-        step: (state, batch, learning rate) -> (state, {"loss", "gradient_norm", "targets"}); takes the state over.
+        step: (state, batch, learning rate) -> (state, {"loss", "gradient_norm", "targets"}), of a mixture those of
+            `routing_metrics` too; takes the state over.
         evaluate: (all parameters, batch) -> (summed loss in nats, tokens that counted).
         state: The state without data: shapes, dtypes and shardings.
         graph: What `nnx.merge` needs beside the parameters to make the model.
@@ -88,6 +91,7 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
             lambda row: fresh(row).astype(config.adapter.base_dtype or config.precision.param_dtype),
             precision=config.precision,
             implementation=config.jax.attention,
+            experts=config.jax.experts,
             scan_layers=config.jax.scan_layers,
             around_block=lambda step: _REMAT[config.jax.remat](layout.around_block(step)),
         )
@@ -140,8 +144,8 @@ def training_step(
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]:
     """The step as one function: gradients over all micro-batches, clip, AdamW.
 
-    A step whose loss or gradient norm is not finite, or in which no token counts, leaves parameters and moments as they
-    were.
+    The loss of a mixture's routers is that of `gpt_core.routing`; what is reported as loss is the cross entropy. A step
+    whose loss or gradient norm is not finite, or in which no token counts, leaves parameters and moments as they were.
 
     Args:
         config: The run.
@@ -153,28 +157,59 @@ def training_step(
     parts = config.train.accumulation
     wide = config.precision.wide_dtype
 
-    def mean_loss(
-        parameters: nnx.State, frozen: nnx.State, part: Batch, keys: jax.Array | None, count: jax.Array
-    ) -> jax.Array:
+    def forward(
+        parameters: nnx.State, frozen: nnx.State, part: Batch, keys: jax.Array | None
+    ) -> tuple[GPT, jax.Array, Routing | None]:
         model = nnx.merge(graph, layout.gathered(parameters), layout.gathered(frozen))
+        taps = routing_taps(config.model)
         # A key for every row, so that what is dropped does not depend on the mesh.
-        hidden = model.hidden(part["tokens"], dropout_keys=keys, segments=part.get("segments"))
+        hidden = model.hidden(part["tokens"], taps, dropout_keys=keys, segments=part.get("segments"))
+        return model, hidden, routing_of(taps, part["mask"], config.model)
+
+    def load_of(routing: Routing, count: jax.Array) -> jax.Array:
+        assigned = layout.summed(routing.assigned).astype(wide)
+        return expert_load(assigned, count, config.model.experts_per_token)
+
+    def mean_loss(
+        parameters: nnx.State,
+        frozen: nnx.State,
+        part: Batch,
+        keys: jax.Array | None,
+        count: jax.Array,
+        load: jax.Array | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, Routing | None]]:
+        model, hidden, routing = forward(parameters, frozen, part, keys)
         by_token = 1 / count  # of the whole step
-        return chunked_loss(model.unembed, hidden, part["targets"], part["mask"], chunk, by_token)
+        loss = chunked_loss(model.unembed, hidden, part["targets"], part["mask"], chunk, by_token)
+        if routing is None:
+            return loss, (loss, None)
+        load = load_of(routing, count) if load is None else load
+        return loss + by_token * summed_router_loss(routing, load, config.train), (loss, routing)
 
     def gradients_of_rows(
         parameters: nnx.State, rows: Any, count: jax.Array, frozen: nnx.State
-    ) -> tuple[jax.Array, nnx.State]:
+    ) -> tuple[jax.Array, nnx.State, Routing | None]:
         # Row r goes to part r mod parts, so that every device keeps its own rows.
         micro_batches = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
 
-        def add(total: Any, part: tuple[Batch, jax.Array | None]) -> tuple[Any, None]:
-            gradients = jax.value_and_grad(mean_loss)(parameters, frozen, *part, count)
-            return jax.tree.map(jnp.add, total, gradients), None
+        def all_parts(routing: Routing | None) -> Routing | None:
+            return jax.tree.map(lambda x: x.sum(0), routing)
+
+        load = None
+        if config.model.n_experts and parts > 1 and config.train.balance_loss:
+            # The load of the whole step is known after all of it.
+            routing = jax.lax.map(lambda part: forward(parameters, frozen, *part)[2], micro_batches)
+            load = load_of(all_parts(routing), count)
+
+        def add(total: Any, part: tuple[Batch, jax.Array | None]) -> tuple[Any, Routing | None]:
+            differentiate = jax.value_and_grad(mean_loss, has_aux=True)
+            (_, (loss, routing)), gradients = differentiate(parameters, frozen, *part, count, load)
+            return jax.tree.map(jnp.add, total, (loss, gradients)), routing
 
         zero = (jnp.zeros((), wide), jax.tree.map(jnp.zeros_like, parameters))
-        (loss, gradients), _ = jax.lax.scan(add, zero, micro_batches, length=parts)
-        return layout.summed(loss), layout.summed_gradients(gradients)
+        (loss, gradients), routing = jax.lax.scan(add, zero, micro_batches, length=parts)
+        routing = jax.tree.map(layout.summed, all_parts(routing))
+        return layout.summed(loss), layout.summed_gradients(gradients), routing
 
     def step(state: TrainState, batch: Batch, rate: Any) -> tuple[TrainState, Metrics]:
         count = batch["mask"].sum().astype(wide)
@@ -183,8 +218,9 @@ def training_step(
             of_step = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(of_step, jnp.arange(config.train.batch_size))
         # Where nothing counts nothing is learned: the sum of no loss over one.
-        differentiate = layout.over_rows(gradients_of_rows, ("sum", "parameters"))
-        loss, gradients = differentiate(state.parameters, (dict(batch), keys), jnp.maximum(count, 1), state.frozen)
+        differentiate = layout.over_rows(gradients_of_rows, ("sum", "parameters", "sum"))
+        counted = jnp.maximum(count, 1)
+        loss, gradients, routing = differentiate(state.parameters, (dict(batch), keys), counted, state.frozen)
         parameters, moments, norm = update(
             optimizer, config.optimizer, state.parameters, gradients, state.moments, rate
         )
@@ -193,6 +229,9 @@ def training_step(
             lambda new, old: jnp.where(kept, new, old), (parameters, moments), (state.parameters, state.moments)
         )
         metrics = {"loss": loss, "gradient_norm": norm, "targets": count}
+        if routing is not None:
+            load = expert_load(routing.assigned.astype(wide), counted, config.model.experts_per_token)
+            metrics |= routing_metrics(routing, load, counted)
         return TrainState(parameters, moments, state.step + 1, state.frozen), metrics
 
     return step

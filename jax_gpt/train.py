@@ -29,6 +29,7 @@ from gpt_core.runs.training import (
 )
 from gpt_core.text.finding import rows_without_tokens
 from gpt_core.text.tokenizer import Tokenizer
+from jax_gpt import moe
 from jax_gpt.attention import picks
 from jax_gpt.checkpoint import save
 from jax_gpt.device import peak_memory, total_peak_flops
@@ -107,6 +108,8 @@ def _train(
         opening.append(
             f"attention: {picks(jax.default_backend(), config.train.dtype, config.model, config.data.separates)}"
         )
+    if config.model.n_experts and config.jax.experts == "auto":
+        opening.append(f"experts: {moe.pick(jax.default_backend(), config.train.dtype, config.model)}")
     with StopRequest() as stop, RunCheckpoints(run, config.train, opening.append) as checkpoints:
         restored = checkpoints.restore(program.state)
         if restored is not None:

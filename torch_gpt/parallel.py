@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,17 +21,19 @@ from gpt_core.data.order import host_rows
 from gpt_core.errors import InputError
 from gpt_core.formats.safetensors_torch import spoke_of
 from gpt_core.parameters import Parameter
+from gpt_core.routing import Routing
 from gpt_core.runs.config import RunConfig, TorchConfig
 from gpt_core.storage.weights import Source, slots
 from torch_gpt.arrays import from_numpy
 from torch_gpt.distributed import process_count, process_index
 from torch_gpt.loss import chunked_loss, summed_loss
 from torch_gpt.model import GPT
+from torch_gpt.routing import routing_of, routing_taps
 
 
 class Objective(nn.Module):
-    """Summed loss of some rows, times a weight: one module around the model, so that DDP and FSDP see a single forward
-    pass.
+    """Summed loss of some rows, times a weight, and in training what the routers of a mixture did: one module around
+    the model, so that DDP and FSDP see a single forward pass.
     """
 
     def __init__(self, model: GPT, chunk: int) -> None:
@@ -46,11 +48,19 @@ class Objective(nn.Module):
         mask: torch.Tensor,
         weight: torch.Tensor | float = 1.0,
         segments: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, Routing | None]:
         tied = self.model.config.tied_embeddings
         head = [self.model.token_embedding] if tied else list(self.model.head.parameters())
-        hidden = self.model.hidden(tokens, segments=segments)
-        return chunked_loss(self.loss_of, head, hidden, targets, mask, self.chunk, weight)
+        taps = routing_taps(self.model.config) if self.training else None
+        hidden = self.model.hidden(tokens, taps, segments)
+        loss = chunked_loss(self.loss_of, head, hidden, targets, mask, self.chunk, weight)
+        return loss, routing_of(taps, mask, self.model.config)
+
+    def routing(self, tokens: torch.Tensor, mask: torch.Tensor, segments: torch.Tensor | None = None) -> Routing | None:
+        """What the routers of a mixture do with some rows, without the loss; None for a dense model."""
+        taps = routing_taps(self.model.config)
+        self.model.hidden(tokens, taps, segments)
+        return routing_of(taps, mask, self.model.config)
 
     def loss_of(
         self, hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, *head: torch.Tensor
@@ -87,9 +97,20 @@ def shared_out(objective: Objective, config: TorchConfig, accelerator: Accelerat
         return prepared
     mesh = init_device_mesh(accelerator.device.type, (process_count(),))
     for block in objective.model.blocks:
+        # Experts come together when their turn comes; not within a compiled block, in which no hook can stand.
+        if objective.model.config.n_experts and not config.compile:
+            fully_shard(block.moe, mesh=mesh)
         fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
+    register_fsdp_forward_method(objective, "routing")
     return objective
+
+
+def inner(objective: nn.Module) -> Objective:
+    """The objective inside of what DDP made of it."""
+    module = objective.module if isinstance(objective, DistributedDataParallel) else objective
+    assert isinstance(module, Objective)
+    return module
 
 
 def summed(value: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt_core.adapter import whole_table
 from gpt_core.parameters import Parameter
+from gpt_core.routing import Routing, added, expert_load, routing_metrics, summed_router_loss
 from gpt_core.runs.config import RunConfig, chunk_of_loss
 from torch_gpt import lora
 from torch_gpt.arrays import to_numpy
@@ -21,7 +22,7 @@ from torch_gpt.distributed import process_count, process_index
 from torch_gpt.dtypes import torch_dtype
 from torch_gpt.model import GPT, BlockStep, initialiser
 from torch_gpt.optimizer import create_optimizer, update
-from torch_gpt.parallel import Objective, fill, shared_out, summed, synchronised
+from torch_gpt.parallel import Objective, fill, inner, shared_out, summed, synchronised
 
 Batch = Mapping[str, torch.Tensor]
 Metrics = dict[str, torch.Tensor | float]
@@ -54,8 +55,8 @@ class Program(NamedTuple):
     """The functions of a run on the devices of its processes.
 
     Args:
-        step: (state, batch, learning rate) -> (state, {"loss", "gradient_norm", "targets"}), in float16 "loss_scale"
-            too; changes the state in place.
+        step: (state, batch, learning rate) -> (state, {"loss", "gradient_norm", "targets"}), of a mixture those of
+            `routing_metrics` and in float16 "loss_scale" too; changes the state in place.
         evaluate: (batch) -> (summed loss in nats, tokens that counted), over all processes.
         state: Where the run starts: fresh weights, no step taken.
         device: Of this process.
@@ -83,6 +84,7 @@ def create_program(config: RunConfig, accelerator: Accelerator) -> Program:
         lambda row: create(row).to(stored),
         precision=config.precision,
         implementation=config.torch.attention,
+        experts=config.torch.experts,
         around_block=_around_block(config),
     )
     model = lora.attach(base, config.adapter, create)
@@ -121,8 +123,9 @@ def training_step(
 ) -> Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]:
     """The step as one function: gradients over all micro-batches and processes, clip, AdamW.
 
-    A step whose loss or gradient norm is not finite, or in which no token counts, leaves parameters and moments as they
-    were. In float16 the loss is scaled up, so that small gradients are no zeros (Micikevicius et al., 2018).
+    The loss of a mixture's routers is that of `gpt_core.routing`; what is reported as loss is the cross entropy. A step
+    whose loss or gradient norm is not finite, or in which no token counts, leaves parameters and moments as they were.
+    In float16 the loss is scaled up, so that small gradients are no zeros (Micikevicius et al., 2018).
 
     Args:
         config: The run.
@@ -133,26 +136,55 @@ def training_step(
     wide = torch_dtype(config.precision.wide_dtype)
     processes = process_count()
 
+    def seed(step: int) -> None:
+        if config.model.dropout:
+            entropy = (config.train.seed, step, process_index())
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+    def load_of(assigned: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        return expert_load(summed(assigned).to(wide), count.clamp(min=1), config.model.experts_per_token)
+
+    @torch.no_grad()
+    def load_of_all(micro_batches: list[Batch], count: torch.Tensor) -> torch.Tensor:
+        """The load of the whole step, which is known after all of it."""
+        routing = inner(objective).routing
+        found = [routing(rows["tokens"], rows["mask"], rows.get("segments")) for rows in micro_batches]
+        return load_of(added(found).assigned, count)
+
     def step(state: TrainState, batch: Batch, rate: float) -> tuple[TrainState, Metrics]:
         model.train()
-        if config.model.dropout:
-            entropy = (config.train.seed, state.step, process_index())
-            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         count = summed(batch["mask"].sum()).to(wide)  # the tokens of the whole step
+        micro_batches = [{name: array[part::parts] for name, array in batch.items()} for part in range(parts)]
+        load = None
+        if config.model.n_experts and parts > 1 and config.train.balance_loss:
+            seed(state.step)
+            load = load_of_all(micro_batches, count)
+        seed(state.step)
         scale = state.scaler.get_scale()
         # DDP and FSDP take the mean over processes where the sum is wanted.
         weight = state.scaler.scale(processes / count.clamp(min=1))
         loss = torch.zeros((), dtype=wide, device=count.device)
-        for part in range(parts):
-            rows = {name: array[part::parts] for name, array in batch.items()}
+        routings: list[Routing] = []
+        for part, rows in enumerate(micro_batches):
             with synchronised(objective, last=part == parts - 1):
-                part_loss = objective(rows["tokens"], rows["targets"], rows["mask"], weight, rows.get("segments"))
-                part_loss.backward()
+                part_loss, routing = objective(
+                    rows["tokens"], rows["targets"], rows["mask"], weight, rows.get("segments")
+                )
+                total = part_loss
+                if routing is not None:
+                    known = load_of(routing.assigned, count) if load is None else load
+                    total = part_loss + weight * summed_router_loss(routing, known, config.train)
+                    routings.append(Routing(*(own.detach() for own in routing)))
+                total.backward()
             loss += part_loss.detach()
         loss = summed(loss) / (scale * processes)
         finite = bool(torch.isfinite(loss)) and bool(count)
         norm = update(state.optimizer, config.optimizer, model, rate, finite=finite, scaler=state.scaler)
         metrics: Metrics = {"loss": loss, "gradient_norm": norm, "targets": count}
+        if routings:
+            whole = Routing(*map(summed, added(routings)))
+            known = expert_load(whole.assigned.to(wide), count.clamp(min=1), config.model.experts_per_token)
+            metrics |= routing_metrics(whole, known, count.clamp(min=1))
         return state._replace(step=state.step + 1), metrics | (
             {"loss_scale": scale} if state.scaler.is_enabled() else {}
         )
@@ -166,7 +198,7 @@ def evaluation_step(objective: nn.Module) -> Callable[[Batch], tuple[torch.Tenso
     @torch.no_grad()
     def evaluate(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         objective.eval()
-        loss = objective(batch["tokens"], batch["targets"], batch["mask"], segments=batch.get("segments"))
+        loss, _ = objective(batch["tokens"], batch["targets"], batch["mask"], segments=batch.get("segments"))
         return summed(loss), summed(batch["mask"].sum())
 
     return evaluate

@@ -27,6 +27,7 @@ from gpt_core.runs.training import (
 )
 from gpt_core.text.finding import rows_without_tokens
 from gpt_core.text.tokenizer import Tokenizer
+from torch_gpt import moe
 from torch_gpt.attention import picks
 from torch_gpt.checkpoint import save
 from torch_gpt.device import peak_memory, total_peak_flops
@@ -107,6 +108,8 @@ def _train(
         opening.append(
             f"attention: {picks(program.device.type, config.train.dtype, config.model, config.data.separates)}"
         )
+    if config.model.n_experts and config.torch.experts == "auto":
+        opening.append(f"experts: {moe.pick(program.device.type, config.train.dtype, config.model)}")
     with StopRequest() as stop, RunCheckpoints(run, config.train, opening.append) as checkpoints:
         restored = checkpoints.restore(program.state)
         state, record = restored or (program.state, None)

@@ -36,6 +36,7 @@ from gpt_core.sections import (
 Remat = Literal["none", "dots", "full"]
 JaxAttention = Literal["auto", "reference", "banded", "xla", "splash", "cudnn"]
 TorchAttention = Literal["auto", "reference", "banded", "sdpa", "flex"]
+Experts = Literal["auto", "reference", "grouped"]
 Strategy = Literal["ddp", "fsdp2"]
 
 _MOST = {"batch_size": 2**24, "context_length": 2**30}
@@ -100,6 +101,9 @@ class TrainConfig:
         dtype: Format of computation; parameters are float32 with bfloat16 and float16. float16, with a loss scale that
             finds itself, is for PyTorch on GPUs without bfloat16; float64 is for proofs.
         seed: Of fresh weights and of dropout.
+        balance_loss: Weight of the loss that keeps a mixture's experts equally loaded; see docs/experts.md. Dense models
+            have neither this one nor the next.
+        router_z_loss: Weight of the loss that keeps a router's scores small.
         start_from: Whose weights the run begins with: a checkpoint of any format, a run (`RUN@best`), or a name on the
             Hugging Face hub. `model` may then be left out. Null: fresh weights.
         log_every: Steps between two records of the loss.
@@ -122,6 +126,8 @@ class TrainConfig:
     accumulation: int = 1
     dtype: DType = "float32"
     seed: int = 0
+    balance_loss: float = 0.01
+    router_z_loss: float = 0.001
     start_from: str | None = None
     log_every: int = 10
     evaluate_every: int = 250
@@ -144,6 +150,8 @@ class TrainConfig:
                 require_count(self, name, most=_MOST.get(name, LARGEST_COUNT))
         require_count(self, "keep_best", least=0)
         require_count(self, "seed", least=0, most=LARGEST_SEED)
+        for name in ("balance_loss", "router_z_loss"):
+            require_number(self, name, "a number of at least 0", lambda x: x >= 0)
         require_one_of(self, "dtype", get_args(DType))
         if self.batch_size % self.accumulation:
             raise InputError(
@@ -194,6 +202,7 @@ class JaxConfig:
         mesh: How the devices are arranged.
         remat: What the backward pass computes again: "none", all but matrix products ("dots"), or "full".
         attention: Implementation; see docs/variants.md.
+        experts: Implementation of a mixture's experts; see docs/experts.md.
         scan_layers: Scan over stacked blocks, so that compile time does not grow with depth.
         loss_chunk: Tokens of a device whose logits are in memory at a time; null: see `chunk_of_loss`.
 
@@ -204,6 +213,7 @@ class JaxConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     remat: Remat = "none"
     attention: JaxAttention = "auto"
+    experts: Experts = "auto"
     scan_layers: bool = True
     loss_chunk: int | None = None
 
@@ -213,6 +223,7 @@ class JaxConfig:
             object.__setattr__(self, "mesh", from_mapping(MeshConfig, {} if mesh is None else mesh, "mesh", "mesh"))
         require_one_of(self, "remat", get_args(Remat))
         require_one_of(self, "attention", get_args(JaxAttention))
+        require_one_of(self, "experts", get_args(Experts))
         require_flag(self, "scan_layers")
         if self.loss_chunk is not None:
             require_count(self, "loss_chunk")
@@ -227,6 +238,7 @@ class TorchConfig:
         compile: Whether the model goes through `torch.compile`.
         remat: What the backward pass computes again ("activation checkpointing"): "none" or "full".
         attention: Implementation; see docs/variants.md.
+        experts: Implementation of a mixture's experts; see docs/experts.md.
         loss_chunk: Tokens of a process whose logits are in memory at a time; null: see `chunk_of_loss`.
 
     Raises:
@@ -237,12 +249,14 @@ class TorchConfig:
     compile: bool = False
     remat: Literal["none", "full"] = "none"
     attention: TorchAttention = "auto"
+    experts: Experts = "auto"
     loss_chunk: int | None = None
 
     def __post_init__(self) -> None:
         require_one_of(self, "strategy", get_args(Strategy))
         require_one_of(self, "remat", ("none", "full"))
         require_one_of(self, "attention", get_args(TorchAttention))
+        require_one_of(self, "experts", get_args(Experts))
         require_flag(self, "compile")
         if self.loss_chunk is not None:
             require_count(self, "loss_chunk")

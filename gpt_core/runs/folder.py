@@ -40,7 +40,7 @@ _FILES = {
 # What may change when a run goes on. Anything else would make it another run.
 _FREE_SECTIONS = {"tracking", "torch"}
 _FREE_FIELDS = {
-    "jax": {"mesh", "remat", "attention", "loss_chunk"},
+    "jax": {"mesh", "remat", "attention", "experts", "loss_chunk"},
     "data": {"verify", "prefetch", "source", "prepared"},  # where the text lies; what it is, the data's state holds
     "train": {"steps", "accumulation", "log_every", "evaluate_every", "evaluation_batches", "checkpoint_every"}
     | {"keep_last", "keep_best", "keep_every", "max_skipped"},

@@ -34,6 +34,14 @@ MESHES: dict[str, Any] = {
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
     "stages": {"data": 1, "fsdp": 4, "tensor": 2, "fsdp_inner": 2},
 }
+MIXTURE = {
+    "activation": "silu",
+    "gated_mlp": True,
+    "bias": False,
+    "n_experts": 4,
+    "experts_per_token": 2,
+    "expert_dim": 48,
+}
 WINDOW = {"n_kv_heads": 2, "position": "rope", "sliding_window": 5}
 # Every mesh with one variant, and each other variant with the mesh that treats its own weights in another way.
 VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -67,7 +75,9 @@ def assert_same_losses(found: dict[str, Any], tolerance: float, learned: float =
 
 
 def test_accumulation_and_dropout_do_not_depend_on_the_mesh() -> None:
-    found = losses(dropout=case(WINDOW | {"dropout": 0.1}, ["all"], dtype="float64", accumulation=2))
+    """Of a mixture, whose routers' losses are of the whole step, and weigh enough to be seen."""
+    train = {"dtype": "float64", "accumulation": 2, "balance_loss": 0.3, "router_z_loss": 0.02}
+    found = losses(dropout=case(WINDOW | MIXTURE | {"dropout": 0.1}, ["all"], **train))
     assert_same_losses(found["dropout"], 1e-10)
 
 
