@@ -1,7 +1,7 @@
 """Products of rows with the kernel of each row's own group, as a mixture of experts has them.
 
-Rows lie sorted by their group. On a CPU and in float64 one group is multiplied after the other; elsewhere, and where
-the program is compiled, PyTorch's grouped product takes them all.
+Rows lie sorted by their group. On a CPU and in float64 one group is multiplied after the other; elsewhere PyTorch's
+grouped product takes them all. Compiled, it takes bfloat16 alone.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,8 @@ def grouped(
 
 
 def _multiply(x: torch.Tensor, sizes: torch.Tensor) -> Multiply:
-    if x.dtype == torch.float64 or (x.device.type == "cpu" and not torch.compiler.is_compiling()):
+    joint = x.dtype == torch.bfloat16 if torch.compiler.is_compiling() else x.device.type != "cpu"
+    if x.dtype == torch.float64 or not joint:
         counts = sizes.tolist()
         return lambda rows, kernels: torch.cat(
             [linear(part, kernel) for part, kernel in zip(rows.split(counts), kernels.unbind(), strict=True)]

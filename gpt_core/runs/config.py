@@ -101,8 +101,8 @@ class TrainConfig:
         dtype: Format of computation; parameters are float32 with bfloat16 and float16. float16, with a loss scale that
             finds itself, is for PyTorch on GPUs without bfloat16; float64 is for proofs.
         seed: Of fresh weights and of dropout.
-        balance_loss: Weight of the loss that keeps a mixture's experts equally loaded; see docs/experts.md. Dense models
-            have neither this one nor the next.
+        balance_loss: Weight of the loss that keeps a mixture's experts equally loaded; see docs/experts.md. Dense
+            models have neither this one nor the next.
         router_z_loss: Weight of the loss that keeps a router's scores small.
         start_from: Whose weights the run begins with: a checkpoint of any format, a run (`RUN@best`), or a name on the
             Hugging Face hub. `model` may then be left out. Null: fresh weights.

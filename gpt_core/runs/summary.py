@@ -1,4 +1,4 @@
-"""What is left of a run when it has ended: `summary.json`, and the loss curve as a picture."""
+"""What is left of a run when it has ended: `summary.json`, and a picture of its losses and of its experts' load."""
 
 import importlib.metadata
 import json
@@ -14,6 +14,8 @@ import numpy as np
 from gpt_core.errors import InputError
 from gpt_core.files.reading import read_json
 from gpt_core.files.writing import atomic_file
+from gpt_core.routing import LOAD
+from gpt_core.runs.heat_map import COLOURS, MOST, relative
 from gpt_core.runs.tracking import finite_or_null, read_metrics
 from gpt_core.sections import is_number
 
@@ -77,8 +79,8 @@ def _version(package: str) -> str | None:
 def loss_curve(run: Path) -> Path:
     """Draw `loss.png` from `metrics.jsonl`: loss on the training and on the validation text over steps.
 
-    The line of the unigram entropy (what knowing only token frequencies would lose) is drawn where `summary.json`
-    has it.
+    Below it stands, of a mixture, the load of every layer's experts at the end. The line of the unigram entropy (what
+    knowing only token frequencies would lose) is drawn where `summary.json` has it.
 
     Returns:
         The picture.
@@ -90,8 +92,9 @@ def loss_curve(run: Path) -> Path:
 
     records = read_metrics(run)
     entropy = _unigram_entropy(run)
-    figure = Figure(figsize=(8, 4.5), dpi=144, layout="constrained")
-    axes = figure.add_subplot()
+    loads = [record[LOAD] for record in records if np.ndim(record.get(LOAD)) == 2]
+    figure = Figure(figsize=(8, 6.5 if loads else 4.5), dpi=144, layout="constrained")
+    axes, *below = figure.subplots(2 if loads else 1, height_ratios=[4.5, 2] if loads else None, squeeze=False)[:, 0]
     steps, losses = _series(records, "train_loss")
     axes.plot(steps, losses, color=_TRAIN, alpha=0.3, linewidth=0.8)
     axes.plot(steps, _smoothed(losses), color=_TRAIN, linewidth=1.8, label="training")
@@ -105,9 +108,21 @@ def loss_curve(run: Path) -> Path:
     axes.grid(color="#d9dee3", linewidth=0.6)
     axes.margins(x=0.01)
     axes.legend(frameon=False)
+    for panel in below:
+        _draw_load(panel, loads[-1])
     with atomic_file(run / CURVE_FILE) as temporary:
         figure.savefig(temporary, format="png")
     return run / CURVE_FILE
+
+
+def _draw_load(axes: Any, load: Any) -> None:
+    shares = relative(load)
+    drawn = axes.imshow(shares, cmap=COLOURS, vmin=0, vmax=MOST, aspect="auto", interpolation="nearest")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    axes.figure.colorbar(drawn, ax=axes, label="tokens, over an equal share", extend="max")
 
 
 # The colours of the parity report.

@@ -15,17 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, get_args
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gpt_core.errors import InputError, one_line
 from gpt_core.files.reading import exists, open_file, parse_json
 from gpt_core.files.writing import atomic_file
+from gpt_core.runs.heat_map import heat_map
 from gpt_core.sections import is_number, is_whole, require_flag, require_one_of, require_text
 
 METRICS_FILE = "metrics.jsonl"
 _WANDB_ID_FILE = "wandb-id.txt"
 _MISSING_PACKAGE = "is not installed: pip install 'twingpt[tracking]'"
+
+Metrics = Mapping[str, Any]
+"""Name -> number; or one of each layer; or of each expert of each layer. Lists of them, nested."""
 
 WandbMode = Literal["disabled", "offline", "online"]
 
@@ -61,7 +66,7 @@ class Backend(Protocol):
 
     name: str
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         """Take the numbers of a step."""
         ...
 
@@ -98,7 +103,7 @@ class Tracker:
         self._primary = primary
         self._console = Console(stderr=True, highlight=False)
         self._progress: Progress | None = None
-        self._queue: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue()
+        self._queue: queue.Queue[tuple[int, Metrics] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._backends: list[Backend] = []
         if not primary:
@@ -117,12 +122,12 @@ class Tracker:
             self._task = self._progress.add_task("", total=total_steps, completed=step, loss="", rate="")
             self._progress.start()
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         """Take the numbers of a step; returns at once.
 
         Args:
             step: Steps done.
-            metrics: Name -> number; one that is not finite becomes null in `metrics.jsonl`.
+            metrics: Numbers by name; one that is not finite becomes null in `metrics.jsonl`.
         """
         if not self._primary:
             return
@@ -204,11 +209,14 @@ _LONGEST_LINE = 1 << 20
 
 
 def _is_record(record: Any) -> bool:
-    return (
-        isinstance(record, dict)
-        and is_whole(record.get("step"), 0)
-        and all(value is None or is_number(value) for value in record.values())
-    )
+    return isinstance(record, dict) and is_whole(record.get("step"), 0) and all(map(_is_numbers, record.values()))
+
+
+def _is_numbers(value: Any, depth: int = 2) -> bool:
+    if not isinstance(value, list):
+        return value is None or is_number(value)
+    alike = len({len(part) if isinstance(part, list) else None for part in value}) == 1
+    return depth > 0 and alike and all(_is_numbers(part, depth - 1) for part in value)
 
 
 def drop_records_after(run: Path, step: int) -> None:
@@ -230,13 +238,27 @@ def finite_or_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def shown(metrics: Metrics) -> dict[str, Any]:
+    """Numbers by name, those of layers by `name/layer`, and of their experts a picture, as an array of pixels."""
+    arrays = {name: np.asarray(value, float) for name, value in metrics.items()}
+    numbers = {name: metrics[name] for name, array in arrays.items() if array.ndim == 0}
+    of_layers = {
+        f"{name}/{layer}": float(value)
+        for name, array in arrays.items()
+        if array.ndim == 1
+        for layer, value in enumerate(array)
+    }
+    pictures = {name: heat_map(array) for name, array in arrays.items() if array.ndim == 2}
+    return numbers | of_layers | pictures
+
+
 class _JsonLines:
     name = METRICS_FILE
 
     def __init__(self, run: Path) -> None:
         self._file = (run / METRICS_FILE).open("a", encoding="utf-8")
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         self._file.write(json.dumps(finite_or_null({"step": step, **metrics})) + "\n")
         self._file.flush()
 
@@ -252,9 +274,12 @@ class _TensorBoard:
 
         self._writer = SummaryWriter(str(run / "tensorboard"))
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in shown(metrics).items():
+            if isinstance(value, np.ndarray):
+                self._writer.add_image(name, value, step, dataformats="HWC")
+            else:
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._writer.close()
@@ -294,8 +319,11 @@ class _Wandb:
             message(f"tracking: Weights & Biases cannot be reached ({_first_line(error)}); logging offline")
             self._run = wandb.init(mode="offline", settings=wandb.Settings(silent=True), **options)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
+    def log(self, step: int, metrics: Metrics) -> None:
+        import wandb
+
+        pictures = {name: value for name, value in shown(metrics).items() if isinstance(value, np.ndarray)}
+        self._run.log(shown(metrics) | {name: wandb.Image(value) for name, value in pictures.items()}, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self, SupportsFloat
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from gpt_core.runs.summary import environment, loss_curve, write_summary
 from gpt_core.runs.tracking import Tracker
 from gpt_core.text.gpt2 import is_gpt2
 from gpt_core.text.tokenizer import Tokenizer
+
+_EVERY_STEP = {"loss", "gradient_norm", "targets"}
 
 
 class StopRequest:
@@ -81,8 +83,8 @@ class Journal:
         self._timed_steps, self._seconds, self._since = 0, 0.0, time.perf_counter()
         self._window_steps, self._window_seconds = 0, 0.0
 
-    def note(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Take `loss`, `gradient_norm`, `targets` and, in float16, `loss_scale` of a step; waits until it has ended.
+    def note(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Take `loss`, `gradient_norm`, `targets` and whatever else a step says; waits until it has ended.
 
         Gradients that overflow because the loss was scaled up are no failure: the trainer halves the scale. Neither is
         a batch of which no token counts.
@@ -116,9 +118,10 @@ class Journal:
                     f"broken data; train.max_skipped sets how many are allowed"
                 )
         if step % self._config.train.log_every == 0 or step == self._config.train.steps:
-            self._log(step, loss, norm, {"loss_scale": scale} if "loss_scale" in metrics else {})
+            more = {name: value for name, value in metrics.items() if name not in _EVERY_STEP}
+            self._log(step, loss, norm, {name: _noted(value) for name, value in more.items()})
 
-    def _log(self, step: int, loss: float, norm: float, more: dict[str, float]) -> None:
+    def _log(self, step: int, loss: float, norm: float, more: dict[str, Any]) -> None:
         rate = self._window_steps * self._config.tokens_per_step / max(self._window_seconds, 1e-9)
         self._window_steps, self._window_seconds = 0, 0.0
         numbers = {
@@ -186,6 +189,16 @@ class Journal:
         write_summary(run, summary)
         loss_curve(run)
         return summary
+
+
+def _noted(value: Any) -> Any:
+    """A number in full; those of layers and experts, of which there may be thousands, to six digits."""
+
+    def rounded(value: Any) -> Any:
+        return [rounded(part) for part in value] if isinstance(value, list) else float(f"{value:.6g}")
+
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    return rounded(plain) if isinstance(plain, list) else plain
 
 
 def perplexity(loss: float) -> float:

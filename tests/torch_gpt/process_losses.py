@@ -16,13 +16,16 @@ import numpy as np
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import torch_gpt.train  # noqa: F401  once, before the processes part
-from gpt_core.runs.config import RunConfig
+from gpt_core.config import ModelConfig
+from gpt_core.runs.config import RunConfig, TorchConfig
 from torch_gpt.cli import main
 from torch_gpt.distributed import connect, is_primary, process_count
-from torch_gpt.parallel import gather, like, place_batch
+from torch_gpt.model import GPT, initialiser
+from torch_gpt.parallel import Objective, gather, like, place_batch, shared_out
 from torch_gpt.step import create_program
 
 BATCH, TIME, VOCAB, STEPS = 16, 13, 61, 20
@@ -64,6 +67,13 @@ def losses(
         state, metrics = program.step(state, placed, config.rate(step))
         found.append(float(metrics["loss"]))
     return found
+
+
+def units(model: dict[str, Any]) -> list[str]:
+    """The parts of a model whose parameters FSDP2 brings together at a time."""
+    objective = Objective(GPT(ModelConfig(**model), initialiser(0)), 32)
+    shared = shared_out(objective, TorchConfig(strategy="fsdp2"), connect())
+    return [name for name, module in shared.named_modules() if isinstance(module, FSDPModule)]
 
 
 def train(*words: str) -> int:

@@ -21,11 +21,13 @@ from torch_gpt.cli import main
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("process_losses.py")
 MODEL: dict[str, Any] = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "embed_dim": 16, "position": "rope"}
+MIXTURE = {"activation": "silu", "gated_mlp": True, "bias": False, "n_experts": 4, "expert_dim": 12}
+ROUTERS = {"balance_loss": 0.3, "router_z_loss": 0.02}  # a mixture's alone: large enough to be seen in its losses
 SETTINGS: dict[str, Any] = {
-    "ddp": ({}, {"strategy": "ddp"}),
-    "ddp, accumulated": ({"accumulation": 4}, {"strategy": "ddp"}),
-    "fsdp2": ({}, {"strategy": "fsdp2"}),
-    "fsdp2, accumulated": ({"accumulation": 4}, {"strategy": "fsdp2", "remat": "full"}),
+    "ddp": (ROUTERS, {"strategy": "ddp"}),
+    "ddp, accumulated": (ROUTERS | {"accumulation": 4}, {"strategy": "ddp"}),
+    "fsdp2": (ROUTERS, {"strategy": "fsdp2"}),
+    "fsdp2, accumulated": (ROUTERS | {"accumulation": 4}, {"strategy": "fsdp2", "remat": "full"}),
 }
 Call = Callable[..., Any]
 
@@ -79,7 +81,7 @@ def losses(run: Path) -> list[float]:
     return [record["train_loss"] for record in read_metrics(run) if "train_loss" in record]
 
 
-@pytest.mark.parametrize("more", [{}, {"n_kv_heads": 4, "position": "learned", "tied_embeddings": False}])
+@pytest.mark.parametrize("more", [MIXTURE, {"n_kv_heads": 4, "position": "learned", "tied_embeddings": False}])
 def test_processes_and_micro_batches_give_the_losses_of_one_process_in_fp64(
     more: dict[str, Any], alone: Call, together: Call
 ) -> None:
@@ -109,6 +111,11 @@ def test_an_adapter_is_trained_by_two_processes_as_by_one(
     assert expected[-1] < expected[0] - 0.02, "nothing was learned, so nothing was compared"
     found = together("losses", *arguments)
     np.testing.assert_allclose(found, expected, rtol=1e-10 if dtype == "float64" else 1e-5, atol=0)
+
+
+def test_the_experts_of_a_block_come_together_by_themselves(together: Call) -> None:
+    blocks = [f"model.blocks.{layer}{part}" for layer in range(2) for part in ("", ".moe")]
+    assert together("units", MODEL | MIXTURE) == ["", *blocks]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])
@@ -232,11 +239,18 @@ def test_compiled_blocks_give_the_same_losses(config: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(losses(compiled), losses(eager), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("adapter", [[], pytest.param(["--adapter.rank", "3"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        pytest.param(["--adapter.rank", "3"], marks=pytest.mark.slow),
+        pytest.param(["--model.n_experts", "4", "--model.bias", "false"], marks=pytest.mark.slow),
+    ],
+)
 def test_blocks_that_processes_share_are_traced_whole_and_give_the_same_losses(
-    adapter: list[str], config: Path, tmp_path: Path, alone: Call, together: Call
+    more: list[str], config: Path, tmp_path: Path, alone: Call, together: Call
 ) -> None:
-    eager, traced, words = tmp_path / "eager", tmp_path / "traced", [*COMPILED, *adapter, "--config", str(config)]
+    eager, traced, words = tmp_path / "eager", tmp_path / "traced", [*COMPILED, *more, "--config", str(config)]
     assert alone("train", *words, "--out", str(eager)) == 0
     assert together("train_traced", *words, "--out", str(traced), "--torch.strategy", "fsdp2") == 0
     np.testing.assert_allclose(losses(traced), losses(eager), rtol=1e-12, atol=0)

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib import colormaps
 
 from gpt_core.errors import InputError
 from gpt_core.runs.summary import CURVE_FILE, SUMMARY_FILE, environment, loss_curve, write_summary
@@ -98,6 +99,18 @@ def test_the_curve_shows_both_losses_and_the_entropy(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [CURVE_FILE, "metrics.jsonl", SUMMARY_FILE]
 
 
+def test_below_the_curve_of_a_mixture_every_layer_has_the_load_of_its_experts(tmp_path: Path) -> None:
+    """Layer 0 sends everything to one of three experts; layer 1 to all alike."""
+    load = [[0.0, 1.0, 0.0], [1 / 3] * 3]
+    write_metrics(tmp_path, [*realistic_records(), {"step": 600, "train_loss": 4.0, "router/load": load}])
+    picture = matplotlib.image.imread(loss_curve(tmp_path))[..., :3]
+    below = picture[600:]
+    blue, grey, red = (np.array(colormaps["coolwarm"](value)[:3]) for value in (0.0, 0.5, 1.0))
+    cells = [int(np.sum(np.all(np.abs(below - colour) < 0.02, axis=-1))) for colour in (blue, grey, red)]
+    assert np.array(cells) / min(cells) == pytest.approx([2, 3, 1], rel=0.1)
+    assert min(cells) > 10_000
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '{"unigram_entropy": "high"}', "[" * 10_000])
 def test_a_curve_beside_a_damaged_summary_is_drawn(content: str, tmp_path: Path) -> None:
     (tmp_path / SUMMARY_FILE).write_text(content)
@@ -113,6 +126,8 @@ def test_a_curve_beside_a_damaged_summary_is_drawn(content: str, tmp_path: Path)
         ('{"step": true}', "no step with numbers"),
         ('{"step": 3, "train_loss": "low"}', "no step with numbers"),
         ('{"step": 3, "train_loss": 1e400}', "no step with numbers"),
+        ('{"step": 3, "router/load": [[1, 2], [3]]}', "no step with numbers"),
+        ('{"step": 3, "router/load": [[1, [2]]]}', "no step with numbers"),
         ('{"step": 3, "step": 4}', "no JSON"),
         ('{"step": 3', "no JSON"),
         ("[" * 10_000, "no JSON"),
@@ -136,6 +151,7 @@ def test_a_damaged_line_of_the_metrics_is_refused_by_number(line: str, told: str
         [{"step": 1, "train_loss": None}, {"step": 2, "train_loss": None}],
         [{"step": 1, "train_loss": 9.0}, {"step": 2, "train_loss": None}, {"step": 3, "train_loss": 8.0}],
         [{"step": 5, "validation_loss": 4.0}],
+        [{"step": 5, "router/load": 0.5}, {"step": 6, "router/load": [[None, 1.0]]}],
     ],
 )
 def test_a_curve_of_few_or_broken_numbers_is_drawn(records: list[dict[str, Any]], tmp_path: Path) -> None:
