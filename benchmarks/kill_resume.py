@@ -3,6 +3,7 @@
     python benchmarks/kill_resume.py --kills 30                   everything, 30 times each
     python benchmarks/kill_resume.py --only convert prepare --seed 1
     python benchmarks/kill_resume.py --framework jax --kills 10   one trainer
+    python benchmarks/kill_resume.py --only jax-mixture torch-mixture --kills 7
 
 Each kill is a SIGKILL. A training run is killed at random moments, every second time during a save; in the end losses,
 weights and moments must be those of an undisturbed run, bit for bit. Conversions and preparations, with and without
@@ -26,12 +27,14 @@ from typing import Any, NamedTuple
 import yaml
 from forked import Running, import_everything, run, workplace
 
+from gpt_core.routing import LOAD
 from gpt_core.runs.tracking import METRICS_FILE, read_metrics
 
 Result = dict[str, Any]
 WORDS = sorted({word for word in re.findall(r"[a-z]+", Path(__file__).read_text(encoding="utf-8")) if len(word) > 1})
 STEPS = 150  # of a training run; the last of them has a checkpoint and an evaluation
 RANDOM_NAME = re.compile(r"(?<=/d/)[0-9a-f]{32}$")  # Orbax's files of data
+MIXTURE = {"n_experts": 8, "expert_dim": 24, "gated_mlp": True, "bias": False}
 TIMES = "_CHECKPOINT_METADATA"  # Orbax's file with the time of writing
 
 
@@ -67,10 +70,21 @@ def kill_torch(place: Path, kills: int, chance: random.Random) -> Result:
     return kill_trainer("torch", place, kills, chance)
 
 
-def kill_trainer(framework: str, place: Path, kills: int, chance: random.Random) -> Result:
+def kill_jax_mixture(place: Path, kills: int, chance: random.Random) -> Result:
+    return kill_trainer("jax", place, kills, chance, MIXTURE)
+
+
+def kill_torch_mixture(place: Path, kills: int, chance: random.Random) -> Result:
+    return kill_trainer("torch", place, kills, chance, MIXTURE)
+
+
+def kill_trainer(
+    framework: str, place: Path, kills: int, chance: random.Random, model: dict[str, Any] | None = None
+) -> Result:
     """A run killed again and again; a new one when it has ended."""
     text(place / "texts", documents=40)
-    train(place / "run.yaml", {"steps": STEPS, "log_every": 1, "evaluate_every": STEPS, "checkpoint_every": 7})
+    section = {"steps": STEPS, "log_every": 1, "evaluate_every": STEPS, "checkpoint_every": 7}
+    train(place / "run.yaml", section, model)
     words = f"{framework}-gpt train --config run.yaml --out"
     run(f"{words} undisturbed", place, place / "log")
     expected, problems = (losses(place / "undisturbed"), state(framework, place, "undisturbed")), []
@@ -126,8 +140,10 @@ def saving(folder: Path) -> bool:
     return checkpoints.is_dir() and any(not path.name.isdecimal() for path in checkpoints.iterdir())
 
 
-def losses(folder: Path) -> dict[int, float]:
-    return {record["step"]: record["train_loss"] for record in read_metrics(folder) if "train_loss" in record}
+def losses(folder: Path) -> dict[int, list[Any]]:
+    """Of each step, with what the routers of a mixture did."""
+    records = [record for record in read_metrics(folder) if "train_loss" in record]
+    return {record["step"]: [record["train_loss"], record.get(LOAD)] for record in records}
 
 
 def state(framework: str, place: Path, name: str) -> list[str]:
@@ -282,10 +298,11 @@ def text(folder: Path, documents: int) -> None:
         (folder / f"{number:03d}.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
 
 
-def train(path: Path, section: dict[str, Any]) -> None:
+def train(path: Path, section: dict[str, Any], model: dict[str, Any] | None = None) -> None:
     """The config of a small run on the folder `texts` beside it."""
+    sizes = {"vocab_size": 50257, "context_length": 32, "n_layers": 2, "n_heads": 2, "embed_dim": 32}
     content = {
-        "model": {"vocab_size": 50257, "context_length": 32, "n_layers": 2, "n_heads": 2, "embed_dim": 32},
+        "model": sizes | (model or {}),
         "data": {"source": str(path.with_name("texts")), "streams": 2, "validation_fraction": 0.2},
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 5},
         "train": {"batch_size": 2, "evaluation_batches": 1} | section,
@@ -326,6 +343,8 @@ def names(folder: Path) -> set[str]:
 PARTS: dict[str, Callable[[Path, int, random.Random], Result]] = {
     "jax": kill_jax,
     "torch": kill_torch,
+    "jax-mixture": kill_jax_mixture,
+    "torch-mixture": kill_torch_mixture,
     "convert": kill_convert,
     "prepare": kill_prepare,
     "sweep": kill_sweep,

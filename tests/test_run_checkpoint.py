@@ -17,7 +17,8 @@ from gpt_core.runs.saved import StepRecord, checkpoint_folder, saved_steps
 
 CONFIG = RunConfig.from_dict(
     {
-        "model": {"vocab_size": 512, "n_layers": 1, "n_heads": 2, "embed_dim": 16, "context_length": 8},
+        "model": {"vocab_size": 512, "n_layers": 1, "n_heads": 2, "embed_dim": 16, "context_length": 8}
+        | {"n_experts": 2, "gated_mlp": True, "bias": False},
         "train": {"batch_size": 8, "keep_last": 3},
     }
 )

@@ -246,3 +246,28 @@ def test_twenty_steps_of_both_trainers_are_the_same(x64: None) -> None:
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             np.testing.assert_allclose(ours[name], value, rtol=1e-10, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 3])
+def test_of_one_layer_the_balance_loss_is_that_of_transformers_over_the_experts_of_a_token(chosen: int) -> None:
+    """It adds up the shares of the k choices, where ours are of all assignments; with one layer nothing cancels."""
+    import torch
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    from gpt_core.routing import expert_load, summed_router_loss
+    from torch_gpt.moe import route
+    from torch_gpt.routing import routing_of, routing_taps
+
+    config = ModelConfig(**MODEL | {"n_layers": 1, "experts_per_token": chosen})
+    scores = torch.tensor(np.random.default_rng(0).normal(size=(BATCH, TIME, config.n_experts)))
+    mask = torch.tensor(next(batches())["mask"])
+    taps = routing_taps(config)
+    assert taps is not None
+    taps |= {"blocks.0.moe.scores": scores, "blocks.0.moe.chosen": route(scores, config)[0]}
+    routing = routing_of(taps, mask, config)
+    assert routing is not None
+    load = expert_load(routing.assigned, mask.sum(), chosen)
+    ours = summed_router_loss(routing, load, run_config({"balance_loss": 1.0, "router_z_loss": 0.0}).train) / mask.sum()
+    theirs = load_balancing_loss_func((scores.flatten(0, 1),), config.n_experts, chosen, mask.long())
+    # Its sums are fp32.
+    assert theirs.item() == pytest.approx(chosen * ours.item(), rel=1e-6)

@@ -383,6 +383,8 @@ FAMILY_COUNTS = {
     "olmo2-1b": 1_484_916_736,
     "smollm2-135m": 134_515_008,
     "pythia-160m": 162_322_944,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
 }
 COUNTS = GPT2_COUNTS | ROWS | FAMILY_COUNTS
 
@@ -410,8 +412,20 @@ def test_models_are_the_published_ones_and_the_four_rows() -> None:
         "olmo2-1b": "rope-mha-full",
         "smollm2-135m": "rope-gqa-full",
         "pythia-160m": "rope-mha-full",
+        "mixtral-8x7b": "rope-gqa-full",
+        "qwen3-30b-a3b": "rope-gqa-full",
     }
     assert ModelConfig(n_kv_heads=1, sliding_window=3).variant == "learned-mqa-window"
+
+
+def test_a_token_meets_as_many_parameters_in_the_tiny_mixture_as_in_the_tiny_dense_model() -> None:
+    """Not one more, so that what the mixture learns better it does not owe to them."""
+    dense, mixture = (ModelConfig.from_yaml(name) for name in ("tiny-cpu", "tiny-moe-cpu"))
+    experts = (
+        dense.n_layers * 3 * dense.embed_dim * mixture.expert_dim * (mixture.n_experts - mixture.experts_per_token)
+    )
+    active = parameter_count(mixture) - experts
+    assert 0.998 * parameter_count(dense) < active <= parameter_count(dense)
 
 
 VARIANTS_PAGE = Path(__file__).parents[2] / "docs" / "variants.md"
