@@ -27,6 +27,7 @@ class Parameter:
         decay: Whether AdamW decays it. True for matrices and embeddings alone; the rank cannot tell, since
             stacked biases have two axes.
         layer: Number of the block where this is one block's part of a stacked parameter, else None.
+        expert: Number of the expert where this is one expert's part of such a block, else None.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Parameter:
     std: float
     decay: bool
     layer: int | None = None
+    expert: int | None = None
 
     @property
     def stacked(self) -> bool:
@@ -54,6 +56,10 @@ class Parameter:
     def of_layer(self, layer: int) -> "Parameter":
         """One block's part of a stacked parameter: the same name, without the `layers` axis."""
         return replace(self, axes=self.axes[1:], shape=self.shape[1:], layer=layer)
+
+    def of_expert(self, expert: int) -> "Parameter":
+        """One expert's part of one block of a parameter whose next axis is `experts`: the same name, without it."""
+        return replace(self, axes=self.axes[1:], shape=self.shape[1:], expert=expert)
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:

@@ -142,6 +142,6 @@ FIXED = {
 BEYOND = {
     "text_config": "a model of more than text: save its language model alone, whose config stands in text_config",
     "kv_lora_rank": "whose keys and values are compressed (MLA)",
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "a mixture of experts"),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "another mixture of experts"),
 }
 """Fields that tell what an architecture has which our models have not."""

@@ -29,14 +29,13 @@ _ALWAYS = dict.fromkeys(
     (
         *("vocab_size", "context_length", "n_layers", "n_heads", "embed_dim", "mlp_dim", "rope_theta", "norm_eps"),
         *("tied_embeddings", "pad_vocab_size_multiple", "init_std", "dropout"),
+        *("experts_per_token", "expert_dim", "router_normalise"),  # which say something with n_experts alone
     ),
     ANY,
 )
 _FOLLOWING: Holds = {
     "n_kv_heads": lambda config: (config.n_heads,),
-    "head_dim": lambda config: (
-        (config.embed_dim // config.n_heads,) if whole_heads(config) else "that is embed_dim / n_heads"
-    ),
+    "head_dim": lambda config: shared_width(config),
     "attention_scale": lambda config: (default_scale(config),),
     "qkv_bias": lambda config: (config.bias,),
     "mlp_bias": lambda config: (config.bias,),
@@ -206,6 +205,11 @@ def _shown(value: Any) -> str:
 def whole_heads(config: ModelConfig) -> bool:
     """Whether the heads share the residual stream without a rest."""
     return config.embed_dim % config.n_heads == 0
+
+
+def shared_width(config: ModelConfig) -> Allowed:
+    """Of head_dim: the heads share the residual stream."""
+    return (config.embed_dim // config.n_heads,) if whole_heads(config) else "that is embed_dim / n_heads"
 
 
 def default_scale(config: ModelConfig) -> float:

@@ -118,6 +118,7 @@ def decoder(
     rotation: Part = _ROTATION,
     dropout: Part = _DROPOUT,
     spoke: Spoke = SPOKE,
+    modules: Spoke | None = None,
     notes: Callable[[ModelConfig], tuple[str, ...]] = lambda config: (),
 ) -> Architecture:
     """An architecture by what it has beside, or other than, what all of them share.
@@ -135,6 +136,7 @@ def decoder(
         rotation: The part of rotation.
         dropout: The part of dropout.
         spoke: The map of tensors.
+        modules: The map of parameters in memory, where files have other names.
         notes: What a person who writes a config should know.
     """
     table = SIZES | KV_HEADS | {eps: Field("norm_eps", float)} | dict(names or {})
@@ -145,6 +147,7 @@ def decoder(
         summary=summary,
         prefix="model.",
         spoke=lambda config: spoke,
+        modules=None if modules is None else lambda config: modules,
         holds={**HOLDS, **(holds or {})},
         parts=(Names(table), HeadDim(declared), activation, *parts, rotation, dropout),
         defaults={**DEFAULTS, eps: 1e-6, **defaults},

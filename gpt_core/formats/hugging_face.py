@@ -32,6 +32,7 @@ from gpt_core.storage.weights import (
     require_keys,
     slots,
     source_of,
+    tensors_of,
     wrapper_of,
 )
 from gpt_core.text.finding import find_tokenizer, tokenizer_of
@@ -200,12 +201,7 @@ class HuggingFaceFormat:
         """
         expected = slots(config, self.architecture.spoke(config))
         tensors = {key: TensorInfo(slot.shape, _dtype(slot, dtypes)) for key, slot in expected.items()}
-
-        def read(key: str) -> Array:
-            slot = expected[key]
-            return slot.encode(*(source(parameter) for parameter in slot.parameters))
-
-        write_shards(path, tensors, read, max_shard_size)
+        write_shards(path, tensors, tensors_of(expected, config, source), max_shard_size)
         # One dtype for all in config.json: the widest, so that no reader narrows.
         dtype = max((info.dtype for info in tensors.values()), key=lambda dtype: dtype.itemsize).name
         ids = token_ids(inherit, tokenizer)

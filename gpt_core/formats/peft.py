@@ -333,7 +333,8 @@ def _modules(architecture: Architecture, model: ModelConfig) -> dict[str, Module
 
 
 def _is_kernel(slot: Slot) -> bool:
-    return slot.parameter.layer is not None and slot.parameter.name.endswith(".kernel")
+    kernel, mixture = slot.parameter.name.endswith(".kernel"), "experts" in slot.parameter.axes
+    return slot.parameter.layer is not None and kernel and not mixture
 
 
 def _short_names(modules: Iterable[Module], others: Iterable[Module]) -> dict[str, str]:

@@ -1,14 +1,16 @@
 """The hub of all weight formats: canonical parameters, and how a format's tensors are cut from them.
 
 A format (a *spoke*) is a short declarative map: canonical name -> (key in the format, its axes). A key with
-`{layer}` holds one block each; the axes are an einops pattern over the axis names of the parameter table, such as
-"(heads head_dim) embed" for a PyTorch weight, or "..." for those of the table as they are. Parameters that name the
-same key share its tensor: a third entry says along which axis they are joined, in the order of the table, before the
-pattern applies. Everything else follows from the table, in both directions.
+`{layer}` holds one block each, and one with `{expert}` too one expert of a block; the axes are an einops pattern over
+the axis names of the parameter table, such as "(heads head_dim) embed" for a PyTorch weight, or "..." for those of the
+table as they are. Parameters that name the same key share its tensor: a third entry says along which axis they are
+joined, in the order of the table, before the pattern applies. Everything else follows from the table, in both
+directions.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import einops
@@ -33,7 +35,7 @@ Spoke = Mapping[str, tuple[str, str] | tuple[str, str, str]]
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a format, and the parameter (or one block of it) that it holds, or the few that share it.
+    """One tensor of a format, and the parameter that it holds, or the part of it, or the few that share it.
 
     Args:
         key: Name of the tensor in the format.
@@ -101,16 +103,27 @@ def slots(config: ModelConfig, spoke: Spoke, table: Mapping[str, Parameter] | No
         if name not in spoke:
             raise InputError(f"this format has no place for the parameter {name}")
         key, pattern, *axis = spoke[name]
-        parts = [(key, parameter)]
-        if "{layer}" in key:
-            parts = [(key.format(layer=layer), parameter.of_layer(layer)) for layer in range(config.n_layers)]
-        for one, part in parts:
+        for one, part in _tensors(key, parameter):
             if one in found:
                 found[one] = replace(found[one], joined=(*found[one].joined, part))
             else:
                 axes = " ".join(part.axes) if pattern == "..." else pattern
                 found[one] = Slot(one, part, axes, axis=axis[0] if axis else None)
     return found
+
+
+_PLACES = {"{layer}": Parameter.of_layer, "{expert}": Parameter.of_expert}
+"""What stands for a number in a key -> the part of a parameter that a tensor of that number holds."""
+
+
+def _tensors(key: str, parameter: Parameter) -> Iterator[tuple[str, Parameter]]:
+    """The keys that a key stands for, in the order of their numbers, with what each of them holds."""
+    for place, part_of in _PLACES.items():
+        if place in key:
+            for number in range(parameter.shape[0]):
+                yield from _tensors(key.replace(place, str(number)), part_of(parameter, number))
+            return
+    yield key, parameter
 
 
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
@@ -178,42 +191,87 @@ def source_of(
     read: Callable[[str], Array],
     read_layer: Callable[[str, int | None], Array] | None = None,
 ) -> Source:
-    """Parameters out of a format's tensors, stacking or slicing blocks as the reader asks.
+    """Parameters out of a format's tensors, stacking or slicing blocks and experts as the reader asks.
+
+    Beside what is asked for, one tensor of the format is in memory.
 
     Args:
         expected: The format's slots.
         read: Gives the tensor of a key.
         read_layer: Gives one block of a stacked tensor, where the format can do that without reading all.
     """
-    by_parameter = {
-        (parameter.name, parameter.layer): (slot, index)
+    places = {
+        _place(parameter): (slot, index)
         for slot in expected.values()
         for index, parameter in enumerate(slot.parameters)
     }
 
-    def whole_or_block(name: str, layer: int | None) -> Array:
-        slot, index = by_parameter[name, layer]
+    def in_one_tensor(parameter: Parameter) -> Array:
+        slot, index = places[_place(parameter)]
         return slot.decode(read(slot.key), index)
 
+    def apart(parameter: Parameter) -> Iterator[Parameter]:
+        """Its parts that lie in tensors of their own, in order."""
+        if _place(parameter) in places:
+            yield parameter
+            return
+        part_of = Parameter.of_layer if parameter.stacked else Parameter.of_expert
+        for number in range(parameter.shape[0]):
+            yield from apart(part_of(parameter, number))
+
     def source(parameter: Parameter) -> Array:
-        if (parameter.name, parameter.layer) in by_parameter:
-            return whole_or_block(parameter.name, parameter.layer)
-        if parameter.layer is not None:  # one block of a tensor that the format keeps stacked
-            key = by_parameter[parameter.name, None][0].key
+        if _place(parameter) in places:
+            return in_one_tensor(parameter)
+        stacked = places.get((parameter.name, None, None))
+        if stacked is not None and parameter.layer is not None:  # one block of a tensor that the format keeps stacked
+            key = stacked[0].key
             return read(key)[parameter.layer] if read_layer is None else read_layer(key, parameter.layer)
-        first = whole_or_block(parameter.name, 0)
-        whole = np.empty(parameter.shape, first.dtype)
-        whole[0] = first
-        for layer in range(1, parameter.shape[0]):
-            block = whole_or_block(parameter.name, layer)
-            wide = np.promote_types(whole.dtype, block.dtype)  # never narrower than a block
+        parts = list(apart(parameter))
+        whole = np.empty(0)
+        for number, part in enumerate(parts):
+            array = in_one_tensor(part)
+            if number == 0:
+                whole = np.empty((len(parts), *array.shape), array.dtype)
+            wide = np.promote_types(whole.dtype, array.dtype)  # never narrower than a part
             if wide != whole.dtype:
-                whole, narrow = np.empty(parameter.shape, wide), whole
-                whole[:layer] = narrow[:layer]  # what lies behind is no number yet, and is never cast
-            whole[layer] = block
-        return whole
+                whole, narrow = np.empty(whole.shape, wide), whole
+                whole[:number] = narrow[:number]  # what lies behind is no number yet, and is never cast
+            whole[number] = array
+            del array  # before the next one is read
+        return whole.reshape(parameter.shape)
 
     return source
+
+
+def tensors_of(expected: Mapping[str, Slot], config: ModelConfig, source: Source) -> Callable[[str], Array]:
+    """A format's tensors by key, out of parameters: the inverse of `source_of`.
+
+    A block of experts is asked for once for all tensors that hold one each, as long as these follow each other: it is
+    what is in memory. Safe to call from several threads.
+    """
+    table, lock = parameter_table(config), Lock()
+    held: dict[tuple[str, int], Array] = {}
+
+    def part(parameter: Parameter) -> Array:
+        if parameter.expert is None or parameter.layer is None:
+            return source(parameter)
+        block = (parameter.name, parameter.layer)
+        with lock:  # one thread reads it, and the others wait for that
+            if block not in held:
+                held.clear()
+                held[block] = source(table[parameter.name].of_layer(parameter.layer))
+            return held[block][parameter.expert]
+
+    def read(key: str) -> Array:
+        slot = expected[key]
+        return slot.encode(*map(part, slot.parameters))
+
+    return read
+
+
+def _place(parameter: Parameter) -> tuple[str, int | None, int | None]:
+    """What tells a parameter, or a part of it, from all others."""
+    return parameter.name, parameter.layer, parameter.expert
 
 
 def parameter_dtypes(
@@ -228,7 +286,7 @@ def parameter_dtypes(
         stored: What a key is called in the file, where that is another name.
 
     Raises:
-        InputError: blocks of one parameter differ in dtype, so that stacking them would cast.
+        InputError: blocks or experts of one parameter differ in dtype, so that stacking them would cast.
     """
     found: dict[str, DType] = {}
     for key, slot in expected.items():

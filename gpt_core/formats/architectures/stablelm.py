@@ -1,15 +1,9 @@
 """The spoke of `StableLmForCausalLM`: Llama's block with LayerNorm, and rotation of a quarter of each head."""
 
-from gpt_core.config import ModelConfig
-from gpt_core.formats.hf_architecture import ANY, Allowed, heads_that_divide, whole_heads
+from gpt_core.formats.hf_architecture import ANY, heads_that_divide, shared_width
 from gpt_core.formats.hf_decoder import LAYER, SPOKE, decoder
 from gpt_core.formats.hf_parts import Dropout, Field, Only
 from gpt_core.formats.hf_rope import Rotation
-
-
-def _head_dim(config: ModelConfig) -> Allowed:
-    return (config.embed_dim // config.n_heads,) if whole_heads(config) else "embed_dim / n_heads"
-
 
 ARCHITECTURE = decoder(
     "stablelm",
@@ -25,7 +19,7 @@ ARCHITECTURE = decoder(
         "norm": ("layer",),
         "qkv_bias": ANY,
         "n_heads": heads_that_divide,
-        "head_dim": _head_dim,
+        "head_dim": shared_width,
         "rope_fraction": ANY,
     },
     names={"use_qkv_bias": Field("qkv_bias", bool)},

@@ -52,6 +52,10 @@ CHOICES: dict[str, list[Any]] = {
     "logit_scale": [1.0, 1 / 3],
     "tied_embeddings": [True, False],
     "pad_vocab_size_multiple": [1, 16],
+    "n_experts": [3, 11, 0],
+    "experts_per_token": [1, 2, 3],
+    "expert_dim": [None, 24],
+    "router_normalise": [True, False],
 }
 SIZES = {"vocab_size": 50, "context_length": 12, "n_layers": 5, "n_heads": 4, "embed_dim": 32, "mlp_dim": 40}
 

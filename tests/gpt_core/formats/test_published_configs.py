@@ -102,6 +102,10 @@ def olmo(width: int, mlp: int, layers: int, heads: int, **more: Any) -> ModelCon
     return decoder(width, mlp, layers, heads, heads, **own, **more)
 
 
+def mixture(width: int, expert: int, layers: int, heads: int, kv_heads: int, **more: Any) -> ModelConfig:
+    return decoder(width, more.pop("mlp_dim", expert), layers, heads, kv_heads, expert_dim=expert, **more)
+
+
 QWEN = {"vocab_size": 151936, "norm_eps": 1e-6, "rope_theta": 1e6, "tied_embeddings": True}
 
 READ = {
@@ -187,6 +191,25 @@ READ = {
         logit_scale=1 / 8,
         tied_embeddings=True,
     ),
+    "mistralai/Mixtral-8x7B-v0.1": mixture(4096, 14336, 32, 32, 8, n_experts=8, context_length=32768, rope_theta=1e6),
+    "Qwen/Qwen3-30B-A3B": mixture(
+        *(2048, 768, 48, 32, 4),
+        n_experts=128,
+        experts_per_token=8,
+        mlp_dim=6144,
+        head_dim=128,
+        qk_norm="head",
+        context_length=40960,
+        **QWEN | {"tied_embeddings": False},
+    ),
+    "allenai/OLMoE-1B-7B-0924": mixture(
+        *(2048, 1024, 16, 16, 16),
+        n_experts=64,
+        experts_per_token=8,
+        router_normalise=False,
+        vocab_size=50304,
+        qk_norm="whole",
+    ),
     "EleutherAI/pythia-160m": ModelConfig(
         vocab_size=50304,
         context_length=2048,
@@ -206,9 +229,8 @@ REFUSED = {
 
 BEYOND = {
     "google/gemma-3-4b-it": r"model_type is 'gemma3', a model of more than text: .* text_config \(text_config\); only ",
-    "mistralai/Mixtral-8x7B-v0.1": r"model_type is 'mixtral', a mixture of experts \(num_local_experts\); only gemma, ",
     "deepseek-ai/DeepSeek-V3, the fields that tell": r"'deepseek_v3', whose keys and values are compressed \(MLA\)",
-    "openai/gpt-oss-20b, the fields that tell": r"model_type is 'gpt_oss', a mixture of experts \(num_local_experts\)",
+    "openai/gpt-oss-20b, the fields that tell": r"'gpt_oss', another mixture of experts \(num_local_experts\); only",
 }
 
 
