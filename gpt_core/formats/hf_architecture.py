@@ -168,7 +168,7 @@ def format_name(model_type: str) -> str:
 def _same_function(config: ModelConfig, name: str) -> list[Any]:
     """Other values of a field under which `adapt` can write the same function."""
     if name in ("bias", "qkv_bias", "mlp_bias"):
-        return [True]
+        return [] if name == "mlp_bias" and config.n_experts else [True]  # experts have no biases
     if name == "n_kv_heads":
         return [n for n in range(config.n_kv_heads, config.n_heads + 1, config.n_kv_heads) if not config.n_heads % n]
     if name == "attention_scale" and config.qk_norm is None:
