@@ -45,7 +45,7 @@ _FOLLOWING: Holds = {
 _COSTS = ("attention_scale", "n_kv_heads", "bias", "qkv_bias", "mlp_bias", "sliding_window")
 """Changes, the worst first: a scale may round, heads take memory, zeros and a window that sees all take nothing."""
 
-_STRUCTURE = ("position", "norm", "norm_placement", "qk_norm")
+_STRUCTURE = ("position", "norm", "norm_placement", "qk_norm", "n_experts")
 """Fields that count double: with another value it is another kind of model."""
 
 

@@ -10,6 +10,7 @@ from gpt_core.formats.targets import choose_target
 from gpt_core.storage.adaptation import adapt
 
 NOWHERE = ["irregular-pattern", "learned-pattern", "scaled-window"]  # choices that no family combines
+MIXTURE = {"n_experts": 5, "expert_dim": 9, "mlp_bias": False}
 MODERN = replace(numpy_gpt.CONFIGS["llama"], rope_scaling=None)
 
 
@@ -32,6 +33,10 @@ MODERN = replace(numpy_gpt.CONFIGS["llama"], rope_scaling=None)
         ({"rope_fraction": 0.4}, "hf-phi3"),
         ({"attention_scale": 0.3}, "hf-granite"),
         ({"norm_placement": "post", "qk_norm": "whole"}, "hf-olmo2"),
+        (MIXTURE, "hf-mixtral"),
+        (MIXTURE | {"sliding_window": 4, "expert_dim": 12}, "hf-mixtral"),
+        (MIXTURE | {"qk_norm": "head", "router_normalise": False}, "hf-qwen3_moe"),
+        (MIXTURE | {"qk_norm": "whole", "experts_per_token": 1, "head_dim": None, "attention_scale": None}, "hf-olmoe"),
         ({"norm": "layer", "gated_mlp": False, "bias": True, "qkv_bias": True, "mlp_bias": True}, "hf-starcoder2"),
     ],
 )
@@ -66,6 +71,23 @@ class TestRefused:
     def test_with_the_reason_and_the_nearest_choice(self, name, to, message):
         with pytest.raises(InputError, match=message):
             choose_target(to, numpy_gpt.CONFIGS[name])
+
+    @pytest.mark.parametrize(
+        ("changes", "to", "message"),
+        [
+            (MIXTURE, "hf-llama", r"hf-llama has n_experts 0 and this model 5; hf-mixtral holds it"),
+            ({}, "hf-mixtral", r"hf-mixtral has n_experts of at least 1 and this model 0; hf-llama holds it"),
+            (
+                MIXTURE | {"router_normalise": False},
+                "hf",
+                r"holds this model: hf-mixtral has router_normalise true and this model false; train one that",
+            ),
+            (MIXTURE, "hf-qwen3_moe", r"hf-qwen3_moe has qk_norm 'head' and this model null; hf-mixtral holds it"),
+        ],
+    )
+    def test_a_mixture_for_what_keeps_it_out(self, changes, to, message):
+        with pytest.raises(InputError, match=message):
+            choose_target(to, replace(MODERN, **changes))
 
     def test_heads_that_are_not_as_wide_as_the_stream(self):
         config = replace(numpy_gpt.CONFIGS["learned-mha-full"], head_dim=10)
