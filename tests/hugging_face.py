@@ -15,7 +15,8 @@ TIME = 23  # more than two windows, and no multiple of one
 class Sample:
     """One model: its config class and fields, how it is stored, and the format that it must come back as.
 
-    `rewritten` are fields of config.json as another version of transformers wrote them; `...` takes one away.
+    `rewritten` are fields of config.json as another version of transformers wrote them; `...` takes one away. `seed` is
+    that of its weights.
     """
 
     model_type: str
@@ -25,6 +26,7 @@ class Sample:
     sharded: bool = False
     generation: dict[str, Any] = field(default_factory=dict)
     rewritten: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
 
 
 _GPT2 = {"vocab_size": 96, "n_positions": 40, "n_layer": 2, "bos_token_id": 0, "eos_token_id": 0}
@@ -61,6 +63,8 @@ _DECODER = {
 _GROUPED = {**_DECODER, "num_key_value_heads": 2}
 _OWN_HEADS = {**_GROUPED, "head_dim": 12}
 _GEMMA = {**_OWN_HEADS, "num_hidden_layers": 3, "sliding_window": 7, "query_pre_attn_scalar": 9}
+_EXPERTS = {"num_local_experts": 11, "num_experts_per_tok": 3}  # by their names, 10 comes before 2
+_CLEAR = 3  # a seed with which no router is near a tie
 _NEOX = {name: value for name, value in _DECODER.items() if name != "rms_norm_eps"} | {"layer_norm_eps": 1e-3}
 # Two of the pairs lie on either ramp.
 _LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16} | {
@@ -191,6 +195,29 @@ SAMPLES = {
     ),
     "smollm3": Sample("smollm3", {**_GROUPED, "no_rope_layer_interval": 2, **_SLOW}, "hf-smollm3"),
     "phi3": Sample("phi3", {**_GROUPED, "sliding_window": 7, "partial_rotary_factor": 0.6}, "hf-phi3"),
+    "mixtral": Sample(
+        "mixtral",
+        {**_OWN_HEADS, **_EXPERTS, "sliding_window": 7, "intermediate_size": 24},
+        "hf-mixtral",
+        sharded=True,
+        seed=_CLEAR,
+    ),
+    "qwen3_moe": Sample(
+        "qwen3_moe",
+        {**_OWN_HEADS, **_EXPERTS, "moe_intermediate_size": 24, "norm_topk_prob": True, "attention_bias": True},
+        "hf-qwen3_moe",
+        seed=_CLEAR,
+    ),
+    "qwen3_moe, not normalised, as version 4 has it": Sample(
+        "qwen3_moe",
+        {**_OWN_HEADS, **_EXPERTS, "moe_intermediate_size": 24, "use_sliding_window": True, "sliding_window": 7},
+        "hf-qwen3_moe",
+        dtype="bfloat16",
+        sharded=True,
+        rewritten={"num_local_experts": ..., "num_experts": 11, "max_window_layers": 0, "head_dim": 12},
+        seed=_CLEAR,
+    ),
+    "olmoe": Sample("olmoe", {**_GROUPED, **_EXPERTS, "intermediate_size": 24}, "hf-olmoe", seed=_CLEAR),
     "granite": Sample(
         "granite",
         {**_GROUPED, "embedding_multiplier": 1.7, "attention_multiplier": 0.4, "residual_multiplier": 0.6}
@@ -207,14 +234,14 @@ SAMPLES = {
 }
 
 
-def make(sample: Sample, seed: int = 0) -> Any:
+def make(sample: Sample) -> Any:
     """A model with sharp weights, its biases and norm scales away from 0 and 1."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(sample.model_type, **copy.deepcopy(sample.fields))
     model = AutoModelForCausalLM.from_config(config)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(sample.seed)
     with torch.no_grad():
         for parameter in model.parameters():
             shape = tuple(parameter.shape)
@@ -226,9 +253,9 @@ def make(sample: Sample, seed: int = 0) -> Any:
     return model.to(getattr(torch, sample.dtype)).eval()
 
 
-def save(sample: Sample, folder: Path, seed: int = 0) -> Any:
+def save(sample: Sample, folder: Path) -> Any:
     """The same, saved by transformers."""
-    model = make(sample, seed)
+    model = make(sample)
     model.save_pretrained(folder, max_shard_size="20KB" if sample.sharded else "1GB")
     edit(folder / "config.json", **sample.rewritten)
     return model

@@ -64,6 +64,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "residual_scale": (0.7,),
     "logit_scale": (0.25,),
     "tied_embeddings": (False,),
+    "n_experts": (11,),  # more than ten: sorted by name, expert 10 would stand before expert 2
+    "experts_per_token": (3,),
+    "expert_dim": (24,),
+    "router_normalise": (False,),
 }
 
 
@@ -74,11 +78,11 @@ def architectures() -> list[Architecture]:
 
 
 def family_configs() -> dict[str, ModelConfig]:
-    """Name -> model: the richest of each architecture, and Llama's with each kind of scaling."""
+    """Name -> model: the richest of each architecture, Llama's with each kind of scaling, and a router of each kind."""
     found = {one.format: richest(one) for one in architectures()}
-    llama = found["hf-llama"]
+    llama, qwen = found["hf-llama"], found["hf-qwen3_moe"]
     scaled = {f"hf-llama, {kind}": replace(llama, rope_scaling=_SCALINGS[kind]) for kind in ("linear", "yarn")}  # type: ignore[arg-type]  # a mapping of its fields
-    return found | scaled
+    return found | scaled | {"hf-qwen3_moe, normalised": replace(qwen, router_normalise=True)}
 
 
 def richest(architecture: Architecture) -> ModelConfig:

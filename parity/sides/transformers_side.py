@@ -28,7 +28,7 @@ from parity.sides.runs import Batch, Run
 from torch_gpt.arrays import to_numpy
 from torch_gpt.dtypes import torch_dtype
 
-_SITES = {
+_SITES: dict[str, tuple[str, str | int]] = {
     "attention_norm": ("attention_norm.scale", "out"),
     "attention.query": ("attention.query.kernel", "out"),
     "attention.key": ("attention.key.kernel", "out"),
@@ -41,9 +41,14 @@ _SITES = {
     "mlp_norm": ("mlp_norm.scale", "out"),
     "mlp.hidden": ("mlp.down.kernel", "in"),
     "mlp.output": ("mlp.down.kernel", "out"),
+    "moe.scores": ("moe.router.kernel", 0),
+    "moe.weights": ("moe.router.kernel", 1),
+    "moe.chosen": ("moe.router.kernel", 2),
+    "moe.output": ("moe.down.kernel", "out"),
     "mlp_post_norm": ("mlp_post_norm.scale", "out"),
 }
-"""Site of a block -> a parameter of the module that computes it, and whether it takes ("in") or gives ("out") that."""
+"""Site of a block -> a parameter of the module that computes it, and whether it takes ("in") or gives ("out") that, or
+which of several things that it gives that is."""
 
 
 class Peer:
@@ -76,6 +81,8 @@ class Peer:
         self.path: Path = path
         self._slots = slots(self.config, self._modules)
         self._double: bool = dtype == "float64"
+        # The grouped products, which it would choose by itself, have no fp64.
+        experts = {"experts_implementation": "eager"} if self.config.n_experts else {}
         with self._computing():
             # from_pretrained is generic over classes that exist at run time alone
             self.model: Any = AutoModelForCausalLM.from_pretrained(
@@ -84,9 +91,12 @@ class Peer:
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 generation_config=GenerationConfig(),
+                **experts,
             ).eval()
         # A token that pads is one like any other here, and has a gradient.
         self.model.get_input_embeddings().padding_idx = None
+        if self.config.n_experts:
+            self.model.config.output_router_logits = False  # or its loss would have that of balance in it
         # Its cache of a window keeps the last W - 1 keys by a slice, which for a W of 1 is all of them.
         self.caches: bool = getattr(self.model.config, "sliding_window", None) != 1
 
@@ -105,7 +115,7 @@ class Peer:
                 output.loss.backward()
         found = self._gradients() if differentiate else {}
         loss = float("nan") if labels is None else output.loss.item()
-        sites = self._sites(seen) | {"logits": to_numpy(output.logits)} if trace else {}
+        sites = self._sites(seen, tokens.shape) | {"logits": to_numpy(output.logits)} if trace else {}
         return Run(to_numpy(output.logits), sites, loss, found)
 
     def generate(self, prompt: Array, new: int) -> Array:
@@ -142,8 +152,11 @@ class Peer:
         self.model.zero_grad()
         return decode({key: arrays[key] for key in self._slots}, self.config, self._modules, "the peer")
 
-    def _sites(self, seen: Mapping[str, torch.Tensor]) -> dict[str, Array]:
-        sites = {site: self._shaped(site, to_numpy(tensor)) for site, tensor in seen.items()}
+    def _sites(self, seen: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> dict[str, Array]:
+        """Of what modules took and gave for tokens `[batch, time]` of a shape; mixtures have these as one axis."""
+        arrays = {site: to_numpy(tensor) for site, tensor in seen.items()}
+        apart = {site: array.reshape(*shape, -1) if array.ndim == 2 else array for site, array in arrays.items()}
+        sites = {site: self._shaped(site, array) for site, array in apart.items()}
         known = {site: array for site, array in sites.items() if array is not None}
         return {"embedding": known["blocks.0.input"]} | known
 
@@ -195,9 +208,10 @@ class Peer:
         wanted.append(("final_norm", paths["final_norm.scale", None], "out"))
         modules = dict(self.model.named_modules())
 
-        def note(site: str, side: str) -> Callable[..., None]:
-            def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-                seen[site] = inputs[0] if side == "in" else output
+        def note(site: str, side: str | int) -> Callable[..., None]:
+            def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+                whole = {"in": inputs[0], "out": output}
+                seen[site] = whole[side] if side in whole else output[side]
 
             return hook
 

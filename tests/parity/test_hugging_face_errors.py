@@ -173,6 +173,16 @@ def test_config_and_weights_that_disagree(field, value, folder_of):
     refused(folder, "weights and config do not fit")
 
 
+def test_a_router_of_other_experts_than_the_config_says(folder_of):
+    folder = folder_of("mixtral")
+    edit(folder / "config.json", num_local_experts=8)
+    gate, spare = r"model\.layers\.0\.block_sparse_moe\.gate\.weight", r"block_sparse_moe\.experts\.(8|9|10)\.w[123]"
+    told = (
+        rf"18 tensors have no place in it, such as \S+{spare}\.weight; {gate} has shape \(11, 40\) where .* \(8, 40\)"
+    )
+    refused(folder, told)
+
+
 def test_a_head_that_is_tied_in_the_config_and_another_in_the_file(folder_of):
     folder = folder_of("gpt2")
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}))

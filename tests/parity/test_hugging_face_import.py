@@ -80,6 +80,19 @@ def test_the_fp64_run_of_the_peer_is_the_peer(name, saved):
     assert np.abs(original - truth).max() <= REASONABLE * np.abs(truth).max()
 
 
+@pytest.mark.parametrize("name", [name for name, sample in SAMPLES.items() if "num_experts_per_tok" in sample.fields])
+def test_no_router_of_a_sample_is_near_a_tie(name, saved):
+    """Rounding would send a token to another expert, and its error would say nothing of ours."""
+    from parity.sides.transformers_side import Peer
+
+    fields = SAMPLES[name].fields
+    experts, last = fields["num_local_experts"], fields["num_experts_per_tok"] - 1
+    sites = Peer(saved(name)[0], "float64").run(tokens()).sites
+    scores = [np.sort(array, axis=-1)[..., ::-1] for site, array in sites.items() if site.endswith("moe.scores")]
+    assert [array.shape for array in scores] == [(*tokens().shape, experts)] * fields["num_hidden_layers"]
+    assert min((array[..., last] - array[..., last + 1]).min() for array in scores) >= 1e-3
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_there_and_back_is_the_same_class_and_every_bit(name, saved, tmp_path):
     folder, _ = saved(name)

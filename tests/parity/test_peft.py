@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,21 @@ def test_an_adapter_of_ours_is_the_same_function_in_peft(
     whole = open_with_adapter(base, tmp_path / "adapter")
     merged = GPT(whole.config, lambda row: torch.tensor(whole.read(row)), precision=FP64).eval()
     assert_close(merged(torch.tensor(tokens())), ours, 1e-12)
+
+
+def test_an_adapter_of_a_mixture_is_that_of_its_attention(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """PEFT has no pair of matrices for a router or an expert."""
+    base, folder = bases("mixtral"), tmp_path / "adapter"
+    values = written(base, CONFIGS["all"], folder)
+    peer, model = by_peft(base, folder)
+    assert_close(beside(base, CONFIGS["all"], values)(torch.tensor(tokens())), logits_of(peer, model), 1e-12)
+    tensors = SafetensorsReader(folder / "adapter_model.safetensors")
+    other = {key: key.replace("self_attn.q_proj", "mlp.gate") for key in tensors.tensors}
+    arrays = {new: np.array(tensors.read(key)) for key, new in other.items()}
+    infos = {new: tensors.tensors[key] for key, new in other.items()}
+    write_safetensors(folder / "adapter_model.safetensors", infos, arrays.__getitem__)
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.gate is no linear layer of a block of hf-mixtral"):
+        open_with_adapter(base, folder)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # PEFT's, of Conv1D
@@ -235,7 +251,7 @@ def test_another_base_a_strange_module_and_a_cut_file_are_refused(
 ) -> None:
     adapter = tmp_path / "adapter"
     written(bases(LLAMA), CONFIGS["all"], adapter)
-    save(SAMPLES[LLAMA], tmp_path / "other", seed=3)
+    save(replace(SAMPLES[LLAMA], seed=3), tmp_path / "other")
     tensors = SafetensorsReader(adapter / "adapter_model.safetensors")
     arrays = {key: np.array(tensors.read(key)) for key in tensors.tensors}
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hugging_face import SAMPLES, save, tokens
+from hugging_face import SAMPLES, edit, save, tokens
 
 from gpt_core.errors import InputError
 from gpt_core.formats import open_checkpoint
@@ -16,11 +16,13 @@ from parity.checks.peer import check_decode, check_runs, gap_at
 from parity.sides.products import LibraryNoise
 from parity.sides.runs import Batch
 
+MIXTURES = ("mixtral", "qwen3_moe")
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("verify")
-    names = ("gpt2", "gpt_bigcode, multi-head", "gpt_neo, local", "starcoder2, grouped, window")
+    names = ("gpt2", "gpt_bigcode, multi-head", "gpt_neo, local", "starcoder2, grouped, window", *MIXTURES)
     for name in names:
         save(SAMPLES[name], root / name)
     return {name: root / name for name in names}
@@ -62,6 +64,24 @@ def test_in_fp64_all_that_transformers_computes_is_equal(name, folders):
     assert len(sites) == 2 * 10 + 3
 
 
+@pytest.mark.parametrize(("name", "own"), [("mixtral", 12), ("qwen3_moe", 14)])
+def test_in_fp64_a_mixture_is_equal_with_all_that_its_router_decides(name, own, folders):
+    """In blocks of 12 sites, scores, experts and weights among them, or 14 with norms of queries and keys."""
+    results = compare(folders[name], dtype="float64")
+    assert all(result.passed for result in results.values())
+    sites = {*results["activations"].measures["sites"]}
+    assert len(sites) == 2 * own + 3
+    assert {f"blocks.1.moe.{site}" for site in ("scores", "chosen", "weights", "output")} <= sites
+
+
+def test_the_loss_is_held_without_that_of_balance(folders, tmp_path):
+    """transformers adds it where the folder says so; it is a matter of training."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders["mixtral"], folder)
+    edit(folder / "config.json", output_router_logits=True, router_aux_loss_coef=0.5)
+    assert compare(folder, dtype="float64")["loss"].passed
+
+
 def swap_gelu(model):
     import torch
 
@@ -91,6 +111,27 @@ def swap_query_and_key(model):
         weight[:, :80] = weight[:, :80].roll(40, dims=1)
 
 
+def swap_gate_and_up(model):
+    import torch
+
+    weight = model.model.layers[1].mlp.experts.gate_up_proj
+    with torch.no_grad():
+        weight[:] = weight.roll(24, dims=1)
+
+
+def sort_experts_by_name(model):
+    import torch
+
+    order = sorted(range(11), key=str)
+    with torch.no_grad():
+        for weight in model.model.layers[1].mlp.experts.parameters():
+            weight[:] = weight[order]
+
+
+def forget_to_normalise(model):
+    model.model.layers[1].mlp.gate.norm_topk_prob = False
+
+
 @pytest.mark.parametrize(
     ("name", "change", "site"),
     [
@@ -99,6 +140,9 @@ def swap_query_and_key(model):
         ("gpt2", swap_query_and_key, "blocks.0.attention.query"),
         ("gpt_neo, local", widen_window, "blocks.1.attention.mixed"),
         ("starcoder2, grouped, window", forget_the_scale, "blocks.0.attention.mixed"),
+        ("mixtral", swap_gate_and_up, "blocks.1.moe.output"),
+        ("mixtral", sort_experts_by_name, "blocks.1.moe.output"),
+        ("qwen3_moe", forget_to_normalise, "blocks.1.moe.weights"),
     ],
 )
 def test_a_mistake_is_found_at_its_module(name, change, site, folders):
@@ -164,6 +208,16 @@ def decoded(folder, new=20):
     ours = torch_side.write(model, prompt, new)
     gap = partial(gap_at, torch_side.logits_function(model), prompt, ours)
     return peer, check_decode("case", "float64", ours, peer.generate(prompt, new), gap)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_writes_64_tokens_as_transformers_does(name, tmp_path):
+    sample = SAMPLES[name]
+    save(replace(sample, fields=sample.fields | {"max_position_embeddings": 80}), tmp_path / "model")
+    peer, result = decoded(tmp_path / "model", 64)
+    assert result.passed, result.reason
+    assert result.measures["tokens"] == 64
+    assert len(np.unique(peer.generate(tokens()[:, :7], 16))) > 8, "such a text would be alike whatever the model did"
 
 
 @pytest.mark.parametrize(
@@ -333,8 +387,9 @@ def test_code_that_lies_in_a_folder_runs_only_when_it_is_trusted(tmp_path, ids, 
     assert "--trust-remote-code" in called.err
 
 
-def test_one_variant_of_the_grid_as_an_export(in_this_process, parity):
-    called = parity("check", "--hugging-face", "--variant", "learned-mqa-window", "--dtype", "float32", "--json")
+@pytest.mark.parametrize("variant", ["learned-mqa-window", pytest.param("hf-mixtral", marks=pytest.mark.slow)])
+def test_one_variant_of_the_grid_as_an_export(variant, in_this_process, parity):
+    called = parity("check", "--hugging-face", "--variant", variant, "--dtype", "float32", "--json")
     report = json.loads(called.out)
     assert called.code == 0, called.err
     assert {case["check"] for case in report["cases"]} == {"weights", "activations", "logits", "loss", "decode"}
