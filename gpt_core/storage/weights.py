@@ -193,7 +193,7 @@ def source_of(
 ) -> Source:
     """Parameters out of a format's tensors, stacking or slicing blocks and experts as the reader asks.
 
-    Beside what is asked for, one tensor of the format is in memory.
+    Beside what is asked for, one tensor of the format is in memory, and once more in canonical axes.
 
     Args:
         expected: The format's slots.
@@ -236,7 +236,7 @@ def source_of(
             if wide != whole.dtype:
                 whole, narrow = np.empty(whole.shape, wide), whole
                 whole[:number] = narrow[:number]  # what lies behind is no number yet, and is never cast
-            whole[number] = array
+            whole[number] = contiguous(array)  # by panels, several times as fast as element by element
             del array  # before the next one is read
         return whole.reshape(parameter.shape)
 
