@@ -12,6 +12,7 @@ from gpt_core.formats import format_of
 from gpt_core.formats.hf_architecture import Architecture
 from gpt_core.formats.hugging_face import HuggingFaceFormat, read_config
 from gpt_core.parameters import active_count, parameter_count
+from gpt_core.storage.adaptation import same_function
 
 PUBLISHED = json.loads(Path(__file__).with_name("published_configs.json").read_text("utf-8"))
 MIXTRAL, QWEN, OLMOE = "mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen3-30B-A3B", "allenai/OLMoE-1B-7B-0924"
@@ -48,6 +49,11 @@ def test_a_mixture_has_the_parameters_that_its_authors_state(
     config = read(name, {}, tmp_path)
     assert parameter_count(config) == pytest.approx(total, rel=1e-3)
     assert active_count(config) == pytest.approx(active, rel=2e-2)
+
+
+@pytest.mark.parametrize(("preset", "name"), [("mixtral-8x7b", MIXTRAL), ("qwen3-30b-a3b", QWEN)])
+def test_a_preset_is_the_published_model(preset: str, name: str, tmp_path: Path) -> None:
+    assert same_function(ModelConfig.from_yaml(preset), read(name, {}, tmp_path))
 
 
 @pytest.mark.parametrize("name", [MIXTRAL, QWEN, OLMOE])
