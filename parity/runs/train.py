@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from gpt_core.checkpoints.start import tokenizer_of_data
 from gpt_core.config import ModelConfig
 from gpt_core.data.loader import training_batches
 from gpt_core.errors import InputError, RunFailedError
@@ -216,7 +217,8 @@ def _start(case: _Case, name: str, workers: int) -> "subprocess.Popen[bytes]":
     weights = initial_weights(config)
     if name == "ulp":
         weights = {key: np.nextafter(array, np.inf, dtype=array.dtype) for key, array in weights.items()}
-    with training_batches(config.data, config.train.batch_size, config.context_length) as batches:
+    sizes, tokenizer = (config.train.batch_size, config.context_length), tokenizer_of_data(config, None)
+    with training_batches(config.data, *sizes, tokenizer=tokenizer) as batches:
         data = batches.state()
     open_run(run, config, framework, None)
     write_state(checkpoint_folder(run, 0), fresh_state(config, weights_source(weights), data), framework)
