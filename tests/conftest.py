@@ -78,7 +78,9 @@ def no_network() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config file of a run of seconds: a narrow model, twelve steps, a text with a pattern."""
+    """The config file of a run of seconds: a narrow model of few tokens, twelve steps, a text with a pattern."""
+    from chat_templates import write_tokenizer
+
     folder = tmp_path_factory.mktemp("run")
     text = "the a window of keys and one query sees its own past but never what comes after it in time"
     words = text.split()
@@ -88,8 +90,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{number}.txt").write_text(text)
     content = {
         "model": {
-            "vocab_size": 50257,
-            "pad_vocab_size_multiple": 8,
+            "vocab_size": 400,
+            "pad_vocab_size_multiple": 64,
             "context_length": 16,
             "n_layers": 2,
             "n_heads": 4,
@@ -97,7 +99,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "embed_dim": 16,
             "position": "rope",
         },
-        "data": {"source": str(folder / "*.txt"), "streams": 4, "validation_fraction": 0.2},
+        "data": {"source": str(folder / "*.txt"), "streams": 4, "validation_fraction": 0.2}
+        | {"tokenizer": str(write_tokenizer(folder / "tokenizer", None))},
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
         "train": {
             "steps": 12,

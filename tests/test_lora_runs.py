@@ -26,6 +26,7 @@ LLAMA += ["--model.pad_vocab_size_multiple", "1"]
 FLAGS = [
     *("--train.dtype", "float64", "--train.steps", str(ALL), "--train.checkpoint_every", str(HALF)),
     *("--train.evaluation_batches", "1", "--train.evaluate_every", str(ALL), *LLAMA),
+    *("--model.vocab_size", "24576"),  # a column of the embedding is larger than an adapter
 ]
 ADAPTER = ["--adapter.rank", "3", "--adapter.alpha", "60"]
 
@@ -191,7 +192,7 @@ def test_a_prompt_goes_on_with_an_adapter_as_with_the_run_that_made_it(
 ) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(whole / "base", base)
-    for file in (*whole.glob("vocab.json"), *whole.glob("merges.txt")):
+    for file in whole.glob("tokenizer*.json"):
         shutil.copyfile(file, base / file.name)
     assert parity(["convert", str(whole), str(adapter), "--to", "peft"]) == 0
     words = ["the", "--max-new-tokens", 4, "--dtype", "float64", "--json"]

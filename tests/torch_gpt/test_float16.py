@@ -27,6 +27,7 @@ START, GROWTH_INTERVAL = 2.0**25, 4  # far too large for the first steps, and tr
 def train(config: Path, run: Path, *more: str) -> int:
     flags = ["--train.dtype", "float16", "--train.max_skipped", "2", "--train.evaluation_batches", "1"]
     flags += ["--optimizer.learning_rate", "5e-2", "--optimizer.warmup_steps", "0"]
+    flags += ["--data.tokenizer", "gpt2", "--model.vocab_size", "50257"]
     return main(["train", "--config", str(config), "--out", str(run), *flags, *more])
 
 
