@@ -83,8 +83,9 @@ def test_accumulation_and_dropout_do_not_depend_on_the_mesh() -> None:
 
 @pytest.mark.slow
 def test_an_adapter_is_trained_alike_on_every_mesh() -> None:
+    """On those that share the base out; what one axis alone does is seen without an adapter."""
     adapter = {"rank": 4, "alpha": 64}
-    found = losses(lora=case(WINDOW, ["data", "fsdp", "tensor", "all", "stages"], adapter, dtype="float64"))
+    found = losses(lora=case(WINDOW, ["fsdp", "all", "stages"], adapter, dtype="float64"))
     assert_same_losses(found["lora"], 1e-10, learned=0.02)
     assert found["lora"]["fsdp"]["share"] <= 1.1 / 8  # the base is shared out, and so is most of the adapter
 

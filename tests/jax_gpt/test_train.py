@@ -61,8 +61,7 @@ sys.exit(main(arguments))
 """
 
 
-@pytest.mark.parametrize("before", ["new", "trained"])
-@pytest.mark.parametrize("well", [pytest.param(0, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize(("before", "well"), [("new", 0), ("trained", 8)])
 def test_arrays_that_fail_together_are_said_once(before: str, well: int, config: Path, tmp_path: Path) -> None:
     """Orbax waits for the first that fails; what Python says of the others, whenever it collects them, is noise."""
     arguments = ["train", "--config", str(config), "--out", str(tmp_path / "run"), "--train.steps", "4"]
