@@ -51,7 +51,7 @@ class Objective(nn.Module):
     ) -> tuple[torch.Tensor, Routing | None]:
         tied = self.model.config.tied_embeddings
         head = [self.model.token_embedding] if tied else list(self.model.head.parameters())
-        taps = routing_taps(self.model.config) if self.training else None
+        taps = routing_taps(self.model.config) if self.model.training else None
         hidden = self.model.hidden(tokens, taps, segments)
         loss = chunked_loss(self.loss_of, head, hidden, targets, mask, self.chunk, weight)
         return loss, routing_of(taps, mask, self.model.config)

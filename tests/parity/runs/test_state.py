@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from gpt_core.files.hashes import HASHES_FILE
 from gpt_core.runs.saved import checkpoint_folder, saved_steps
@@ -41,6 +42,18 @@ def losses(run: Path) -> list[float]:
 @pytest.fixture(scope="module", params=["jax", "torch"])
 def framework(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def config(framework: str, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model begins in JAX, a mixture of experts in PyTorch."""
+    if framework == "jax":
+        return config
+    content = yaml.safe_load(config.read_text())
+    content["model"] |= {"n_experts": 4, "expert_dim": 16, "gated_mlp": True, "bias": False}
+    path = tmp_path_factory.mktemp("mixture") / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
 
 
 @pytest.fixture(scope="module")
