@@ -198,8 +198,9 @@ def training_step(
         load = None
         if config.model.n_experts and parts > 1 and config.train.balance_loss:
             # The load of the whole step is known after all of it.
-            routing = jax.lax.map(lambda part: forward(parameters, frozen, *part)[2], micro_batches)
-            load = load_of(all_parts(routing), count)
+            routing = all_parts(jax.lax.map(lambda part: forward(parameters, frozen, *part)[2], micro_batches))
+            assert routing is not None  # it is a mixture
+            load = load_of(routing, count)
 
         def add(total: Any, part: tuple[Batch, jax.Array | None]) -> tuple[Any, Routing | None]:
             differentiate = jax.value_and_grad(mean_loss, has_aux=True)

@@ -56,11 +56,13 @@ class Objective(nn.Module):
         loss = chunked_loss(self.loss_of, head, hidden, targets, mask, self.chunk, weight)
         return loss, routing_of(taps, mask, self.model.config)
 
-    def routing(self, tokens: torch.Tensor, mask: torch.Tensor, segments: torch.Tensor | None = None) -> Routing | None:
-        """What the routers of a mixture do with some rows, without the loss; None for a dense model."""
+    def routing(self, tokens: torch.Tensor, mask: torch.Tensor, segments: torch.Tensor | None = None) -> Routing:
+        """What the routers of a mixture do with some rows, without the loss."""
         taps = routing_taps(self.model.config)
         self.model.hidden(tokens, taps, segments)
-        return routing_of(taps, mask, self.model.config)
+        routing = routing_of(taps, mask, self.model.config)
+        assert routing is not None  # nobody asks a dense model
+        return routing
 
     def loss_of(
         self, hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, *head: torch.Tensor
@@ -99,7 +101,7 @@ def shared_out(objective: Objective, config: TorchConfig, accelerator: Accelerat
     for block in objective.model.blocks:
         # Experts come together when their turn comes; not within a compiled block, in which no hook can stand.
         if objective.model.config.n_experts and not config.compile:
-            fully_shard(block.moe, mesh=mesh)
+            fully_shard(block.get_submodule("moe"), mesh=mesh)
         fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
     register_fsdp_forward_method(objective, "routing")

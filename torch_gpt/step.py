@@ -1,6 +1,6 @@
 """One training step: what it holds, and the functions that run it. `jax_gpt/step.py` is its twin."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
@@ -145,7 +145,7 @@ def training_step(
         return expert_load(summed(assigned).to(wide), count.clamp(min=1), config.model.experts_per_token)
 
     @torch.no_grad()
-    def load_of_all(micro_batches: list[Batch], count: torch.Tensor) -> torch.Tensor:
+    def load_of_all(micro_batches: Sequence[Batch], count: torch.Tensor) -> torch.Tensor:
         """The load of the whole step, which is known after all of it."""
         routing = inner(objective).routing
         found = [routing(rows["tokens"], rows["mask"], rows.get("segments")) for rows in micro_batches]

@@ -92,7 +92,7 @@ def loss_curve(run: Path) -> Path:
 
     records = read_metrics(run)
     entropy = _unigram_entropy(run)
-    loads = [record[LOAD] for record in records if np.ndim(record.get(LOAD)) == 2]
+    loads = [record[LOAD] for record in records if LOAD in record and np.ndim(record[LOAD]) == 2]
     figure = Figure(figsize=(8, 6.5 if loads else 4.5), dpi=144, layout="constrained")
     axes, *below = figure.subplots(2 if loads else 1, height_ratios=[4.5, 2] if loads else None, squeeze=False)[:, 0]
     steps, losses = _series(records, "train_loss")
