@@ -45,6 +45,16 @@ class Parameter:
         return self.axes[0] == "layers"
 
     @property
+    def of_experts(self) -> bool:
+        """Whether each expert has a part of it, of which a token meets those of its own experts."""
+        return "expert_mlp" in self.axes
+
+    @property
+    def rounded(self) -> bool:
+        """Whether it is used in compute_dtype; scales, and the router, whose scores choose, are used as stored."""
+        return self.decay and ("experts" not in self.axes or self.of_experts)
+
+    @property
     def stream(self) -> int:
         """A number of this name's own, from which its random initial values are drawn."""
         return zlib.crc32(self.name.encode())
@@ -95,8 +105,9 @@ def parameter_count(config: ModelConfig) -> int:
 
 def active_size(parameter: Parameter, config: ModelConfig) -> int:
     """Numbers of a parameter that one token is multiplied by: of the experts, those that it is sent to."""
-    shared = "expert_mlp" not in parameter.axes
-    return parameter.size if shared else parameter.size // config.n_experts * config.experts_per_token
+    if not parameter.of_experts:
+        return parameter.size
+    return parameter.size // config.n_experts * config.experts_per_token
 
 
 def active_count(config: ModelConfig) -> int:

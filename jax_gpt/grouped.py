@@ -22,7 +22,7 @@ class Places(NamedTuple):
     """Where copies of tokens lie among the sorted rows, of which some are nobody's.
 
     Args:
-        row: Of each copy, `[tokens, chosen]`.
+        row: Of each copy, `[tokens, chosen]`; where it has no group, the number of rows or more.
         copy: Of each row, `[rows]`; where nobody's, the number of copies.
         sizes: Rows of each group, nobody's included, `[groups]`.
     """
@@ -47,14 +47,14 @@ def grouped(
         function: (rows, multiply) -> rows, where `multiply(rows, kernels)` is the product of each row with its group's
             part of kernels `[groups, inputs, outputs]`; must leave rows of zeros where they are.
         x: The tokens.
-        groups: Of each token.
+        groups: Of each token; `n_groups` for none, of which the result is zeros.
         n_groups: How many there are.
     """
     on_cpu = platform() == "cpu"
     block = _block(groups.size, n_groups) if on_cpu else 1
-    places = _places(groups, n_groups, block)
+    places = sort(groups, n_groups, block)
     multiply = partial(_in_blocks, block) if on_cpu else jax.lax.ragged_dot
-    return _collected(function(_spread(x, places), lambda rows, kernels: multiply(rows, kernels, places.sizes)), places)
+    return collect(function(spread(x, places), lambda rows, kernels: multiply(rows, kernels, places.sizes)), places)
 
 
 def _block(copies: int, n_groups: int) -> int:
@@ -62,15 +62,17 @@ def _block(copies: int, n_groups: int) -> int:
     return min(_BLOCK, max(_LEAST, 1 << (copies // n_groups).bit_length()))
 
 
-def _places(groups: jax.Array, n_groups: int, block: int) -> Places:
+def sort(groups: Int[jax.Array, "tokens chosen"], n_groups: int, block: int = 1) -> Places:
+    """Places by group, of which each is filled up to whole blocks; copies of one group in their order."""
     copies = groups.size
     flat = groups.reshape(-1)
     counts = jnp.zeros(n_groups, jnp.int32).at[flat].add(1)
     sizes = -(-counts // block) * block
     order = jnp.argsort(flat, stable=True)  # copies by their group
-    within = jnp.arange(copies) - (jnp.cumsum(counts) - counts)[flat[order]]
-    sorted_rows = ((jnp.cumsum(sizes) - sizes)[flat[order]] + within).astype(jnp.int32)
+    within = jnp.arange(copies) - jnp.append(jnp.cumsum(counts) - counts, counts.sum())[flat[order]]
     rows = -(-(copies + n_groups * (block - 1)) // block) * block  # enough for any choice
+    begins = jnp.append(jnp.cumsum(sizes) - sizes, rows)
+    sorted_rows = (begins[flat[order]] + within).astype(jnp.int32)
     row = jnp.zeros(copies, jnp.int32).at[order].set(sorted_rows, unique_indices=True)
     copy = jnp.full(rows, copies, jnp.int32).at[sorted_rows].set(order.astype(jnp.int32), unique_indices=True)
     return Places(row.reshape(groups.shape), copy, sizes)
@@ -80,24 +82,24 @@ def _places(groups: jax.Array, n_groups: int, block: int) -> Places:
 
 
 @jax.custom_vjp
-def _spread(x: jax.Array, places: Places) -> jax.Array:
-    """Tokens `[tokens, inputs]` to their rows `[rows, inputs]`; zeros where they are nobody's."""
+def spread(x: Float[jax.Array, "tokens inputs"], places: Places) -> Float[jax.Array, "rows inputs"]:
+    """Tokens to their rows; zeros where they are nobody's."""
     return _taken(x, places.copy // places.row.shape[1])
 
 
 @jax.custom_vjp
-def _collected(rows: jax.Array, places: Places) -> jax.Array:
-    """Rows `[rows, outputs]` to the copies of tokens `[tokens, chosen, outputs]`."""
-    return rows[places.row]
+def collect(rows: Float[jax.Array, "rows outputs"], places: Places) -> Float[jax.Array, "tokens chosen outputs"]:
+    """Rows to the copies of tokens; zeros where they have no group."""
+    return _taken(rows, places.row)
 
 
 def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.at[index].get(mode="fill", fill_value=0)
 
 
-_spread.defvjp(lambda x, places: (_spread(x, places), places), lambda places, g: (g[places.row].sum(1), None))
-_collected.defvjp(
-    lambda rows, places: (_collected(rows, places), places),
+spread.defvjp(lambda x, places: (spread(x, places), places), lambda places, g: (_taken(g, places.row).sum(1), None))
+collect.defvjp(
+    lambda rows, places: (collect(rows, places), places),
     lambda places, g: (_taken(g.reshape(-1, g.shape[-1]), places.copy), None),
 )
 

@@ -29,11 +29,13 @@ from gpt_core.adapter import whole_table
 from gpt_core.errors import InputError
 from gpt_core.parameters import Parameter, block_table
 from gpt_core.runs.config import RunConfig
+from jax_gpt.moe import Experts
 from jax_gpt.scan import BlockStep, Layer
 from jax_gpt.sent.parameters import together
-from jax_gpt.sent.residual import shared_out
-from jax_gpt.sent.stages import ROWS, in_stages, ring, shared_along_fsdp, spec_in_stages
+from jax_gpt.sent.residual import columns_shared_out
+from jax_gpt.sent.stages import ROWS_IN_STAGES, in_stages, ring, shared_out, spec_in_stages
 from jax_gpt.sent.sums import summed
+from jax_gpt.sent.tokens import of_all_devices
 from jax_gpt.state_paths import table_row
 from jax_gpt.taps import Taps
 
@@ -93,7 +95,7 @@ class Layout:
             return jax.shard_map(
                 function,
                 mesh=self.stages,
-                in_specs=(specs, ROWS, PartitionSpec(), frozen_specs),
+                in_specs=(specs, ROWS_IN_STAGES, PartitionSpec(), frozen_specs),
                 out_specs=tuple(PartitionSpec() if output == "sum" else specs for output in outputs),
                 # A tensor axis of one is said to be ours as well: kernels refuse to be split by the compiler.
                 axis_names={axis for axis in self.stages.axis_names if axis != "tensor" or self.mesh.shape[axis] == 1},
@@ -119,7 +121,7 @@ class Layout:
             row = table_row(path, table)
             if row is None or row.stacked or row.name.startswith("blocks.") != of_block:
                 return leaf
-            sent = leaf.astype(self.config.precision.compute_dtype) if row.decay else leaf
+            sent = leaf.astype(self.config.precision.compute_dtype) if row.rounded else leaf
             return together(row, self.mesh, self.stages)(sent).astype(leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(whole, parameters)
@@ -132,10 +134,14 @@ class Layout:
 
         def gathered_first(x: jax.Array, layer: Layer) -> tuple[jax.Array, Taps]:
             parameters, key = layer
-            x, taps = step(shared_out(x, self.mesh), (self.gathered(parameters, of_block=True), key))
-            return shared_out(x, self.mesh), taps
+            x, taps = step(columns_shared_out(x, self.mesh), (self.gathered(parameters, of_block=True), key))
+            return columns_shared_out(x, self.mesh), taps
 
         return gathered_first
+
+    def around_experts(self, experts: Experts) -> Experts:
+        """For `GPT(around_experts=...)`: tokens travel to the device that has their expert, and back."""
+        return of_all_devices(experts, self.mesh, self.config.model.n_experts)
 
     def summed(self, value: jax.Array) -> jax.Array:
         """What every device has of a sum over its rows, summed over all rows."""
@@ -151,4 +157,4 @@ class Layout:
         row = table_row(path, self._table)
         assert row is not None  # these are parameters
         of_block = row.stacked and len(leaf.shape) < len(row.shape)
-        return shared_along_fsdp(row.of_layer(0) if of_block else row, self.mesh)
+        return shared_out(row.of_layer(0) if of_block else row, self.mesh)

@@ -1,8 +1,9 @@
 """Which device holds what, read off the axis names of the parameter table; the model never sees a mesh.
 
-A mesh has three axes (Rajbhandari et al., 2020; Shoeybi et al., 2019; Xu et al., 2021):
+A mesh has four axes (Rajbhandari et al., 2020; Lepikhin et al., 2020; Shoeybi et al., 2019; Xu et al., 2021):
     data    copies of the model: rows of the batch are dealt out
     fsdp    rows are dealt out too, and the devices of a copy share parameters, gradients and moments
+    expert  rows are dealt out too, and devices share the experts of a mixture
     tensor  devices share heads, columns of the MLP and the vocabulary of the same rows
 """
 
@@ -21,15 +22,24 @@ from gpt_core.parameters import Parameter, axis_sizes
 from gpt_core.runs.config import MeshConfig, RunConfig
 from jax_gpt.state_paths import table_row
 
-ROWS = PartitionSpec(("data", "fsdp"))  # of a batch and of activations: [batch, ...]
+_ROW_AXES = ("data", "fsdp", "expert")
+ROWS = PartitionSpec(_ROW_AXES)  # of a batch and of activations: [batch, ...]
 
-_TENSOR_AXES = {"vocab", "heads", "kv_heads", "mlp"}
+_TENSOR_AXES = {"vocab", "heads", "kv_heads", "mlp", "expert_mlp"}
 # An axis for fsdp: the first that a parameter has and that divides.
 _FSDP_AXES = ("embed", "mlp", "vocab", "head_dim", "heads", "kv_heads")
+# Axis of the mesh, axis of parameters that it has to divide, field of the model.
+_DIVIDED = (("tensor", "heads", "n_heads"), ("fsdp", "embed", "embed_dim"))
+_DIVIDED_OF_MLP = (("tensor", "mlp", "mlp_dim"),)
+_DIVIDED_OF_EXPERTS = (
+    ("expert", "experts", "n_experts"),
+    ("tensor", "expert_mlp", "expert_dim"),
+    ("tensor", "embed", "embed_dim"),  # of tokens that travel, each device has some columns
+)
 
 
 def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arrange devices as data x fsdp x tensor.
+    """Arrange devices as data x fsdp x expert x tensor.
 
     Args:
         config: Sizes; one may be -1, for all devices that are left.
@@ -39,7 +49,7 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
         InputError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    sizes = {"data": config.data, "fsdp": config.fsdp, "expert": config.expert, "tensor": config.tensor}
     known = math.prod(size for size in sizes.values() if size != -1)
     sizes = {axis: len(devices) // known if size == -1 else size for axis, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
@@ -47,7 +57,7 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
         raise InputError(
             f"jax.mesh: {asked} does not multiply to the {len(devices)} device(s) there are; set one of them to -1"
         )
-    return Mesh(_arranged(tuple(sizes.values()), devices), tuple(sizes), (AxisType.Auto,) * 3)
+    return Mesh(_arranged(tuple(sizes.values()), devices), tuple(sizes), (AxisType.Auto,) * len(sizes))
 
 
 def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
@@ -63,7 +73,7 @@ def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarr
         )
     return _in_rings(
         mesh_utils.create_hybrid_device_mesh(
-            (data // slices, *rest), (slices, 1, 1), devices, allow_split_physical_axes=True
+            (data // slices, *rest), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
         )
     )
 
@@ -74,7 +84,8 @@ def _in_rings(devices: np.ndarray) -> np.ndarray:
     if not hasattr(devices.flat[0], "coords"):
         return devices
     places = np.array([tuple(device.coords) for device in devices.flat]).reshape(*devices.shape, -1)
-    order = np.lexsort(np.moveaxis(places[:, :, :1], -1, 0)[::-1], axis=1)  # neighbours on the tensor axis stay so
+    first = places[:, :, :1, :1]  # neighbours on the other axes stay so
+    order = np.lexsort(np.moveaxis(first, -1, 0)[::-1], axis=1)
     return np.take_along_axis(devices, order, axis=1)
 
 
@@ -84,11 +95,17 @@ def check_divides(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
     Raises:
         InputError: an axis does not divide; the field is named.
     """
-    sizes, tensor, fsdp = axis_sizes(config.model), mesh.shape["tensor"], mesh.shape["fsdp"]
-    fields = {"heads": "n_heads", "mlp": "mlp_dim"}
-    for axis, field in fields.items():
-        if sizes[axis] % tensor:
-            raise InputError(f"jax.mesh: tensor = {tensor} does not divide model.{field} = {sizes[axis]}")
+    sizes, tensor, expert = axis_sizes(config.model), mesh.shape["tensor"], mesh.shape["expert"]
+    if expert > 1 and not config.model.n_experts:
+        raise InputError(
+            f"jax.mesh: expert = {expert} is for mixtures, and model.n_experts = 0: leave it at 1, and give its "
+            f"devices to data or fsdp"
+        )
+    for mesh_axis, axis, field in _DIVIDED + (_DIVIDED_OF_EXPERTS if config.model.n_experts else _DIVIDED_OF_MLP):
+        if sizes[axis] % mesh.shape[mesh_axis]:
+            raise InputError(
+                f"jax.mesh: {mesh_axis} = {mesh.shape[mesh_axis]} does not divide model.{field} = {sizes[axis]}"
+            )
     if sizes["vocab"] % tensor:
         raise InputError(
             f"jax.mesh: tensor = {tensor} does not divide the vocabulary of {sizes['vocab']} rows; set "
@@ -100,21 +117,24 @@ def check_divides(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
             f"jax.mesh: tensor = {tensor} and model.n_kv_heads = {kv_heads} do not divide each other: kv heads can be "
             f"shared out or copied whole"
         )
-    if sizes["embed"] % fsdp:
-        raise InputError(f"jax.mesh: fsdp = {fsdp} does not divide model.embed_dim = {sizes['embed']}")
-    copies = mesh.shape["data"] * fsdp
-    rows = config.train.batch_size // config.train.accumulation
+    copies, rows = row_devices(mesh), config.train.batch_size // config.train.accumulation
     if rows % copies:
         raise InputError(
-            f"jax.mesh: data x fsdp = {copies} devices do not divide the {rows} rows of a micro-batch "
+            f"jax.mesh: {' x '.join(_ROW_AXES)} = {copies} devices do not divide the {rows} rows of a micro-batch "
             f"(train.batch_size / train.accumulation)"
         )
+
+
+def row_devices(mesh: Mesh | AbstractMesh) -> int:
+    """How many devices the rows of a batch are dealt out to."""
+    return math.prod(mesh.shape[axis] for axis in _ROW_AXES)
 
 
 def partition(parameter: Parameter, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How a parameter, its gradient and its moments lie on a mesh.
 
-    Kv heads that the tensor axis does not divide are copied whole to every device of that axis.
+    Kv heads that the tensor axis does not divide are copied whole to every device of that axis; the router, which every
+    token meets, to every device of the expert axis.
 
     Args:
         parameter: A row of the table.
@@ -132,6 +152,8 @@ def partition(parameter: Parameter, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     for index, axis in enumerate(parameter.axes):
         if axis in _TENSOR_AXES:
             place(index, "tensor")
+        if axis == "experts" and parameter.of_experts:
+            place(index, "expert")
     for axis in _FSDP_AXES:
         if axis in parameter.axes and place(parameter.axes.index(axis), "fsdp"):
             break

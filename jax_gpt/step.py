@@ -13,14 +13,14 @@ from jax.sharding import Mesh, PartitionSpec
 from gpt_core.adapter import whole_table
 from gpt_core.routing import Routing, expert_load, routing_metrics, summed_router_loss
 from gpt_core.runs.config import Remat, RunConfig, chunk_of_loss
-from jax_gpt import lora
+from jax_gpt import lora, moe
 from jax_gpt.layout import Layout
 from jax_gpt.loss import chunked_loss
 from jax_gpt.model import GPT, initialiser
 from jax_gpt.optimizer import create_optimizer, update
 from jax_gpt.routing import routing_of, routing_taps
 from jax_gpt.scan import BlockStep
-from jax_gpt.sharding import ROWS, state_shardings
+from jax_gpt.sharding import ROWS, row_devices, state_shardings
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -83,6 +83,9 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
     """Everything that a run does on its devices; nothing is computed yet."""
     optimizer = create_optimizer(config.optimizer, config.model, config.adapter)
     layout = Layout(config, mesh)
+    # Picked for the whole model, not for the experts that a device has.
+    picked = moe.pick(mesh.devices.flat[0].platform, config.train.dtype, config.model).implementation
+    experts = picked if config.jax.experts == "auto" else config.jax.experts
     fresh = initialiser(config.train.seed, config.precision)
 
     def model() -> GPT:
@@ -91,9 +94,10 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
             lambda row: fresh(row).astype(config.adapter.base_dtype or config.precision.param_dtype),
             precision=config.precision,
             implementation=config.jax.attention,
-            experts=config.jax.experts,
+            experts=experts,
             scan_layers=config.jax.scan_layers,
             around_block=lambda step: _REMAT[config.jax.remat](layout.around_block(step)),
+            around_experts=layout.around_experts,
         )
         return lora.attach(base, config.adapter, fresh)
 
@@ -112,8 +116,7 @@ def create_program(config: RunConfig, mesh: Mesh) -> Program:
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
-    copies = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.train.batch_size // config.train.accumulation // copies
+    rows = config.train.batch_size // config.train.accumulation // row_devices(mesh)
     on_gpu = mesh.devices.flat[0].platform == "gpu"
     chunk = max(1, chunk_of_loss(config.jax.loss_chunk, on_gpu=on_gpu) // rows)
 

@@ -162,11 +162,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices as a grid; rows go over data and fsdp, parameters over fsdp and tensor.
+    """Devices as a grid; rows go over data, fsdp and expert, parameters over fsdp and tensor, experts over expert too.
 
     Args:
-        data: Copies of the model. One of the three sizes may be -1: all devices that are left.
+        data: Copies of the model. One of the four sizes may be -1: all devices that are left.
         fsdp: Devices that share the parameters, gradients and moments of a copy.
+        expert: Devices that share the experts of a mixture; tokens travel to the one that has theirs.
         tensor: Devices that share heads, MLP columns and vocabulary.
         fsdp_inner: What fsdp devices share comes together in two stages, first among this many neighbours. Default: a
             ring of a TPU slice; elsewhere there is one stage.
@@ -177,13 +178,14 @@ class MeshConfig:
 
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
     tensor: int = 1
     fsdp_inner: int | None = None
 
     def __post_init__(self) -> None:
         if self.fsdp_inner is not None:
             require_count(self, "fsdp_inner", most=MOST_DEVICES)
-        for name in ("data", "fsdp", "tensor"):
+        for name in ("data", "fsdp", "expert", "tensor"):
             value = getattr(self, name)
             if not is_whole(value, 1, MOST_DEVICES) and not is_whole(value, -1, -1):
                 raise InputError(
@@ -191,7 +193,7 @@ class MeshConfig:
                     f"{MOST_DEVICES:,}, or -1 for the rest"
                 )
         if list(asdict(self).values()).count(-1) > 1:
-            raise InputError("mesh: only one of data, fsdp and tensor can be -1")
+            raise InputError("mesh: only one of data, fsdp, expert and tensor can be -1")
 
 
 @dataclass(frozen=True)

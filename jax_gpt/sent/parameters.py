@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from gpt_core.parameters import Parameter
-from jax_gpt.sent.stages import shared_along_fsdp
+from jax_gpt.sent.stages import STAGES, named, shared_out
 from jax_gpt.sharding import partition
 
 Sends = Callable[[jax.Array], jax.Array]
@@ -22,9 +22,9 @@ def together(row: Parameter, mesh: Mesh, stages: Mesh) -> Sends:
     """
     hops = [
         (axis, index)
-        for index, axes in enumerate(shared_along_fsdp(row, mesh))
-        for axis in reversed(axes or ())
-        if stages.shape[axis] > 1
+        for index, axes in enumerate(named(shared_out(row, mesh)))
+        for axis in reversed(axes)
+        if axis in STAGES and stages.shape[axis] > 1
     ]
 
     def gather(part: jax.Array) -> jax.Array:
@@ -37,7 +37,7 @@ def together(row: Parameter, mesh: Mesh, stages: Mesh) -> Sends:
             gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=index, tiled=True)
         return gradient
 
-    split = PartitionSpec(*("tensor" if "tensor" in (axes or ()) else None for axes in partition(row, mesh)))
+    split = PartitionSpec(*("tensor" if "tensor" in axes else None for axes in named(partition(row, mesh))))
     # An axis that tensor and fsdp share (of a bias) would come out in another order.
     apart = all(split[index] is None for _, index in hops)
     if mesh.shape["tensor"] > 1 and "tensor" in split and apart:

@@ -5,7 +5,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
 
 
-def shared_out(x: Float[jax.Array, "batch time embed"], mesh: Mesh) -> Float[jax.Array, "batch time embed"]:
+def columns_shared_out(x: Float[jax.Array, "batch time embed"], mesh: Mesh) -> Float[jax.Array, "batch time embed"]:
     """The stream, each device with some of its columns; whole where the tensor axis does not divide them.
 
     The compiler then makes an all-gather and a reduce-scatter of each sum over the tensor axis, and what is kept for

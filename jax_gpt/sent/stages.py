@@ -3,10 +3,9 @@
 from jax.sharding import Mesh, PartitionSpec
 
 from gpt_core.parameters import Parameter
-from jax_gpt.sharding import partition
+from jax_gpt.sharding import ROWS, partition
 
-SENT_ALONG = ("data", "fsdp_outer", "fsdp_inner")  # the axes that rows are dealt out along
-ROWS = PartitionSpec(SENT_ALONG)
+STAGES = ("fsdp_outer", "fsdp_inner")
 
 
 def in_stages(mesh: Mesh, inner: int) -> Mesh:
@@ -19,27 +18,35 @@ def in_stages(mesh: Mesh, inner: int) -> Mesh:
         mesh: Of `create_mesh`.
         inner: Devices of the inner stage.
     """
-    data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
-    return Mesh(mesh.devices.reshape(data, fsdp // inner, inner, tensor), (*SENT_ALONG, "tensor"))
+    data, fsdp, *others = mesh.devices.shape
+    names = (mesh.axis_names[0], *STAGES, *mesh.axis_names[2:])
+    return Mesh(mesh.devices.reshape(data, fsdp // inner, inner, *others), names)
 
 
 def spec_in_stages(spec: PartitionSpec) -> PartitionSpec:
     """A partition of the mesh as one of `in_stages`."""
-    named = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
-    stages = [[of for axis in axes for of in (SENT_ALONG[1:] if axis == "fsdp" else (axis,))] for axes in named]
+    stages = [[of for axis in axes for of in (STAGES if axis == "fsdp" else (axis,))] for axes in named(spec)]
     return PartitionSpec(*(tuple(axes) or None for axes in stages))
 
 
-def shared_along_fsdp(row: Parameter, mesh: Mesh) -> PartitionSpec:
-    """Which axis of a parameter the devices of the fsdp axis share."""
-    # Not `PartitionSpec(*...)` of names alone: it would make one name of a tuple of one.
-    shared = ["fsdp" in (axes or ()) for axes in partition(row, mesh)]
-    return PartitionSpec(*(SENT_ALONG[1:] if yes else None for yes in shared))
+def named(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """The mesh axes that each axis of an array lies along, where JAX has a name alone for a tuple of one."""
+    return [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
+
+
+ROWS_IN_STAGES = spec_in_stages(ROWS)
+SENT_ALONG: tuple[str, ...] = ROWS_IN_STAGES[0]  # the axes that rows are dealt out along
+
+
+def shared_out(row: Parameter, mesh: Mesh) -> PartitionSpec:
+    """How a parameter lies along the axes of `SENT_ALONG`."""
+    lies = named(spec_in_stages(partition(row, mesh)))
+    return PartitionSpec(*(tuple(axis for axis in axes if axis in SENT_ALONG) or None for axes in lies))
 
 
 def ring(mesh: Mesh) -> int:
     """How many devices of the fsdp axis lie on one ring of a TPU's torus; where there is none, all of them."""
-    row = list(mesh.devices[0, :, 0])
+    row = list(mesh.devices[0, :, 0, 0])
     places: list[tuple[int, ...]] = [tuple(getattr(device, "coords", ())) for device in row]
     if () in places:
         return len(row)

@@ -3,7 +3,7 @@
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from jax_gpt.sent.stages import SENT_ALONG
+from jax_gpt.sent.stages import SENT_ALONG, named
 
 _NOWHERE = PartitionSpec()
 
@@ -16,6 +16,6 @@ def summed(value: jax.Array, stages: Mesh, scattered: PartitionSpec = _NOWHERE) 
         stages: Of `in_stages`.
         scattered: How the value lies; along these axes it is summed already.
     """
-    done = {axis for axes in scattered for axis in axes or ()}
+    done = {axis for axes in named(scattered) for axis in axes}
     axes = tuple(axis for axis in SENT_ALONG if axis not in done and stages.shape[axis] > 1)
     return jax.lax.psum(value, axes) if axes else value

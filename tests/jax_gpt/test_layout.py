@@ -81,10 +81,10 @@ class Device:
 
 
 class Grid:
-    """Stands for a mesh of data 1, fsdp all, tensor 1."""
+    """Stands for a mesh of data 1, fsdp all, expert 1, tensor 1."""
 
     def __init__(self, devices: list[Any]) -> None:
-        self.devices = np.array(devices, dtype=object).reshape(1, -1, 1)
+        self.devices = np.array(devices, dtype=object).reshape(1, -1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,9 @@ def test_every_mesh_gives_the_losses_of_one_device() -> None:
     assert found["window"]["one"]["share"] == 1
 
 
-def sizes(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+def sizes(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> AbstractMesh:
     """A mesh without devices."""
-    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+    return AbstractMesh((data, fsdp, expert, tensor), ("data", "fsdp", "expert", "tensor"))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_what_does_not_divide_is_named(sections: dict[str, Any], mesh: AbstractM
 
 
 def test_a_mesh_that_does_not_multiply_to_the_devices_is_refused() -> None:
-    with pytest.raises(InputError, match=r"data 3 x fsdp 1 x tensor 1 does not multiply to the 1 device"):
+    with pytest.raises(InputError, match=r"data 3 x fsdp 1 x expert 1 x tensor 1 does not multiply to the 1 device"):
         create_mesh(MeshConfig(data=3), jax.devices()[:1])
 
 
@@ -152,5 +152,6 @@ def test_minus_one_takes_the_devices_that_are_left() -> None:
     assert dict(create_mesh(MeshConfig(data=1, fsdp=-1), jax.devices()[:1]).shape) == {
         "data": 1,
         "fsdp": 1,
+        "expert": 1,
         "tensor": 1,
     }

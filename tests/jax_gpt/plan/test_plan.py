@@ -88,7 +88,7 @@ def test_pairs_are_those_of_blocks_with_a_visible_pair(time: int, window: int | 
 
 
 def sizes(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Any:
-    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+    return AbstractMesh((data, fsdp, expert, tensor), ("data", "fsdp", "expert", "tensor"))
 
 
 def test_products_by_hand() -> None:
@@ -323,7 +323,7 @@ def test_a_step_is_compiled_for_slices_and_its_costs_are_read(
     assert code == "0", done.stderr[-2000:]
     found = json.loads(text)
     assert found["fits"]
-    assert found["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1} | mesh
+    assert found["mesh"] == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | mesh
     assert found["attention"] == "splash"
     assert 0 < found["peak_bytes"] < found["hbm_bytes"]
     assert found["flops"]["matmul"] == pytest.approx(found["flops"]["theory"], rel=0.01)

@@ -1,0 +1,155 @@
+"""Tokens of a mixture travel to the device that holds their expert, and what it makes of them travels back.
+
+One row for each expert of a token, so that what comes back is weighted and summed at home, as on one device. No token
+is dropped: where rows arrive there is room for all that could, most of it empty, and only those that there are travel
+(`jax.lax.ragged_all_to_all`). A CPU has no such collective: there all rows are gathered, and each device picks its own.
+
+Along the tensor axis each device sends its columns of a row; on arrival they come together.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float, Int
+
+from jax_gpt.grouped import collect, sort, spread
+from jax_gpt.moe import Experts, Kernels
+from jax_gpt.platform import platform
+
+Activate = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Parts(NamedTuple):
+    """A device's rows lie in one part for each device, `[devices]`.
+
+    Args:
+        begins: First row of a part.
+        sizes: Its rows.
+        arrives: Its first row where it arrives.
+        received: Rows that arrive here from each device.
+    """
+
+    begins: jax.Array
+    sizes: jax.Array
+    arrives: jax.Array
+    received: jax.Array
+
+
+def of_all_devices(experts: Experts, mesh: Mesh, n_experts: int) -> Experts:
+    """Experts that are shared out along the expert axis, and each of them along the tensor axis, as if all were here.
+
+    Args:
+        experts: Of those that are here.
+        mesh: Of `create_mesh`.
+        n_experts: Of all devices.
+    """
+    if mesh.shape["tensor"] > 1:
+        experts = _of_whole_rows(experts)
+    if mesh.shape["expert"] > 1:
+        experts = _sent(experts, mesh.shape["expert"], n_experts)
+    return _of_own_columns(experts) if mesh.shape["tensor"] > 1 else experts
+
+
+def _sent(experts: Experts, devices: int, n_experts: int) -> Experts:
+    def mix(
+        x: Float[jax.Array, "tokens columns"],
+        chosen: Int[jax.Array, "tokens chosen"],
+        weights: Float[jax.Array, "tokens chosen"],
+        kernels: Kernels,
+        activate: Activate,
+    ) -> Float[jax.Array, "tokens columns"]:
+        here = n_experts // devices
+        places = sort(chosen, n_experts)
+        rooms = (devices * len(x) * min(here, chosen.shape[1]), chosen.size)
+        there, back, expert = _journey(places.sizes, devices, rooms[0])
+        rows = _travelled(rooms, spread(x, places), there, back)
+        whole = jnp.ones((rooms[0], 1), weights.dtype)
+        rows = experts(rows, expert[:, None], whole, kernels, activate)
+        outputs = collect(_travelled(rooms[::-1], rows, back, there), places)  # [tokens, chosen, columns]
+        return jnp.einsum("tke,tk->te", outputs.astype(weights.dtype), weights).astype(x.dtype)
+
+    return mix
+
+
+def _journey(
+    sizes: Int[jax.Array, " experts"], devices: int, room: int
+) -> tuple[Parts, Parts, Int[jax.Array, " room"]]:
+    """Rows on their way there and back, and the expert among those here that each row wants; the number here for none.
+
+    Args:
+        sizes: Rows for each expert, in the order in which they lie.
+        devices: Of the expert axis.
+        room: For rows that arrive.
+    """
+    me = jax.lax.axis_index("expert")
+    by_expert = jax.lax.all_gather(sizes, "expert").reshape(devices, devices, -1)  # [from, to, experts there]
+    by_device = by_expert.sum(2)  # [from, to]
+    begins, arrives = (jnp.cumsum(by_device, axis) - by_device for axis in (1, 0))
+    there = Parts(begins[me], by_device[me], arrives[me], by_device[:, me])
+    back = Parts(arrives[:, me], by_device[:, me], begins[:, me], by_device[me])
+    ends = jnp.cumsum(by_expert[:, me].reshape(-1))  # as they arrive: from device after device, by expert
+    found, here = jnp.searchsorted(ends, jnp.arange(room), side="right"), by_expert.shape[2]
+    return there, back, jnp.where(found < len(ends), found % here, here)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _travelled(
+    rooms: tuple[int, int], rows: Float[jax.Array, "rows columns"], there: Parts, back: Parts
+) -> Float[jax.Array, "room columns"]:
+    """Rows where they arrive, and zeros where there are none; gradients travel back."""
+    return _exchanged(rows, rooms[0], there)
+
+
+_travelled.defvjp(
+    lambda rooms, rows, there, back: (_exchanged(rows, rooms[0], there), back),
+    lambda rooms, back, gradient: (_exchanged(gradient, rooms[1], back), None, None),
+)
+
+
+def _exchanged(rows: jax.Array, room: int, parts: Parts) -> jax.Array:
+    if platform() == "cpu":
+        return _picked(rows, room, parts)
+    empty = jnp.zeros((room, rows.shape[1]), rows.dtype)
+    return jax.lax.ragged_all_to_all(rows, empty, *parts, axis_name="expert")
+
+
+def _picked(rows: jax.Array, room: int, parts: Parts) -> jax.Array:
+    everyone, me = jax.lax.all_gather(rows, "expert"), jax.lax.axis_index("expert")  # [devices, rows, columns]
+    begins, sizes, arrives = (jax.lax.all_gather(of, "expert")[:, me] for of in parts[:3])
+    within = jnp.arange(room) - arrives[:, None]  # [devices, room]
+    there = (within >= 0) & (within < sizes[:, None])
+    sender = there.argmax(0)
+    row = begins[sender] + jnp.take_along_axis(within, sender[None], axis=0)[0]
+    return jnp.where(there.any(0)[:, None], everyone[sender, row], 0)
+
+
+def _of_whole_rows(experts: Experts) -> Experts:
+    """Of a device that has some columns of each row, and of each expert a part of its hidden layer."""
+
+    def mix(x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: Kernels, activate: Activate) -> jax.Array:
+        whole = jax.lax.all_gather(x, "tensor", axis=1, tiled=True)
+        part = experts(whole, chosen, weights, kernels, activate)
+        return jax.lax.psum_scatter(part, "tensor", scatter_dimension=1, tiled=True)
+
+    return mix
+
+
+def _of_own_columns(experts: Experts) -> Experts:
+    """Each device of the tensor axis by itself, with its columns of tokens; the compiler would send them whole."""
+    columns, to_hidden, from_hidden = (PartitionSpec(*[None] * axis, "tensor") for axis in (1, 2, 1))
+    kernel_specs: Any = Kernels(to_hidden, to_hidden, from_hidden)
+
+    def mix(x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: Kernels, activate: Activate) -> jax.Array:
+        return jax.shard_map(
+            lambda *arrays: experts(*arrays, activate),
+            in_specs=(columns, PartitionSpec(), PartitionSpec(), kernel_specs),
+            out_specs=columns,
+            axis_names={"tensor"},
+            check_vma=False,
+        )(x, chosen, weights, kernels)
+
+    return mix
