@@ -102,6 +102,10 @@ FURTHER |= {
     "gpt-neox": replace(_CLASSIC, n_kv_heads=4, parallel_residual=True, rope_fraction=0.4, tied_embeddings=False),
     "smollm": replace(_MODERN, n_layers=4, attention_pattern="GGGN"),
     "granite": replace(_MODERN, embedding_scale=3.0, residual_scale=0.4, logit_scale=0.125, attention_scale=0.09),
+    "mixtral": replace(_MODERN, n_experts=5, sliding_window=WINDOW),
+    "olmoe": replace(
+        _MODERN, qk_norm="whole", n_experts=11, experts_per_token=3, expert_dim=13, router_normalise=False
+    ),
     "irregular-pattern": replace(
         _CLASSIC,
         n_layers=5,
@@ -378,6 +382,23 @@ def mlp_branch(config: ModelConfig, weights: dict[str, np.ndarray], x: np.ndarra
     return {"mlp.hidden": hidden, "mlp.output": linear("down", hidden)}
 
 
+def experts_branch(config: ModelConfig, weights: dict[str, np.ndarray], x: np.ndarray) -> dict[str, np.ndarray]:
+    """The sites of a mixture of experts, for what it reads: token by token, expert by expert."""
+    scores = x @ weights["moe.router.kernel"]
+    shape = (*x.shape[:2], config.experts_per_token)
+    chosen, shares, output = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(x.shape)
+    activation = ACTIVATIONS[config.activation]
+    for at in np.ndindex(x.shape[:2]):
+        chosen[at] = sorted(range(config.n_experts), key=lambda expert: (-scores[at][expert], expert))[: shape[-1]]
+        shares[at] = softmax(scores[at])[chosen[at]]
+        if config.router_normalise:
+            shares[at] /= shares[at].sum()
+        for expert, share in zip(chosen[at], shares[at], strict=True):
+            gate, up, down = (weights[f"moe.{name}.kernel"][expert] for name in ("gate", "up", "down"))
+            output[at] += share * ((activation(x[at] @ gate) * (x[at] @ up)) @ down)
+    return {"moe.scores": scores, "moe.chosen": chosen, "moe.weights": shares, "moe.output": output}
+
+
 def block(config: ModelConfig, weights: dict[str, np.ndarray], kind: str, x: np.ndarray) -> dict[str, np.ndarray]:
     """The sites of a block, and "next", what the next block reads."""
     sites = {"input": x}
@@ -388,8 +409,8 @@ def block(config: ModelConfig, weights: dict[str, np.ndarray], kind: str, x: np.
         if branch == "attention":
             sites |= attention_branch(config, weights, kind, source)
         else:
-            sites |= mlp_branch(config, weights, source)
-        output = sites[f"{branch}.output"]
+            sites |= (experts_branch if config.n_experts else mlp_branch)(config, weights, source)
+        output = sites["moe.output" if branch == "mlp" and config.n_experts else f"{branch}.output"]
         if config.norm_placement in ("post", "sandwich"):
             output = sites[f"{branch}_post_norm"] = norm(config, weights, f"{branch}_post_norm", output)
         x = x + config.residual_scale * output

@@ -17,7 +17,7 @@ from gpt_core.text.gpt2 import gpt2_tokenizer
 from parity.checkpoints.convert import convert
 
 PROMPT, NEW = 11, 32  # more than ten windows in all
-HELD_BY_NONE = ("irregular-pattern", "learned-pattern", "scaled-window")
+HELD_BY_NONE = ("mixtral", "olmoe", "irregular-pattern", "learned-pattern", "scaled-window")
 HELD = {name: config for name, config in numpy_gpt.CONFIGS.items() if name not in HELD_BY_NONE}
 ROOM = {name: replace(config, context_length=96) for name, config in HELD.items()}
 ROOM["gpt-neox"] = replace(ROOM["gpt-neox"], head_dim=6, attention_scale=None)

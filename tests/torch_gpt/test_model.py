@@ -46,6 +46,9 @@ def expected_parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 def expected_shape(name: str, row: Parameter) -> tuple[int, ...]:
     """A weight of a linear layer is [outputs, inputs], heads flattened; everything else is as in the table."""
+    if "experts" in row.axes and "expert_mlp" in row.axes:
+        experts, inputs, outputs = row.shape
+        return experts, outputs, inputs
     if row.name.endswith(".kernel"):
         inputs = 2 if "attention.output" in name else 1
         return math.prod(row.shape[inputs:]), math.prod(row.shape[:inputs])
