@@ -7,12 +7,16 @@ from typing import Any
 
 from parity.comparison.measures import Array, Difference, difference
 
+_ELSEWHERE = Difference(math.inf, math.inf, math.inf, math.nan, (), (math.nan, math.nan))
+
 
 def difference_at(site: str, a: Mapping[str, Array], b: Mapping[str, Array]) -> Difference:
     """How far a model is from the reference at a site; infinitely, where it does not have it in this shape."""
-    if site in a and a[site].shape == b[site].shape:
-        return difference(a[site], b[site])
-    return Difference(math.inf, math.inf, math.inf, math.nan, (), (math.nan, math.nan))
+    return _apart(a[site], b[site]) if site in a else _ELSEWHERE
+
+
+def _apart(value: Array, reference: Array) -> Difference:
+    return difference(value, reference) if value.shape == reference.shape else _ELSEWHERE
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,9 @@ def first_divergence(
         return None
     site, replay_error = beyond[0], None
     if replay is not None:
-        replay_error = difference(replay(site), b[site]).relative_error
+        replay_error = _apart(replay(site), b[site]).relative_error
         if replay_error <= tolerance:  # its inputs differ; look for the operation that adds the most
-            replayed = {name: difference(replay(name), b[name]).relative_error for name in order}
+            replayed = {name: _apart(replay(name), b[name]).relative_error for name in order}
             site = max(replayed, key=lambda name: replayed[name])
             replay_error = replayed[site]
     position = order.index(site)

@@ -1,0 +1,182 @@
+"""Where two mixtures send tokens to other experts, and what of the rest can be compared then.
+
+A choice has no small error: of two scores that are almost equal, rounding may put either first. Such a flip is no
+mistake, but what comes after it is another function: the rest of its block for its token, and every later block for
+this token and those that attend to it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from parity.comparison.measures import Array
+from parity.comparison.tolerances import tolerance
+
+MARGIN_OF_ROUNDING = 4.0
+"""A flip is rounding if the margin is at most this many times the scores' error: two scores that move towards each
+other close twice the error, and as much again is left for a choice made on numbers of fewer bits than were noted."""
+
+_CHOSEN = ".moe.chosen"
+_BEHIND = ("moe.chosen", "moe.weights", "moe.output", "mlp_post_norm")
+
+
+class Flip(NamedTuple):
+    """A token that two models send to other experts in a block.
+
+    Args:
+        token: Row and position.
+        block: Number of the block.
+        experts: Those of the model in question, in order.
+        reference: Those of the reference.
+        margin: The least gap between a score that was chosen and one that was not, in the reference.
+        score_error: The largest difference between both models' scores of this token.
+        obeys: Whether both models chose their own highest scores.
+        follows: Whether a flip in an earlier block reaches this token, so that its scores are of another function.
+    """
+
+    token: tuple[int, int]
+    block: int
+    experts: tuple[int, ...]
+    reference: tuple[int, ...]
+    margin: float
+    score_error: float
+    obeys: bool
+    follows: bool
+
+    @property
+    def rounding(self) -> bool:
+        """Whether the scores' error explains it."""
+        return self.obeys and self.margin <= MARGIN_OF_ROUNDING * self.score_error
+
+    def __str__(self) -> str:
+        ours, theirs = (", ".join(map(str, experts)) for experts in (self.experts, self.reference))
+        text = f"token {self.token}, block {self.block}: experts {{{ours}}} against {{{theirs}}}"
+        scores = "" if self.obeys else ", not those of the highest scores"
+        return f"{text}, margin {self.margin:.0e}{scores}"
+
+
+def routed_blocks(sites: Mapping[str, Any]) -> list[int]:
+    """The blocks whose choice is among some sites."""
+    return [int(site.split(".")[1]) for site in sites if site.endswith(_CHOSEN)]
+
+
+def flips(a: Mapping[str, Array], b: Mapping[str, Array]) -> list[Flip]:
+    """Every token of every block whose set of experts differs, along the data's path; `b` is the reference.
+
+    Args:
+        a: Sites of the model in question; none where it is no mixture.
+        b: The same of the reference.
+    """
+    found: list[Flip] = []
+    blocks = routed_blocks(b)
+    for block in blocks:
+        if f"blocks.{block}{_CHOSEN}" not in a:
+            continue
+        scores, chosen = zip(*(_routing(sites, block) for sites in (a, b)), strict=True)
+        if scores[0].shape != scores[1].shape:
+            continue  # which the sites of the scores say
+        touched = touched_by(found, f"blocks.{block}.moe.scores", len(blocks), chosen[0].shape[:2])
+        margins = [_margin(*side) for side in zip(scores, chosen, strict=True)]
+        errors = np.abs(scores[0] - scores[1]).max(-1)
+        for row, time in np.argwhere((chosen[0] != chosen[1]).any(-1)).tolist():
+            ours, theirs = (tuple(np.flatnonzero(side[row, time]).tolist()) for side in chosen)
+            own, margin = (float(side[row, time]) for side in margins)
+            error = float(errors[row, time])
+            follows = bool(touched[row, time])
+            obeys = min(own, margin) >= -error
+            found.append(Flip((row, time), block, ours, theirs, margin, error, obeys, follows))
+    return found
+
+
+def unexplained(found: Sequence[Flip], reference: Mapping[str, Array], dtype: str) -> list[Flip]:
+    """Flips that are no rounding, of those that no earlier flip reaches.
+
+    The margin must be within what the scores' own error explains, and these scores as near to each other as
+    activations must be.
+    """
+
+    def near(flip: Flip) -> bool:
+        largest = float(np.abs(reference[f"blocks.{flip.block}.moe.scores"]).max())
+        return flip.score_error <= tolerance("activations", dtype) * largest
+
+    return [flip for flip in found if not flip.follows and not (flip.rounding and near(flip))]
+
+
+def least_margin(sites: Mapping[str, Array]) -> float:
+    """The least gap between two scores of which one comes before the other, among those chosen and the next one."""
+    gaps = [np.inf]
+    for block in routed_blocks(sites):
+        scores = np.sort(sites[f"blocks.{block}.moe.scores"], axis=-1)[..., ::-1]
+        chosen = sites[f"blocks.{block}{_CHOSEN}"].shape[-1]
+        gaps.append(float(-np.diff(scores[..., : chosen + 1], axis=-1).max(initial=-np.inf)))
+    return min(gaps)
+
+
+def touched_by(found: Sequence[Flip], site: str, n_layers: int, shape: tuple[int, ...]) -> Array:
+    """True at tokens whose values at a site some flips have made those of another function.
+
+    Args:
+        found: The flips.
+        site: A name of `gpt_core.sites`.
+        n_layers: Blocks of the model.
+        shape: `[batch, time]`.
+    """
+    touched = np.zeros(shape, np.bool_)
+    block, local = -1 if site == "embedding" else n_layers - 1, _BEHIND[-1]
+    if site.startswith("blocks."):
+        _, number, local = site.split(".", 2)
+        block = int(number)
+    for flip in found:
+        row, time = flip.token
+        if flip.block < block:  # whose attention carries it on
+            touched[row, time:] = True
+        elif flip.block == block and local in _BEHIND:
+            touched[row, time] = True
+    return touched
+
+
+def settled(a: Mapping[str, Array], b: Mapping[str, Array], dtype: str) -> dict[str, Array]:
+    """Sites of `a` as they are compared with those of `b`.
+
+    The experts of a token and their weights stand in the order of `b` where they are the same set. What flips have
+    touched is as in `b`, if all of them are rounding, so that nothing else is blamed for it.
+
+    Args:
+        a: Sites of the model in question.
+        b: Those of the reference.
+        dtype: What they were computed in.
+    """
+    compared, blocks = dict(a), routed_blocks(b)
+    found = flips(a, b)
+    if unexplained(found, b, dtype):
+        found = []
+    for block in blocks:
+        names = [f"blocks.{block}.moe.{part}" for part in ("chosen", "weights")]
+        if all(name in a and a[name].shape == b[name].shape for name in names):
+            order = np.argsort(np.argsort(b[names[0]], axis=-1), axis=-1)  # rank of each of b's experts
+            by_number = np.argsort(a[names[0]], axis=-1)
+            places = np.take_along_axis(by_number, order, axis=-1)
+            same = (np.sort(a[names[0]], -1) == np.sort(b[names[0]], -1)).all(-1, keepdims=True)
+            for name in names:
+                compared[name] = np.where(same, np.take_along_axis(a[name], places, axis=-1), a[name])
+    for site in compared.keys() & b.keys() if found else ():
+        if compared[site].shape == b[site].shape:
+            touched = touched_by(found, site, len(blocks), b[site].shape[:2])
+            spread = touched.reshape(*touched.shape, *(1,) * (b[site].ndim - 2))
+            compared[site] = np.where(spread, b[site].astype(compared[site].dtype), compared[site])
+    return compared
+
+
+def _routing(sites: Mapping[str, Array], block: int) -> tuple[Array, Array]:
+    """Scores in fp64, and which of them were chosen: `[batch, time, experts]` both."""
+    scores = np.asarray(sites[f"blocks.{block}.moe.scores"], np.float64)
+    chosen = np.zeros(scores.shape, np.bool_)
+    np.put_along_axis(chosen, np.asarray(sites[f"blocks.{block}{_CHOSEN}"], np.int64), True, axis=-1)
+    return scores, chosen
+
+
+def _margin(scores: Array, chosen: Array) -> Array:
+    """The least chosen score over the largest of the others, `[batch, time]`."""
+    least: Array = np.where(chosen, scores, np.inf).min(-1)
+    return least - np.where(chosen, -np.inf, scores).max(-1)
