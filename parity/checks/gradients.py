@@ -114,6 +114,10 @@ def backward_verdict(
         return "", "only the whole of a leaf differs"
     first = wrong.index(True)
     path = _path(*order[first])
+    name, layer = order[first]
+    one, other = (side[name] if layer is None else side[name][layer] for side in (a, b))
+    if one.any() != other.any():
+        return path, f"{path} has a gradient on one side alone"
     beyond = wrong[first + 1 :]
     if first == 0 or not beyond or sum(beyond) < len(beyond) / 2:
         return path, f"gradient of {path} is wrong"

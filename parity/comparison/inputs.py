@@ -20,8 +20,11 @@ _READS = {  # the first of these that a model has
     "attention.output": ("attention.mixed",),
     "attention_post_norm": ("attention.output",),
     "mlp.output": ("mlp.hidden",),
-    "mlp_post_norm": ("mlp.output",),
+    "moe.chosen": ("moe.scores",),
+    "moe.weights": ("moe.scores",),
+    "mlp_post_norm": ("mlp.output", "moe.output"),
 }
+_FIRST_OF_MLP = ("mlp.hidden", "moe.scores", "moe.output")  # a mixture's output reads what the router has chosen, too
 
 
 def read_by(site: str, given: Callable[[str], Values], config: ModelConfig, kind: str) -> Values:
@@ -34,9 +37,10 @@ def read_by(site: str, given: Callable[[str], Values], config: ModelConfig, kind
         kind: Of the layer.
     """
     known = block_sites(config, kind)
-    if site == "mlp_norm" or (site == "mlp.hidden" and "mlp_norm" not in known):
+    first = site in _FIRST_OF_MLP
+    if site == "mlp_norm" or (first and "mlp_norm" not in known):
         return _stream(given, config, known)
-    return given("mlp_norm") if site == "mlp.hidden" else given(next(name for name in _READS[site] if name in known))
+    return given("mlp_norm" if first else next(name for name in _READS[site] if name in known))
 
 
 def attended(given: Callable[[str], Values], config: ModelConfig, kind: str) -> tuple[Values, Values, Values]:

@@ -40,6 +40,9 @@ def null_leaves(config: ModelConfig) -> dict[str, Null]:
         if scoring and _of_one_key(config, row).any():
             entries = entries | _of_one_key(config, row)
             reasons.append("a window of one key has probability one whatever the score")
+        if name == "blocks.moe.router.kernel" and _one_weight(config):
+            entries = ~entries
+            reasons.append("a token's only weight is one whatever its score")
         if reasons:
             found[name] = Null(entries, "; ".join(reasons))
     return found
@@ -57,6 +60,11 @@ def compared(leaves: Mapping[str, Array], null: Mapping[str, Null]) -> dict[str,
 def remainder(leaf: Array, null: Null) -> float:
     """The largest of a leaf's null entries."""
     return float(np.abs(np.where(null.entries, leaf, 0)).max())
+
+
+def _one_weight(config: ModelConfig) -> bool:
+    """Whether the weights of a mixture do not depend on its scores."""
+    return config.n_experts == 1 or (config.router_normalise and config.experts_per_token == 1)
 
 
 def _added_to_keys(config: ModelConfig) -> str:

@@ -24,7 +24,7 @@ def norms_of_sums(model: Model) -> None:
             tap(taps, "input", x)
             y = tap(taps, "attention_post_norm", block.attention(x, kind, taps, positions))
             x = norms[0](x + scaled(y, block.config.residual_scale))
-            y = tap(taps, "mlp_post_norm", block.mlp(x, taps))
+            y = tap(taps, "mlp_post_norm", block.feed_forward(x, taps))
             after: torch.Tensor = norms[1](x + scaled(y, block.config.residual_scale))
             return after
 
@@ -83,7 +83,8 @@ def _residual_read(config: ModelConfig) -> str:
     """The first site that reads the stream behind a branch."""
     if config.parallel_residual:
         return "blocks.1.input"
-    return "blocks.0.mlp.hidden" if config.norm_placement == "post" else "blocks.0.mlp_norm"
+    first = "moe.scores" if config.n_experts else "mlp.hidden"
+    return f"blocks.0.{first if config.norm_placement == 'post' else 'mlp_norm'}"
 
 
 FAULTS = (

@@ -23,9 +23,9 @@ def dropped_bias(model: Model) -> None:
 
 def truncated_checkpoint(model: Model) -> None:
     """The last row of the last matrix zero."""
-    last = model.blocks[-1].mlp.down.weight
+    last = model.blocks[-1].feed_forward.down.weight
     last.data = last.data.clone()
-    last.data[-1] = 0
+    last.data.flatten(0, -2)[-1] = 0
 
 
 def with_square_query(config: ModelConfig) -> bool:
@@ -38,7 +38,7 @@ def _first_weight(config: ModelConfig) -> str:
 
 
 def _last_product(config: ModelConfig) -> str:
-    return f"blocks.{config.n_layers - 1}.mlp.output"
+    return f"blocks.{config.n_layers - 1}.{'moe' if config.n_experts else 'mlp'}.output"
 
 
 FAULTS = (

@@ -8,7 +8,10 @@ from parity.faults.fault import Fault, Model, having, in_model, replacing
 if TYPE_CHECKING:
     import torch
 
-_HIDDEN = "blocks.0.mlp.hidden"
+
+def _hidden(config: ModelConfig) -> str:
+    """The first site behind an activation."""
+    return f"blocks.0.{'moe.output' if config.n_experts else 'mlp.hidden'}"
 
 
 def erf_gelu(gelu: Any, x: "torch.Tensor", approximate: str) -> "torch.Tensor":
@@ -52,7 +55,7 @@ FAULTS = (
         "logits",
         having(activation="gelu_tanh"),
         replacing("torch.nn.functional.gelu", erf_gelu),
-        _HIDDEN,
+        _hidden,
     ),
     Fault(
         "tanh-gelu",
@@ -60,7 +63,7 @@ FAULTS = (
         "logits",
         having(activation="gelu"),
         replacing("torch.nn.functional.gelu", tanh_gelu),
-        _HIDDEN,
+        _hidden,
     ),
     Fault(
         "sigmoid-gelu",
@@ -68,7 +71,7 @@ FAULTS = (
         "logits",
         _with_gelu,
         replacing("torch.nn.functional.gelu", sigmoid_gelu),
-        _HIDDEN,
+        _hidden,
     ),
     Fault(
         "gelu-for-silu",
@@ -76,14 +79,14 @@ FAULTS = (
         "logits",
         having(activation="silu"),
         replacing("torch.nn.functional.silu", gelu_for_silu),
-        _HIDDEN,
+        _hidden,
     ),
     Fault(
         "swapped-gate-and-up",
-        "halves of a fused gate_up projection taken the other way round, or Mixtral's w1 and w3",
+        "halves of a fused gate_up projection taken the other way round",
         "logits",
-        having(gated_mlp=True),
+        having(gated_mlp=True, n_experts=0),
         in_model(swapped_gate_and_up),
-        _HIDDEN,
+        _hidden,
     ),
 )

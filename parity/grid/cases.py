@@ -16,6 +16,7 @@ from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
 from parity.checks.loss import check_loss
 from parity.checks.optimizer import check_optimizer
+from parity.checks.routing import check_routing
 from parity.checks.segments import check_segments
 from parity.checks.training import check_training
 from parity.checks.weights import check_weights, through_files
@@ -44,10 +45,13 @@ def checks(subject: Subject, fault: Fault | None = None) -> Iterator[CheckResult
         fault = replace(fault, plant=nullcontext)  # noise is made of fp32 numbers
 
     model = subject.torch_model()
-    with planted(fault, model):
-        run: Run = subject.torch.run(model, subject.tokens, subject.batch, gradients=subject.gradients)
-        divergence = subject.divergence(model, run)
     reference = subject.jax_run
+    with planted(fault, model):
+        if subject.config.n_experts:
+            yield _routing(subject, model)
+        with subject.routed():
+            run: Run = subject.torch.run(model, subject.tokens, subject.batch, gradients=subject.gradients)
+        divergence = subject.divergence(model, run)
     truth = None if dtype == "float64" else subject.truth
     libraries = subject.libraries
     sites = {"jax": reference.sites, "torch": run.sites}
@@ -80,6 +84,13 @@ def checks(subject: Subject, fault: Fault | None = None) -> Iterator[CheckResult
         yield check_training(variant, dtype, curves)
     if fault is None and dtype != "bfloat16" and not subject.case.covering:
         yield from _own_initialisations(subject)
+
+
+def _routing(subject: Subject, model: Any) -> CheckResult:
+    """The experts that both twins choose by themselves."""
+    run: Run = subject.torch.run(model, subject.tokens)
+    sites = {"torch": run.sites, "jax": subject.jax_run.sites}
+    return check_routing(subject.case.variant, subject.dtype, sites)
 
 
 def _decode(subject: Subject, fault: Fault | None, run: Run, truth: Run | None) -> CheckResult:

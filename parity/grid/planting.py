@@ -13,6 +13,7 @@ from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
 from parity.checks.loss import check_loss
 from parity.checks.optimizer import check_optimizer
+from parity.checks.routing import check_routing
 from parity.checks.segments import check_segments
 from parity.comparison.measures import Array
 from parity.comparison.tolerances import TOLERANCE
@@ -147,8 +148,11 @@ def _caught_by(
     if fault.caught_by == "noise":
         sites = {"jax": reference.sites, "torch": run.sites}
         return check_activations(variant, dtype, sites, truth, libraries=libraries), "", ""
-    logits = {"jax": reference.logits, "torch": run.logits}
-    result = check_logits(variant, dtype, logits, probabilities=False)
+    if fault.caught_by == "routing":
+        result = check_routing(variant, dtype, {"torch": run.sites, "jax": reference.sites})
+    else:
+        logits = {"jax": reference.logits, "torch": run.logits}
+        result = check_logits(variant, dtype, logits, probabilities=False)
     if not fault.site:
         return result, "", ""
     divergence = subject.divergence(model, run)

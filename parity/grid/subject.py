@@ -1,6 +1,7 @@
 """One case of the grid in one dtype: weights, tokens, and what both twins compute of them."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -114,15 +115,19 @@ class Subject:
 
     def build_jax(self, source: Source) -> Any:
         """A JAX model of this case, with other weights."""
-        scan_layers, implementation = self.case.scan_layers, self.attention.jax
-        return self.jax.build(self.config, source, self.dtype, implementation=implementation, scan_layers=scan_layers)
+        options = {"implementation": self.attention.jax, "experts": self._experts("jax")}
+        return self.jax.build(self.config, source, self.dtype, scan_layers=self.case.scan_layers, **options)
 
     def torch_model(self) -> Any:
         """A PyTorch twin of its own for each caller, who may change it."""
-        return self.torch.build(self.config, self.source, self.dtype, implementation=self.attention.torch)
+        options = {"implementation": self.attention.torch, "experts": self._experts("torch")}
+        return self.torch.build(self.config, self.source, self.dtype, **options)
+
+    def _experts(self, framework: str) -> str:
+        return "grouped" if self.case.grouped == framework else "reference"
 
     def definition(self) -> Any:
-        """A PyTorch twin that runs the reference attention, for a caller who breaks it."""
+        """A PyTorch twin that runs reference attention and experts, for a caller who breaks it."""
         return self.torch.build(self.config, self.source, self.dtype)
 
     @cached_property
@@ -203,8 +208,15 @@ class Subject:
     def truth(self) -> Run:
         """The same weights in fp64 (where the twins are proven equal), for the noise floor."""
         model = self.torch.build(self.config, cast(self.source, np.float64), "float64")
-        run: Run = self.torch.run(model, self.tokens)
+        with self.routed():
+            run: Run = self.torch.run(model, self.tokens)
         return run
+
+    def routed(self) -> AbstractContextManager[None]:
+        """Where rounding chooses other experts, in bf16, PyTorch follows the choice of the JAX twin in here."""
+        rounded = self.dtype == "bfloat16" and self.config.n_experts
+        following: AbstractContextManager[None] = self.torch.routed_as(self.jax_run.sites) if rounded else nullcontext()
+        return following
 
     @cached_property
     def libraries(self) -> Libraries | None:

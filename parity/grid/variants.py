@@ -19,9 +19,11 @@ from gpt_core.config import ModelConfig, Position
 from gpt_core.data.stdlib import prose
 from gpt_core.errors import InputError
 from gpt_core.parameters import parameter_table
-from gpt_core.storage.weights import Weights
+from gpt_core.storage.weights import Weights, weights_source
 from gpt_core.text.gpt2 import gpt2_tokenizer
+from parity.comparison.routing import least_margin
 from parity.grid.covering import covering
+from parity.sides import side_of
 from parity.sides.runs import Batch, Batches, PackedText, RaggedText
 
 BATCH, TIME, WINDOW = 2, 37, 13
@@ -31,8 +33,14 @@ NEW_TOKENS = TIME - min(PROMPTS)  # that are written behind each: over four wind
 DOCUMENTS = ((5, 20, 12), (14, 1, 22))
 """Lengths of documents in each row: shorter than the window, longer than it, and a single token."""
 
-_FURTHER = ("learned-mha-full", "rope-gqa-window")
-"""Cases in which what goes beyond one model on one text is checked by default: the two kinds of positions and masks."""
+_FURTHER = ("learned-mha-full", "rope-gqa-window", "rope-gqa-window-moe")
+"""Cases in which what goes beyond one model on one text is checked by default: the two kinds of positions and masks,
+and a mixture."""
+
+LEAST_MARGIN = 1e-3
+"""Least gap between the scores of a mixture that decide, in fp64 on the grid's text: beyond what fp32 rounds, 2e-6."""
+
+_SEEDS = 64  # of which one in three gives such margins
 
 _ORDINARY = 5000
 """Pieces of GPT-2's vocabulary, the first ones, that make up ordinary text."""
@@ -48,6 +56,21 @@ _BASE = ModelConfig(
 _POSITIONS: tuple[Position, ...] = ("learned", "rope")
 _KV_HEADS = {"mha": 6, "gqa": 2, "mqa": 1}
 _MASKS = {"full": None, "window": WINDOW}
+_MIXTURE = replace(
+    _BASE,
+    vocab_size=400,
+    n_layers=2,
+    position="rope",
+    rope_theta=100.0,
+    norm="rms",
+    norm_eps=2e-3,
+    activation="silu",
+    gated_mlp=True,
+    bias=False,
+    qkv_bias=False,
+    mlp_bias=False,
+    mlp_dim=40,
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +83,7 @@ class Case:
         scan_layers: Whether the JAX twin scans over stacked blocks.
         description: What it has, where the name does not say it; "" for the twelve.
         brief: Whether decoding, steps of training and bf16 are left to the cases before it; not with --full.
+        grouped: The framework whose experts run `grouped`; those of the other one are the definition.
     """
 
     variant: str
@@ -67,6 +91,7 @@ class Case:
     scan_layers: bool = True
     description: str = ""
     brief: bool = False
+    grouped: str = ""
 
     @property
     def further(self) -> bool:
@@ -98,9 +123,19 @@ def covering_cases() -> list[Case]:
     ]
 
 
+def mixture_cases() -> list[Case]:
+    """Mixtures of experts, in each of which one framework runs the definition and the other grouped products."""
+    mixtral = replace(_MIXTURE, n_kv_heads=2, sliding_window=WINDOW, n_experts=5)
+    olmoe = replace(_MIXTURE, qk_norm="whole", n_experts=11, experts_per_token=3, expert_dim=24, router_normalise=False)
+    return [
+        Case("rope-gqa-window-moe", mixtral, description="5 experts, 2 active, as in Mixtral", grouped="torch"),
+        Case("rope-mha-full-moe", olmoe, description="11 experts, 3 active, as in OLMoE", grouped="jax"),
+    ]
+
+
 def grid() -> list[Case]:
     """Every case of the default run."""
-    return [*attention_variants(), *covering_cases()]
+    return [*attention_variants(), *covering_cases(), *mixture_cases()]
 
 
 def select(names: list[str]) -> list[Case]:
@@ -116,12 +151,32 @@ def select(names: list[str]) -> list[Case]:
     return [known[name] for name in dict.fromkeys(names)] if names else list(known.values())
 
 
-def sharp_weights(config: ModelConfig, seed: int = 0) -> Weights:
+def sharp_weights(config: ModelConfig) -> Weights:
     """fp64 weights under which every part of the model matters.
 
     Matrices and embeddings are N(0, `sharpness`), so that attention is sharp; biases and norm scales are away from the
-    0 and 1 at which they could be forgotten. Each parameter is drawn from a stream of its own.
+    0 and 1 at which they could be forgotten. Each parameter is drawn from a stream of its own. Those of a mixture send
+    each token of the grid's text to its experts by `LEAST_MARGIN` at least.
     """
+    return _drawn(config, _seed_of(config) if config.n_experts else 0)
+
+
+@lru_cache(maxsize=16)
+def _seed_of(config: ModelConfig) -> int:
+    """The first seed whose weights leave margins.
+
+    Raises:
+        InputError: PyTorch, which computes them, is not installed.
+    """
+    side, tokens = side_of("torch"), text_tokens(config.vocab_size)
+    for seed in range(_SEEDS):
+        model = side.build(config, weights_source(_drawn(config, seed)), "float64")
+        if least_margin(side.run(model, tokens).sites) >= LEAST_MARGIN:
+            return seed
+    raise AssertionError(f"none of {_SEEDS} seeds leaves margins of {LEAST_MARGIN} in {config}")
+
+
+def _drawn(config: ModelConfig, seed: int) -> Weights:
     weights: Weights = {}
     for name, parameter in parameter_table(config).items():
         random = np.random.default_rng([seed, parameter.stream])
@@ -139,7 +194,7 @@ def sharpness(config: ModelConfig, name: str) -> float:
     Half as much where an MLP reads the stream and no norm of it: its activation would saturate, and the gradients of
     what is flat be nothing but rounding.
     """
-    flat = config.norm_placement == "post" and name in ("blocks.mlp.up.kernel", "blocks.mlp.gate.kernel")
+    flat = config.norm_placement == "post" and name.endswith((".up.kernel", ".gate.kernel"))
     return (0.8 if flat else 1.6) / sqrt(config.embed_dim)
 
 

@@ -16,7 +16,7 @@ from parity.reports.overview_figures import heat_map, noise_floor
 from parity.reports.rendering import render
 from parity.reports.variant_figures import variant_figures
 
-_WORDS = ("headline", "missed", "noise_lines", "place", "rerun", "rerun_fault", "why")
+_WORDS = ("headline", "missed", "noise_lines", "place", "rerun", "rerun_fault", "routing_lines", "why")
 _FIGURES = {
     "depth": (
         "Error along depth",

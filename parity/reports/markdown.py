@@ -9,7 +9,7 @@ from parity.reports import summary
 from parity.reports.rendering import render
 
 _MOST_LINES = 20
-_WORDS = ("fault_line", "headline", "noise_lines", "rerun", "rerun_fault", "why")
+_WORDS = ("fault_line", "headline", "noise_lines", "rerun", "rerun_fault", "routing_lines", "why")
 
 
 def write_markdown(content: dict[str, Any], destination: Path) -> None:

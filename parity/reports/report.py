@@ -20,7 +20,7 @@ from gpt_core.files.writing import atomic_file
 from gpt_core.runs.saved import RUN_FILE
 from gpt_core.storage.checkpoint_config import CONFIG_FILE, PARAMS_FOLDER, WEIGHTS_FILE
 from parity.checks import CheckResult
-from parity.reports.summary import CHECKS, DTYPES, fault_line, missed, noise_lines, ordered
+from parity.reports.summary import CHECKS, DTYPES, fault_line, missed, noise_lines, ordered, routing_lines
 
 _NOT_IN_TABLE = ("weights",)  # bitwise or not: a column of its own
 
@@ -134,7 +134,8 @@ def print_table(
         table.add_row(variant, *weights, *(_errors_cell(ours, check, dtypes) for check in compared), _verdict(ours))
     if results:
         console.print(table)
-    for line in noise_lines([result.to_dict() for result in results]):
+    rows = [result.to_dict() for result in results]
+    for line in (*noise_lines(rows), *routing_lines(rows)):
         console.print(line, markup=False, soft_wrap=True)
     if faults:
         style = "red" if any(missed(fault) for fault in faults) else None

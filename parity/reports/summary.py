@@ -10,7 +10,7 @@ Case = Mapping[str, Any]
 Content = Mapping[str, Any]
 
 CHECKS = (
-    *("weights", "activations", "logits", "loss", "gradients", "optimizer", "training", "decode"),
+    *("weights", "routing", "activations", "logits", "loss", "gradients", "optimizer", "training", "decode"),
     *("segments", "adapter", "chat"),
 )
 DTYPES = ("float64", "float32", "bfloat16")
@@ -122,6 +122,23 @@ def noise_lines(cases: Iterable[Case]) -> list[str]:
             f"noise of the logits against fp64, {dtype}: at most {number(closest['noise_ratio']):.2f} times the other "
             f"framework's{allowed} ({closest['variant']}: {errors}{_products(closest)})"
         )
+    return lines
+
+
+def routing_lines(cases: Iterable[Case]) -> list[str]:
+    """A line a dtype: how many choices of experts differ where each side chooses by itself, and the first one."""
+    routed = [case for case in cases if case["check"] == "routing"]
+    lines = []
+    for dtype in ordered((case["dtype"] for case in routed), DTYPES):
+        ours = [case for case in routed if case["dtype"] == dtype]
+        flips, decisions = (sum(case[name] for case in ours) for name in ("flips", "decisions"))
+        text = f"choices of experts, {dtype}: {flips} of {decisions} differ ({flips / decisions:.1%})"
+        first = next((case for case in ours if case["first_flip"]), None)
+        if first is None:
+            text += f", by margins of {min(number(case['least_margin']) for case in ours):.0e} at least"
+        else:
+            text += f"; first in {first['variant']}: {first['first_flip']}"
+        lines.append(text)
     return lines
 
 

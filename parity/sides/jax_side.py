@@ -18,6 +18,7 @@ from gpt_core.storage.tensor_info import Array
 from gpt_core.storage.weights import Source, Weights, decode
 from gpt_core.text.generation import DRAW_TOKEN, SamplingConfig, cache_slots, uniforms
 from jax_gpt import decode as decoding
+from jax_gpt import moe
 from jax_gpt.attention import Implementation, attention
 from jax_gpt.generate import choose, generate
 from jax_gpt.loss import token_loss
@@ -33,6 +34,7 @@ def build(
     dtype: DType,
     *,
     implementation: Implementation = "reference",
+    experts: moe.Implementation = "reference",
     scan_layers: bool = True,
 ) -> GPT:
     """A model with its weights from `source`, computing in `dtype`."""
@@ -43,7 +45,8 @@ def build(
         # A copy, always: jnp.asarray may share memory with NumPy, and an in-place PyTorch update would reach it.
         return jnp.array(np.asarray(source(parameter)), dtype=precision.param_dtype, copy=True)
 
-    return GPT(config, create, precision=precision, implementation=implementation, scan_layers=scan_layers)
+    options: Any = {"implementation": implementation, "experts": experts, "scan_layers": scan_layers}
+    return GPT(config, create, precision=precision, **options)
 
 
 def fresh(
@@ -52,13 +55,15 @@ def fresh(
     dtype: DType,
     *,
     implementation: Implementation = "reference",
+    experts: moe.Implementation = "reference",
     scan_layers: bool = True,
 ) -> GPT:
     """A model with this framework's own initialisation."""
     precision = Precision.of(dtype)
     _require_x64(precision)
     create = initialiser(seed, precision)
-    return GPT(config, create, precision=precision, implementation=implementation, scan_layers=scan_layers)
+    options: Any = {"implementation": implementation, "experts": experts, "scan_layers": scan_layers}
+    return GPT(config, create, precision=precision, **options)
 
 
 def _require_x64(precision: Precision) -> None:

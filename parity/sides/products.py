@@ -52,7 +52,8 @@ def library_noise(framework: str, config: ModelConfig) -> LibraryNoise:
     """
     library = "torch" if framework == TRANSFORMERS else framework
     # Query, key, value and up; the attention's output; down.
-    terms = [config.embed_dim] * 4 + [config.n_heads * config.head_dim, config.mlp_dim]
+    hidden = config.mlp_dim if config.expert_dim is None else config.expert_dim
+    terms = [config.embed_dim] * 4 + [config.n_heads * config.head_dim, hidden]
     products = {count: _noise(library, count) for count in sorted(set(terms))}
     counted = [min(products[count], _noise("plain", count)) for count in terms]
     return LibraryNoise(products, float(np.sqrt(np.mean(np.square(counted)))))

@@ -1,7 +1,9 @@
 """Running a model in PyTorch, on NumPy arrays in and out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -11,13 +13,14 @@ from gpt_core.config import ModelConfig
 from gpt_core.formats.safetensors_torch import SPOKE
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
+from gpt_core.sites import ROUTING_SITES
 from gpt_core.storage.tensor_info import Array
 from gpt_core.storage.weights import Source, Weights, decode, slots
 from gpt_core.text.generation import SamplingConfig, cache_slots
 from parity.comparison.inputs import attended, read_by
 from parity.sides.runs import Batch, Batches, CachedRun, RaggedText, Run, Training
 from torch_gpt import decode as decoding
-from torch_gpt import lora
+from torch_gpt import lora, moe
 from torch_gpt import loss as loss_module
 from torch_gpt import optimizer as optimization
 from torch_gpt.arrays import from_numpy, to_numpy
@@ -28,7 +31,14 @@ from torch_gpt.model import GPT, initialiser
 from torch_gpt.taps import Taps
 
 
-def build(config: ModelConfig, source: Source, dtype: DType, *, implementation: Implementation = "reference") -> GPT:
+def build(
+    config: ModelConfig,
+    source: Source,
+    dtype: DType,
+    *,
+    implementation: Implementation = "reference",
+    experts: moe.Implementation = "reference",
+) -> GPT:
     """A model with its weights from `source` through the format's map, computing in `dtype`."""
     precision = Precision.of(dtype)
     model = GPT(
@@ -36,6 +46,7 @@ def build(config: ModelConfig, source: Source, dtype: DType, *, implementation: 
         lambda parameter: torch.empty(parameter.shape, dtype=torch_dtype(precision.param_dtype), device="meta"),
         precision=precision,
         implementation=implementation,
+        experts=experts,
     )
     state = {}
     for key, slot in slots(config, SPOKE).items():
@@ -51,10 +62,18 @@ def adapted(model: GPT, adapter: AdapterConfig, source: Source) -> GPT:
     return lora.attach(model, adapter, lambda row: from_numpy(np.asarray(source(row))).to(place, dtype, copy=True))
 
 
-def fresh(config: ModelConfig, seed: int, dtype: DType, *, implementation: Implementation = "reference") -> GPT:
+def fresh(
+    config: ModelConfig,
+    seed: int,
+    dtype: DType,
+    *,
+    implementation: Implementation = "reference",
+    experts: moe.Implementation = "reference",
+) -> GPT:
     """A model with this framework's own initialisation."""
     precision = Precision.of(dtype)
-    model = GPT(config, initialiser(seed, precision), precision=precision, implementation=implementation)
+    create = initialiser(seed, precision)
+    model = GPT(config, create, precision=precision, implementation=implementation, experts=experts)
     return model.to(device(dtype)).eval()
 
 
@@ -79,6 +98,27 @@ def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: boo
     found = canonical(model, lambda parameter: parameter.grad)
     model.zero_grad()
     return Run(to_numpy(logits), sites, loss.item(), found)
+
+
+@contextmanager
+def routed_as(sites: Mapping[str, Array]) -> Iterator[None]:
+    """Mixtures that run in this context once, block after block, choose the experts that another model has chosen.
+
+    The weights of these experts are made of a model's own scores.
+
+    Args:
+        sites: What the other model computed; nothing happens without `moe.chosen` of every block.
+    """
+    chosen = iter([value for site, value in sites.items() if site.endswith(".moe.chosen")])
+
+    def follow(scores: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+        experts = torch.tensor(next(chosen), device=scores.device, dtype=torch.int64)
+        best = scores.take_along_dim(experts, dim=-1)
+        among = best if config.router_normalise else scores
+        return experts, torch.exp(best - torch.logsumexp(among, dim=-1, keepdim=True))
+
+    with mock.patch("torch_gpt.moe.route", follow):
+        yield
 
 
 def logits_function(model: GPT) -> Callable[[Array], Array]:
@@ -172,19 +212,20 @@ def replay(model: GPT, site: str, sites: Mapping[str, Array], tokens: Array) -> 
     """
 
     def given(name: str) -> torch.Tensor:
-        compute = torch_dtype(model.precision.compute_dtype)
-        return from_numpy(np.array(sites[name])).to(model.token_embedding.device, compute)
+        value = from_numpy(np.array(sites[name])).to(model.token_embedding.device)
+        exact = name.endswith(tuple(f".{site}" for site in ROUTING_SITES))  # in wide_dtype, or whole numbers
+        return value if exact else value.to(torch_dtype(model.precision.compute_dtype))
 
     if site == "embedding":
         return to_numpy(model.embed(_tensor(model, tokens)))
     if site == "logits":
         return to_numpy(model.unembed(given("final_norm")))
     if site == "final_norm":
-        return to_numpy(model.final_norm(_after_block(model, given, model.config.n_layers - 1)))
+        return to_numpy(model.final_norm(_after_block(model, sites, given, model.config.n_layers - 1)))
     _, number, local = site.split(".", 2)
     layer = int(number)
     if local == "input":
-        return to_numpy(given("embedding") if layer == 0 else _after_block(model, given, layer - 1))
+        return to_numpy(given("embedding") if layer == 0 else _after_block(model, sites, given, layer - 1))
     block: Any = model.blocks[layer]
     kind, config = model.config.layer_kinds[layer], model.config
 
@@ -197,8 +238,15 @@ def replay(model: GPT, site: str, sites: Mapping[str, Array], tokens: Array) -> 
     if "rotated" in local:
         return to_numpy(block.attention.rotated(x, kind))
     taps: Taps = {}
-    if local == "mlp.hidden":
-        block.mlp(x, taps)
+    if local in ("mlp.hidden", "moe.scores"):
+        block.feed_forward(x, taps)
+    elif local in ("moe.chosen", "moe.weights"):
+        chosen, weights = moe.route(x, block.moe.config)
+        return to_numpy(chosen if local == "moe.chosen" else weights)
+    elif local == "moe.output":
+        routing = here("moe.chosen").long(), here("moe.weights")
+        with mock.patch("torch_gpt.moe.route", return_value=routing):
+            return to_numpy(block.moe(x))
     elif local in ("attention.query", "attention.key", "attention.value"):
         block.attention(x, kind, taps)
     elif local == "attention.output":
@@ -211,8 +259,12 @@ def replay(model: GPT, site: str, sites: Mapping[str, Array], tokens: Array) -> 
     return to_numpy(taps[local])
 
 
-def _after_block(model: GPT, given: Callable[[str], torch.Tensor], layer: int) -> torch.Tensor:
-    after: torch.Tensor = model.blocks[layer](given(f"blocks.{layer}.input"), model.config.layer_kinds[layer])
+def _after_block(
+    model: GPT, sites: Mapping[str, Array], given: Callable[[str], torch.Tensor], layer: int
+) -> torch.Tensor:
+    place = f"blocks.{layer}."
+    with routed_as({site: value for site, value in sites.items() if site.startswith(place)}):
+        after: torch.Tensor = model.blocks[layer](given(f"{place}input"), model.config.layer_kinds[layer])
     return after
 
 

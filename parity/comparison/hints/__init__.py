@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from gpt_core.config import ModelConfig
-from parity.comparison.hints import attention, blocks, norms, rotation
+from parity.comparison.hints import attention, blocks, experts, norms, rotation
 from parity.comparison.hints.given import Given, Prediction
 from parity.comparison.measures import Array, difference
 
@@ -32,6 +32,10 @@ _OF_BLOCK: dict[str, Any] = {
     "attention_post_norm": norms.of_norm,
     "mlp_norm": norms.of_norm,
     "mlp.hidden": blocks.of_hidden,
+    "moe.scores": experts.of_scores,
+    "moe.chosen": experts.of_choice,
+    "moe.weights": experts.of_weights,
+    "moe.output": experts.of_output,
     "mlp_post_norm": norms.of_norm,
 }
 """What may go wrong at a site."""

@@ -12,7 +12,7 @@ from parity.comparison.hints.norms import other_streams
 from parity.comparison.measures import Array
 
 _ERF = np.vectorize(math.erf, otypes=[np.float64])
-_ACTIVATIONS: dict[str, tuple[str, Callable[[Array], Array]]] = {
+ACTIVATIONS: dict[str, tuple[str, Callable[[Array], Array]]] = {
     "gelu_tanh": (
         "the tanh form of GELU",
         lambda y: 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))),
@@ -53,7 +53,8 @@ def of_input(given: Given) -> Iterator[Prediction]:
     if layer >= 0 and config.residual_scale != 1:
         after = "output" if config.norm_placement == "pre" else "post_norm"
         joint = "." if after == "output" else "_"
-        branches = [given.before(f"{name}{joint}{after}", layer) for name in ("attention", "mlp")]
+        second = "moe" if config.n_experts and joint == "." else "mlp"
+        branches = [given.before(f"{name}{joint}{after}", layer) for name in ("attention", second)]
         yield "leaving residual_scale out", lambda: given.before("input", layer) + branches[0] + branches[1]
 
 
@@ -88,11 +89,11 @@ def of_hidden(given: Given) -> Iterator[Prediction]:
 
     def hidden(activation: str, up: Array | None, gate: Array | None) -> Array:
         assert up is not None
-        active = _ACTIVATIONS[activation][1]
+        active = ACTIVATIONS[activation][1]
         return active(up) if gate is None else active(gate) * up
 
     up, gate = linear("up"), linear("gate")
-    for name, (description, _) in _ACTIVATIONS.items():
+    for name, (description, _) in ACTIVATIONS.items():
         if name != config.activation:
             yield description, partial(hidden, name, up, gate)
     if gate is not None:

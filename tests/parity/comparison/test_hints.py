@@ -36,6 +36,10 @@ MISTAKES = [
     ("granite", {"residual_scale": 1.0}, "blocks.0.mlp_norm", "leaving residual_scale out"),
     ("gpt-neox", {"parallel_residual": False}, "blocks.0.mlp_norm", "reads what attention has left"),
     ("gpt-neox", {"rope_fraction": 1.0}, "blocks.0.attention.rotated_query", "turning whole heads"),
+    ("mixtral", {"experts_per_token": 1}, "blocks.0.moe.chosen", "experts_per_token = 1"),
+    ("mixtral", {"router_normalise": False}, "blocks.0.moe.weights", "leaving router_normalise out"),
+    ("mixtral", {"activation": "gelu"}, "blocks.0.moe.output", "the erf form of GELU"),
+    ("olmoe", {"router_normalise": True}, "blocks.0.moe.weights", "router_normalise where there is none"),
     ("smollm", {"attention_scale": 1.0}, "blocks.0.attention.mixed", "leaving the attention scale out"),
 ]
 

@@ -117,6 +117,11 @@ def fault_row(name: str, variants: tuple[str, ...], **more: Any) -> dict[str, An
     )
 
 
+def routing(decisions: int, flips: int, first: str) -> dict[str, Any]:
+    """What a check of routing measures."""
+    return {"decisions": decisions, "flips": flips, "first_flip": first, "least_margin": 2e-3}
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     content = fabricated()
@@ -443,6 +448,21 @@ class TestTerminal:
         assert "faults: 2 of 3 caught, 1 of 2 at the right site\n" in text
         assert "NOT CAUGHT tiny-eps, in learned-mha-full" in text
         assert text.endswith("1 of 3 planted faults NOT CAUGHT in 71 s\n")
+
+    def test_says_how_many_choices_of_experts_differ_and_which_is_the_first(self, tmp_path):
+        flip = "token (1, 11), block 1: experts {2, 3} against {2, 4}, margin 3e-02"
+        rows = [("one", 0, ""), ("two", 3, flip), ("three", 1, "token (0, 0), block 0")]
+        results = [
+            CheckResult(name, "bfloat16", "routing", 0.0, 1e-9, True, measures=routing(100, found, first))
+            for name, found, first in rows
+        ] + [CheckResult("one", "float64", "routing", 0.0, 1e-9, True, measures=routing(100, 0, ""))]
+        text = self.printed(results, [])
+        assert "choices of experts, float64: 0 of 100 differ (0.0%), by margins of 2e-03 at least\n" in text
+        told = f"hoices of experts, bfloat16: 4 of 300 differ (1.3%); first in two: {flip}"
+        assert f"c{told}\n" in text
+        write_report(tmp_path, report(results, {}))
+        assert f"C{told}." in (tmp_path / "report.md").read_text(encoding="utf-8")
+        assert f"C{told}." in (tmp_path / "report.html").read_text(encoding="utf-8")
 
     def test_a_failure_says_where_and_why(self):
         results = [CheckResult("rope-mqa-full", "float32", "loss", float("nan"), 1e-6, False, reason="NaN in the loss")]
