@@ -183,6 +183,7 @@ FAULTS = (
         mixtures,
         in_model(bf16_router),
         "blocks.0.moe.scores",
+        "vllm#58076, vllm#14027, marin#4234",
     ),
     # how much of each
     Fault(
@@ -192,6 +193,7 @@ FAULTS = (
         _normalising,
         _routing(of_all_experts),
         _WEIGHTS,
+        "torchtitan#1448",
     ),
     Fault(
         "router-normalised",
@@ -200,6 +202,7 @@ FAULTS = (
         _not_normalising,
         _routing(of_chosen_experts),
         _WEIGHTS,
+        "mlxcel#391",
     ),
     Fault(
         "sigmoid-router",
@@ -211,11 +214,12 @@ FAULTS = (
     ),
     Fault(
         "weights-on-inputs",
-        "Llama 4's weights on what an expert reads, for those on what it writes",
+        "Llama 4's weights on what an expert reads taken for Mixtral's on what it writes, or the other way round",
         "logits",
         mixtures,
         _around_experts(weights_on_inputs),
         _OUTPUT,
+        "sglang#7889, llm-compressor#1907",
     ),
     Fault(
         "dropped-tokens",
@@ -233,6 +237,7 @@ FAULTS = (
         _more_than_ten,
         in_model(experts_by_name),
         _OUTPUT,
+        "torchtitan#1918",
     ),
     Fault(
         "swapped-w1-and-w3",
