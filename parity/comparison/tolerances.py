@@ -34,6 +34,9 @@ TOLERANCE: dict[tuple[str, str], float] = {
     # The backward pass sums over batch and time once more. Seen: 2e-14.
     ("gradients", "float64"): 1e-11,
     ("gradients", "float32"): 1e-4,
+    # The losses of routers and what they teach: as gradients. The smallest fault moves them by 1e-2.
+    ("balance", "float64"): 1e-11,
+    ("balance", "float32"): 1e-4,
     # AdamW divides by the root of the second moment: entries whose gradient is almost zero are amplified by up to
     # their share of the leaf's largest. Relative to the delta's own size. Seen: 6e-11 (deltas), 1e-13 (moments).
     ("optimizer", "float64"): 1e-9,

@@ -57,6 +57,19 @@ def detached_weights(route: Any, scores: "torch.Tensor", config: ModelConfig) ->
     return chosen, weights.detach()
 
 
+def softmax_of_probabilities(routing_of: Any, taps: Any, mask: "torch.Tensor", config: ModelConfig) -> Any:
+    """The balance loss by probabilities that went through the softmax once more."""
+    twice = {site: value.softmax(-1) if site.endswith("scores") else value for site, value in taps.items()}
+    found: Any = routing_of(taps, mask, config)
+    return found._replace(probabilities=routing_of(twice, mask, config).probabilities)
+
+
+def load_of_a_part(loss: Any, routing: Any, load: "torch.Tensor", weights: Any) -> "torch.Tensor":
+    """The balance loss by the load of a micro-batch, for that of the whole step."""
+    own: "torch.Tensor" = loss(routing, routing.assigned / routing.assigned.sum(-1, keepdim=True), weights)
+    return own
+
+
 def _among_all(scores: "torch.Tensor", chosen: "torch.Tensor") -> "torch.Tensor":
     return scores.softmax(-1).take_along_dim(chosen, dim=-1)
 
@@ -255,5 +268,23 @@ FAULTS = (
         mixtures,
         _routing(detached_weights),
         _last_router,
+    ),
+    Fault(
+        "softmax-twice",
+        "the balance loss of probabilities taken for scores: everything else is right, and its push is almost gone",
+        "balance",
+        mixtures,
+        replacing("torch_gpt.parallel.routing_of", softmax_of_probabilities),
+        "",
+        "transformers#45120",
+    ),
+    Fault(
+        "balance-of-a-part",
+        "the balance loss of each micro-batch or device by itself, for that of the whole step",
+        "balance",
+        mixtures,
+        replacing("torch_gpt.step.summed_router_loss", load_of_a_part),
+        "",
+        "torchtitan#4772",
     ),
 )

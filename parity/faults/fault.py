@@ -71,7 +71,19 @@ def with_config(of: Callable[[Model], list[Any]] = attentions, **fields: Callabl
 
 
 Site = str | Callable[[ModelConfig], str]
-Area = Literal["routing", "logits", "loss", "gradients", "optimizer", "decode", "segments", "adapter", "chat", "noise"]
+Area = Literal[
+    "routing",
+    "logits",
+    "loss",
+    "gradients",
+    "balance",
+    "optimizer",
+    "decode",
+    "segments",
+    "adapter",
+    "chat",
+    "noise",
+]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from parity.checkpoints.convert import DTYPES
 from parity.checks import CheckResult
 from parity.checks.activations import check_activations
 from parity.checks.adapter import check_adapter
+from parity.checks.balance import check_balance
 from parity.checks.chat import check_chat
 from parity.checks.decode import check_decode
 from parity.checks.gradients import check_gradients
@@ -66,6 +67,8 @@ def checks(subject: Subject, fault: Fault | None = None) -> Iterator[CheckResult
     if subject.gradients:
         gradients = {"jax": reference.gradients, "torch": run.gradients}
         yield check_gradients(variant, dtype, subject.config, gradients, forward_differs=divergence is not None)
+    if dtype == "float64" and subject.config.n_experts:
+        yield _balance(subject, fault)
     if subject.adapted:
         yield _adapter(subject, fault)
         with planted(fault if fault is not None and fault.caught_by == "chat" else None, None):
@@ -112,6 +115,15 @@ def _segments(subject: Subject, fault: Fault | None) -> CheckResult:
         torch = subject.torch_documents(model, gradients=True)
     packed, alone = ({"jax": ours, "torch": theirs} for ours, theirs in zip(subject.jax_documents, torch, strict=True))
     return check_segments(subject.case.variant, subject.dtype, subject.config, packed, alone)
+
+
+def _balance(subject: Subject, fault: Fault | None) -> CheckResult:
+    """The losses of routers in a step of training: all rows at once in JAX, micro-batches in PyTorch."""
+    model = subject.torch_model()
+    with planted(fault, model):
+        sides = {"torch": subject.torch_balance(model), "jax": subject.jax_balance}
+    variant, dtype, config = subject.case.variant, subject.dtype, subject.config
+    return check_balance(variant, dtype, config, sides, subject.jax_run.sites, subject.batch.mask)
 
 
 def _adapter(subject: Subject, fault: Fault | None) -> CheckResult:

@@ -7,6 +7,7 @@ from typing import Any
 from parity.checks import CheckResult
 from parity.checks.activations import check_activations
 from parity.checks.adapter import check_adapter
+from parity.checks.balance import check_balance
 from parity.checks.chat import check_chat
 from parity.checks.decode import check_decode
 from parity.checks.gradients import check_gradients
@@ -129,6 +130,10 @@ def _caught_by(
         jax, torch = subject.jax_documents, subject.torch_documents(model, gradients=False)
         packed, alone = ({"jax": ours, "torch": theirs} for ours, theirs in zip(jax, torch, strict=True))
         return check_segments(variant, dtype, subject.config, packed, alone, forward=True), "", ""
+    if fault.caught_by == "balance":
+        sides = {"torch": subject.torch_balance(model), "jax": subject.jax_balance}
+        result = check_balance(variant, dtype, subject.config, sides, reference.sites, subject.batch.mask)
+        return result, "", ""
     if fault.caught_by == "chat":
         return check_chat(variant, dtype), "", ""
     if fault.caught_by == "adapter":

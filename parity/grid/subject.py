@@ -11,10 +11,11 @@ import numpy as np
 from gpt_core.adapter import AdapterConfig, adapter_table
 from gpt_core.checkpoints.adapted import pairs_of
 from gpt_core.config import ModelConfig
+from gpt_core.data.config import DataConfig
 from gpt_core.errors import InputError
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
-from gpt_core.runs.config import JaxAttention, TorchAttention
+from gpt_core.runs.config import JaxAttention, RunConfig, TorchAttention, TrainConfig
 from gpt_core.schedule import warmup_cosine
 from gpt_core.sites import model_sites
 from gpt_core.storage.merging import merged
@@ -37,10 +38,11 @@ from parity.grid.variants import (
 )
 from parity.sides import FRAMEWORKS, side_of
 from parity.sides.products import Libraries, library_noise
-from parity.sides.runs import Batch, CachedRun, PackedText, RaggedText, Run, Training
+from parity.sides.runs import Balance, Batch, CachedRun, PackedText, RaggedText, Run, Training
 
 ADAMW = AdamWConfig(clip_norm=0.5)
 OPTIMIZER_STEPS = 5
+ROUTER_LOSSES = {"balance_loss": 1.0, "router_z_loss": 0.1}
 ADAPTER = AdapterConfig(rank=3, alpha=2.0)
 SAMPLINGS = {
     "greedy": SamplingConfig(NEW_TOKENS),
@@ -182,6 +184,24 @@ class Subject:
             name: random.normal(0, 1 / np.sqrt(row.shape[1]), row.shape)
             for name, row in adapter_table(self.config, ADAPTER).items()
         }
+
+    @property
+    def step(self) -> RunConfig:
+        """A training step of this case, a row a micro-batch, in which the losses of routers weigh."""
+        rows, time = self.tokens.shape
+        train = TrainConfig(batch_size=rows, accumulation=rows, context_length=time, dtype=self.dtype, **ROUTER_LOSSES)
+        return RunConfig(model=self.config, data=DataConfig(streams=rows), train=train)
+
+    @cached_property
+    def jax_balance(self) -> Balance:
+        """The reference of the losses of routers, over all rows at once."""
+        found: Balance = self.jax.balance(self.jax_model, self.tokens, self.batch, self.step)
+        return found
+
+    def torch_balance(self, model: Any) -> Balance:
+        """The same of a PyTorch twin, a micro-batch after the other."""
+        found: Balance = self.torch.balance(model, self.tokens, self.batch, self.step)
+        return found
 
     @cached_property
     def jax_cached(self) -> CachedRun:

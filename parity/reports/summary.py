@@ -10,7 +10,7 @@ Case = Mapping[str, Any]
 Content = Mapping[str, Any]
 
 CHECKS = (
-    *("weights", "routing", "activations", "logits", "loss", "gradients", "optimizer", "training", "decode"),
+    *("weights", "routing", "activations", "logits", "loss", "gradients", "balance", "optimizer", "training", "decode"),
     *("segments", "adapter", "chat"),
 )
 DTYPES = ("float64", "float32", "bfloat16")

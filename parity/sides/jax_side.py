@@ -14,6 +14,8 @@ from gpt_core.errors import InputError
 from gpt_core.formats.orbax_jax import spoke
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
+from gpt_core.routing import expert_load, routing_metrics, summed_router_loss
+from gpt_core.runs.config import RunConfig
 from gpt_core.storage.tensor_info import Array
 from gpt_core.storage.weights import Source, Weights, decode
 from gpt_core.text.generation import DRAW_TOKEN, SamplingConfig, cache_slots, uniforms
@@ -24,8 +26,9 @@ from jax_gpt.generate import choose, generate
 from jax_gpt.loss import token_loss
 from jax_gpt.model import GPT, initialiser
 from jax_gpt.optimizer import create_optimizer, update
+from jax_gpt.routing import routing_of, routing_taps
 from jax_gpt.taps import Taps
-from parity.sides.runs import Batch, Batches, CachedRun, RaggedText, Run, Training
+from parity.sides.runs import Balance, Batch, Batches, CachedRun, RaggedText, Run, Training
 
 
 def build(
@@ -145,6 +148,33 @@ class Program:
             mu=canonical(adam.mu, model, np.asarray),
             nu=canonical(adam.nu, model, np.asarray),
         )
+
+
+def balance(model: GPT, tokens: Array, batch: Batch, config: RunConfig) -> Balance:
+    """The losses of a mixture's routers over all rows of a step at once, and the gradient of the step's loss.
+
+    Args:
+        model: A mixture.
+        tokens: `[batch, time]`.
+        batch: What it predicts.
+        config: Whose weights of these losses are taken.
+    """
+    graph, state = nnx.split(model)
+
+    def total(state: nnx.State, ids: jax.Array, targets: jax.Array, mask: jax.Array, _: None) -> Any:
+        taps = routing_taps(model.config)
+        logits = nnx.merge(graph, state)(ids, taps=taps)
+        routing, count = routing_of(taps, mask, model.config), mask.sum()
+        assert routing is not None
+        load = expert_load(routing.assigned.astype(logits.dtype), count, model.config.experts_per_token)
+        of_routers = summed_router_loss(routing, load, config.train) / count
+        return token_loss(logits, targets, mask) + of_routers, routing_metrics(routing, load, count)
+
+    inputs = state, *_inputs(tokens, batch)
+    differentiate = _compiled(jax.value_and_grad(total, has_aux=True), model.precision, *inputs)
+    (_, metrics), gradients = differentiate(*inputs)
+    of_leaves = canonical(gradients, model, np.asarray)
+    return Balance(float(metrics["balance_loss"]), float(metrics["router_z_loss"]), of_leaves)
 
 
 def _compiled(function: Any, precision: Precision, *inputs: Any) -> Any:

@@ -176,6 +176,21 @@ class CachedRun:
 
 
 @dataclass(frozen=True)
+class Balance:
+    """What training adds for the routers of a mixture, in one step.
+
+    Args:
+        balance: The balance loss, without its weight.
+        z: The router z-loss, likewise.
+        gradients: Canonical name -> gradient of the whole loss of the step.
+    """
+
+    balance: float
+    z: float
+    gradients: Weights
+
+
+@dataclass(frozen=True)
 class Training:
     """Some optimizer steps.
 

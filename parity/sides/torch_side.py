@@ -7,20 +7,22 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.amp.grad_scaler import GradScaler
 
 from gpt_core.adapter import AdapterConfig
 from gpt_core.config import ModelConfig
 from gpt_core.formats.safetensors_torch import SPOKE
 from gpt_core.optimization import AdamWConfig
 from gpt_core.precision import DType, Precision
+from gpt_core.runs.config import RunConfig
 from gpt_core.sites import ROUTING_SITES
 from gpt_core.storage.tensor_info import Array
 from gpt_core.storage.weights import Source, Weights, decode, slots
 from gpt_core.text.generation import SamplingConfig, cache_slots
 from parity.comparison.inputs import attended, read_by
-from parity.sides.runs import Batch, Batches, CachedRun, RaggedText, Run, Training
+from parity.sides.runs import Balance, Batch, Batches, CachedRun, RaggedText, Run, Training
 from torch_gpt import decode as decoding
-from torch_gpt import lora, moe
+from torch_gpt import lora, moe, step
 from torch_gpt import loss as loss_module
 from torch_gpt import optimizer as optimization
 from torch_gpt.arrays import from_numpy, to_numpy
@@ -28,6 +30,7 @@ from torch_gpt.attention import Implementation, attention
 from torch_gpt.dtypes import torch_dtype
 from torch_gpt.generate import generate
 from torch_gpt.model import GPT, initialiser
+from torch_gpt.parallel import Objective
 from torch_gpt.taps import Taps
 
 
@@ -188,6 +191,32 @@ def train(model: GPT, batches: Batches, config: AdamWConfig, rates: Sequence[flo
         mu=canonical(model, lambda parameter: optimizer.state[parameter].get("exp_avg")),
         nu=canonical(model, lambda parameter: optimizer.state[parameter].get("exp_avg_sq")),
     )
+
+
+def balance(model: GPT, tokens: Array, batch: Batch, config: RunConfig) -> Balance:
+    """The losses of a mixture's routers in a step of training as a run takes it, and the gradient of the step's loss.
+
+    Args:
+        model: A mixture; is not changed.
+        tokens: `[batch, time]`.
+        batch: What it predicts.
+        config: Of the run: weights of the losses, and the micro-batches of a step.
+    """
+    rows = {"tokens": tokens, "targets": batch.targets, "mask": batch.mask}
+    found: Weights = {}
+
+    def keep(optimizer: Any, adamw: Any, model: GPT, rate: float, **_: Any) -> torch.Tensor:
+        found.update(canonical(model, lambda parameter: parameter.grad))
+        return torch.zeros(())
+
+    take = step.training_step(config, model, Objective(model, tokens.shape[1]))
+    state = step.TrainState(
+        {}, optimization.create_optimizer(config.optimizer, model), 0, GradScaler("cpu", enabled=False)
+    )
+    with mock.patch("torch_gpt.step.update", keep):
+        _, metrics = take(state, {name: _tensor(model, array) for name, array in rows.items()}, 0.0)
+    model.zero_grad()
+    return Balance(float(metrics["balance_loss"]), float(metrics["router_z_loss"]), found)
 
 
 def canonical(model: GPT, tensor_of: Callable[[torch.nn.Parameter], torch.Tensor | None]) -> Weights:

@@ -21,7 +21,7 @@ FAULT = {"name", "imitates", "caught", "caught_by", "margin", "expected_site", "
 CHECKS = {"weights", "activations", "logits", "loss", "gradients", "optimizer", "decode", "segments", "adapter", "chat"}
 REFERENCE = Attention()
 FORWARD = [fault for fault in FAULTS if fault.caught_by in {"activations", "logits", "decode", "segments"}]
-OF_MIXTURES = {"routing"}
+OF_MIXTURES = {"routing", "balance"}
 """Checks that mixtures alone have."""
 FIRST_OF_AREA = {fault.caught_by: fault for fault in reversed(FAULTS)}
 
@@ -86,6 +86,8 @@ NEEDS = {
     "experts-by-name": {"experts", "an expert 10"},
     "swapped-w1-and-w3": {"experts"},
     "detached-router": {"experts"},
+    "softmax-twice": {"experts"},
+    "balance-of-a-part": {"experts"},
     "serial-for-parallel": {"parallel"},
     "post-norm-of-sum": {"post"},
     "post-attention-norm-for-mlp": {"sandwich"},
@@ -264,8 +266,8 @@ class TestFaults:
             else:
                 assert fault.bites(GRID[variant].config) == visible(fault, variant), fault.name
 
-    def test_there_are_at_least_101_by_different_names(self):
-        assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 101
+    def test_there_are_at_least_103_by_different_names(self):
+        assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 103
 
     @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
     def test_threads_are_named_as_github_does(self, fault):
