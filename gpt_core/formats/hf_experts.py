@@ -54,6 +54,14 @@ NORMALISED = {"norm_topk_prob": Field("router_normalise", bool)}
 BALANCE: tuple[Part, ...] = (Ignored("output_router_logits", bool), Ignored("router_aux_loss_coef", float))
 """The loss of training that spreads tokens over experts, which is no part of the model."""
 
+
+def notes_on_widths(config: ModelConfig) -> tuple[str, ...]:
+    """What transformers' grouped products, which it chooses by itself, ask of the rows of a kernel: whole 16 bytes."""
+    odd = [f"{name} {getattr(config, name)}" for name in ("embed_dim", "expert_dim") if getattr(config, name) % 8]
+    advice = 'load it with experts_implementation="eager" where transformers finds the strides of its experts wrong'
+    return (f"{' and '.join(odd)}: no multiple of 8; {advice}",) if odd else ()
+
+
 _COUNTS = ("num_local_experts", "num_experts")
 
 

@@ -9,6 +9,7 @@ from gpt_core.formats.hf_experts import (
     MIXTURE,
     Experts,
     OneWidth,
+    notes_on_widths,
     tensors_of_experts,
 )
 from gpt_core.formats.hf_parts import Only
@@ -42,4 +43,5 @@ ARCHITECTURE = decoder(
         "sliding_window": None,
         "num_experts_per_tok": 2,
     },
+    notes=notes_on_widths,
 )

@@ -10,6 +10,7 @@ from gpt_core.formats.hf_experts import (
     NORMALISED,
     Experts,
     OneWidth,
+    notes_on_widths,
     tensors_of_experts,
 )
 from gpt_core.formats.hf_parts import Only
@@ -47,4 +48,5 @@ ARCHITECTURE = decoder(
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
     },
+    notes=notes_on_widths,
 )

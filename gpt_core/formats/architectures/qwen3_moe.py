@@ -13,6 +13,7 @@ from gpt_core.formats.hf_experts import (
     MIXTURE,
     NORMALISED,
     Experts,
+    notes_on_widths,
     tensors_of_experts,
 )
 from gpt_core.formats.hf_fields import Fields
@@ -67,4 +68,5 @@ ARCHITECTURE = decoder(
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
     },
+    notes=notes_on_widths,
 )

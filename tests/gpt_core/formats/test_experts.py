@@ -1,6 +1,7 @@
 """A mixture's config.json: either name of the number of experts, the sizes that authors state, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,15 @@ def test_qwen_s_other_width_stays(tmp_path: Path) -> None:
     assert (config.mlp_dim, config.expert_dim) == (6144, 768)
     content = written(QWEN, config)
     assert (content["intermediate_size"], content["moe_intermediate_size"]) == (6144, 768)
+
+
+@pytest.mark.parametrize("name", [MIXTRAL, QWEN, OLMOE])
+def test_widths_that_transformers_cannot_group_are_said(name: str, tmp_path: Path) -> None:
+    config = read(name, {}, tmp_path)
+    assert not architecture(name).adapt(config).notices
+    (notice,) = architecture(name).adapt(replace(config, expert_dim=100)).notices
+    assert "expert_dim 100: no multiple of 8" in notice
+    assert 'experts_implementation="eager"' in notice
 
 
 MIXED = "and layers without experts among others are beyond our models; only"
