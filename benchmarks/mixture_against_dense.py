@@ -36,7 +36,7 @@ def models() -> dict[str, dict[str, Any]]:
     return {MIXTURE: mixture.to_dict(), DENSE: dense.to_dict(), GATED: fields | {"mlp_dim": width}}
 
 
-def trained(framework: str, name: str, model: dict[str, Any], work: Path, steps: int) -> float:
+def trained(framework: str, name: str, model: dict[str, Any], work: Path, steps: int, evaluated: int) -> float:
     """Validation loss at the end of a run."""
     place = work / f"{PROGRAMS[framework]}-{name.replace(', ', '-').replace(' ', '-').lower()}"
     config = RunConfig.from_yaml(MIXTURE).to_dict() | {"model": model}
@@ -44,7 +44,7 @@ def trained(framework: str, name: str, model: dict[str, Any], work: Path, steps:
     config["train"] |= {
         "steps": steps,
         "evaluate_every": steps,
-        "evaluation_batches": 200,
+        "evaluation_batches": evaluated,
         "checkpoint_every": steps,
     }
     file = place.with_suffix(".yaml")
@@ -53,10 +53,10 @@ def trained(framework: str, name: str, model: dict[str, Any], work: Path, steps:
     return float(found["validation_loss"])
 
 
-def of_framework(framework: str, work: Path, steps: int) -> list[Row]:
+def of_framework(framework: str, work: Path, steps: int, evaluated: int) -> list[Row]:
     """The rows of one framework."""
     sizes = models()
-    losses = {name: trained(framework, name, model, work, steps) for name, model in sizes.items()}
+    losses = {name: trained(framework, name, model, work, steps, evaluated) for name, model in sizes.items()}
     last = [record for record in read_metrics(work / f"{PROGRAMS[framework]}-{MIXTURE}") if LOAD in record][-1]
     shares = [share * len(layer) for layer in last[LOAD] for share in layer]
     results = []
@@ -87,12 +87,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--framework", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS))
     parser.add_argument("--steps", type=int, default=RunConfig.from_yaml(MIXTURE).train.steps)
+    parser.add_argument("--evaluated", type=int, default=50, help="batches of 8 x 128 tokens")
     parser.add_argument("--work", type=Path, default=Path("runs/bench/mixture"), help="folder of the runs")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if not (options.work / "stdlib").exists():
         command("gpt-data", "prepare", "stdlib", str(options.work / "stdlib"))
-    print_rows([own for framework in options.framework for own in of_framework(framework, options.work, options.steps)])
+    settings = options.work, options.steps, options.evaluated
+    print_rows([own for framework in options.framework for own in of_framework(framework, *settings)])
 
 
 if __name__ == "__main__":
