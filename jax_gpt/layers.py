@@ -4,8 +4,6 @@
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -211,11 +209,6 @@ def dropout(x: Float[jax.Array, "batch ..."], rate: float, keys: jax.Array | Non
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
-def split_keys(keys: jax.Array | None, parts: int) -> Any:
-    """Keys `[batch]` of dropout as `[parts, batch]`, or as many times None."""
-    return [None] * parts if keys is None else jax.vmap(partial(jax.random.split, num=parts), out_axes=1)(keys)
 
 
 def finish_logits(

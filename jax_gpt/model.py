@@ -33,11 +33,10 @@ from jax_gpt.layers import (
     normed,
     residual,
     scaled,
-    split_keys,
 )
 from jax_gpt.moe import Experts, Mixture, experts_of
 from jax_gpt.pretrained import Pretrained
-from jax_gpt.scan import BlockStep, block_step, scan_blocks
+from jax_gpt.scan import BlockStep, block_step, scan_blocks, split_keys
 from jax_gpt.segments import positions_in
 from jax_gpt.taps import Taps, collect, tap
 

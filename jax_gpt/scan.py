@@ -1,6 +1,7 @@
 """Blocks of one shape, stacked and scanned over, so that compile time does not grow with depth."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -14,6 +15,11 @@ from jax_gpt.taps import Taps, collect, of_block
 
 Layer = tuple[nnx.State, jax.Array | None]  # one block's parameters and each row's dropout key
 BlockStep = Callable[[jax.Array, Layer], tuple[jax.Array, Taps]]
+
+
+def split_keys(keys: jax.Array | None, parts: int) -> Any:
+    """Keys `[batch]` of dropout as `[parts, batch]`, or as many times None."""
+    return [None] * parts if keys is None else jax.vmap(partial(jax.random.split, num=parts), out_axes=1)(keys)
 
 
 class Stretch(NamedTuple):

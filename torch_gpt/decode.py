@@ -114,7 +114,8 @@ def prepare(model: GPT, limit: int) -> Weights:
         return Matrix(_joined(kernels), _joined(biases) if biases else None)
 
     def bank(module: Any) -> torch.Tensor:
-        return module.weight.detach().to(compute)  # type: ignore[no-any-return]  # modules are Any here
+        weight: torch.Tensor = module.weight
+        return weight.detach().to(compute)
 
     def feed_forward(module: Any) -> MLP | Mixture:
         if config.n_experts:
@@ -284,7 +285,7 @@ def _by_token(
     config: ModelConfig,
     precision: Precision,
 ) -> torch.Tensor:
-    """One token after the other; compiled, a product reads the part of the kernels that an index names where it lies."""
+    """One token after the other; a compiled product reads the part of the kernels that an index names where it lies."""
 
     def expert(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         gate, up, down = (Matrix(bank.index_select(0, index)[0], None) for bank in weights[1:])

@@ -1,7 +1,7 @@
 """Products of rows with the kernel of each row's own group, as a mixture of experts has them.
 
 Rows lie sorted by their group. On a CPU and in float64 one group is multiplied after the other; elsewhere PyTorch's
-grouped product takes them all. Compiled, it takes bfloat16 alone.
+grouped product takes them all, where rows are whole units of 16 bytes. Compiled, it takes bfloat16 alone.
 """
 
 from collections.abc import Callable
@@ -37,20 +37,26 @@ def grouped(
     copies = x[:, None].expand(-1, groups.shape[1], -1).flatten(0, 1)
     rows: torch.Tensor = _Permuted.apply(copies, order, row)
     sizes = (flat[:, None] == torch.arange(n_groups, device=flat.device)).sum(0)
-    outputs = function(rows, _multiply(x, sizes))
+    outputs = function(rows, _multiply(sizes))
     permuted: torch.Tensor = _Permuted.apply(outputs, row, order)
     return permuted.unflatten(0, groups.shape)
 
 
-def _multiply(x: torch.Tensor, sizes: torch.Tensor) -> Multiply:
-    joint = x.dtype == torch.bfloat16 if torch.compiler.is_compiling() else x.device.type != "cpu"
-    if x.dtype == torch.float64 or not joint:
-        counts = sizes.tolist()
-        return lambda rows, kernels: torch.cat(
-            [linear(part, kernel) for part, kernel in zip(rows.split(counts), kernels.unbind(), strict=True)]
-        )
-    ends = sizes.cumsum(0, dtype=torch.int32)
-    return lambda rows, kernels: F.grouped_mm(rows, kernels.transpose(1, 2), offs=ends)
+def _joint(x: torch.Tensor, kernels: torch.Tensor) -> bool:
+    """Whether PyTorch's grouped product takes them."""
+    here = x.dtype == torch.bfloat16 if torch.compiler.is_compiling() else x.device.type != "cpu"
+    aligned = not any(size * kernels.itemsize % 16 for size in kernels.shape[1:])
+    return here and aligned and x.dtype != torch.float64
+
+
+def _multiply(sizes: torch.Tensor) -> Multiply:
+    def multiply(rows: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+        if _joint(rows, kernels):
+            return F.grouped_mm(rows, kernels.transpose(1, 2), offs=sizes.cumsum(0, dtype=torch.int32))
+        parts = zip(rows.split(sizes.tolist()), kernels.unbind(), strict=True)
+        return torch.cat([linear(part, kernel) for part, kernel in parts])
+
+    return multiply
 
 
 class _Permuted(torch.autograd.Function):

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
-from jax_gpt.grouped import collect, sort, spread
 from jax_gpt.moe import Experts, Kernels
 from jax_gpt.platform import platform
+from jax_gpt.sorting import collect, sort, spread
 
 Activate = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -141,15 +141,15 @@ def _of_whole_rows(experts: Experts) -> Experts:
 def _of_own_columns(experts: Experts) -> Experts:
     """Each device of the tensor axis by itself, with its columns of tokens; the compiler would send them whole."""
     columns, to_hidden, from_hidden = (PartitionSpec(*[None] * axis, "tensor") for axis in (1, 2, 1))
-    kernel_specs: Any = Kernels(to_hidden, to_hidden, from_hidden)
+    specs: Any = (to_hidden, to_hidden, from_hidden)
 
     def mix(x: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: Kernels, activate: Activate) -> jax.Array:
         return jax.shard_map(
-            lambda *arrays: experts(*arrays, activate),
-            in_specs=(columns, PartitionSpec(), PartitionSpec(), kernel_specs),
+            lambda x, chosen, weights, kernels: experts(x, chosen, weights, Kernels(*kernels), activate),
+            in_specs=(columns, PartitionSpec(), PartitionSpec(), specs),
             out_specs=columns,
             axis_names={"tensor"},
             check_vma=False,
-        )(x, chosen, weights, kernels)
+        )(x, chosen, weights, tuple(kernels))
 
     return mix

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -189,8 +189,8 @@ class Subject:
     def step(self) -> RunConfig:
         """A training step of this case, a row a micro-batch, in which the losses of routers weigh."""
         rows, time = self.tokens.shape
-        train = TrainConfig(batch_size=rows, accumulation=rows, context_length=time, dtype=self.dtype, **ROUTER_LOSSES)
-        return RunConfig(model=self.config, data=DataConfig(streams=rows), train=train)
+        train = TrainConfig(batch_size=rows, accumulation=rows, context_length=time, dtype=self.dtype)
+        return RunConfig(model=self.config, data=DataConfig(streams=rows), train=replace(train, **ROUTER_LOSSES))
 
     @cached_property
     def jax_balance(self) -> Balance:

@@ -13,6 +13,7 @@ from gpt_core.errors import InputError
 from gpt_core.precision import Precision
 from torch_gpt import decode
 from torch_gpt.decode import feed_forward, prepare
+from torch_gpt.grouped import _joint
 from torch_gpt.layers import activate
 from torch_gpt.model import GPT, initialiser
 from torch_gpt.moe import Implementation, Kernels, experts_of, pick, route
@@ -84,12 +85,18 @@ def test_grouped_holds_at_the_size_it_works_at(dtype: str, traffic: str) -> None
 
 @pytest.mark.parametrize("traffic", ["drawn", "starved"])
 def test_the_grouped_product_of_gpus_is_the_same(traffic: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is what a compiled program has on a CPU too."""
-    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    monkeypatch.setattr("torch_gpt.grouped._joint", lambda rows, kernels: True)
     given = numpy_experts.inputs(300, 16, 32, 8, 2, traffic)
     expected, computed = numpy_experts.outputs(given), found(given, "grouped", "float32")
     for name, array in expected.items():
         assert relative_error(computed[name], array) <= FP32_BOUND, name
+
+
+def test_rows_of_no_whole_units_are_not_for_the_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses them: 2 bytes a number, units of 16."""
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    rows = torch.zeros(4, 24, dtype=torch.bfloat16)
+    assert [_joint(rows, torch.zeros(2, width, 24, dtype=torch.bfloat16)) for width in (32, 36)] == [True, False]
 
 
 @pytest.mark.parametrize("normalise", [True, False])
