@@ -42,7 +42,7 @@ from parity.sides.runs import Balance, Batch, CachedRun, PackedText, RaggedText,
 
 ADAMW = AdamWConfig(clip_norm=0.5)
 OPTIMIZER_STEPS = 5
-ROUTER_LOSSES = {"balance_loss": 1.0, "router_z_loss": 0.1}
+ROUTER_LOSSES: dict[str, Any] = {"balance_loss": 1.0, "router_z_loss": 0.1}
 ADAPTER = AdapterConfig(rank=3, alpha=2.0)
 SAMPLINGS = {
     "greedy": SamplingConfig(NEW_TOKENS),
