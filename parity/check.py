@@ -16,14 +16,17 @@ from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType
 from parity.checks import CheckResult
 from parity.checks.logits import check_logits
+from parity.checks.routing import check_routing
 from parity.checks.weights import check_export, check_weights
 from parity.comparison.measures import Array
+from parity.comparison.routing import routed_blocks, settled_logits
 from parity.grid.planting import FaultRun, places, summarise
 from parity.grid.variants import select
 from parity.grid.worker import GridOptions
 from parity.records.tokens import require_fitting, tokens_for
 from parity.sides import TRANSFORMERS
 from parity.sides.products import LibraryNoise
+from parity.sides.runs import Run
 from parity.workers import Job, framework_environment, run_side_by_side
 
 Outcome = tuple[list[CheckResult], dict[str, Any]]
@@ -126,7 +129,7 @@ def check_checkpoints(
     ids = tokens_for(first, config_a, tokens, text)
     require_fitting(ids, config_b, str(tokens or text or "the built-in text"))
 
-    logits: dict[tuple[str, DType], Array] = {}
+    runs: dict[tuple[str, DType], Run] = {}
     names = {side: f"{side}:{checkpoint.format}" for side, checkpoint in opened.items()}
     libraries: dict[str, LibraryNoise] = {}
     environment: dict[str, Any] = {"config_differences": differing_fields(config_a, config_b)}
@@ -140,8 +143,8 @@ def check_checkpoints(
                 if event["library"] is not None:
                     libraries[names["AB"[index]]] = event["library"]
             else:
-                dtype, values = event
-                logits["AB"[index], dtype] = values
+                dtype, run = event
+                runs["AB"[index], dtype] = run
                 advance(1)
 
         run_side_by_side(jobs, on_event)
@@ -149,8 +152,12 @@ def check_checkpoints(
     name = f"{first.name} against {second.name}"
     results = [_check_stored(name, opened["A"], opened["B"])]
     for dtype in dtypes:
-        pair = {name: logits[side, dtype] for side, name in names.items()}
-        truth = None if dtype == "float64" else logits["B", "float64"]
+        ours = [runs[side, dtype] for side in names] + [runs["B", "float64"]] * (dtype != "float64")
+        if all(routed_blocks(run.sites) for run in ours):
+            sites = dict(zip(names.values(), (run.sites for run in ours), strict=False))
+            results.append(check_routing(name, dtype, sites, origin="checkpoint"))
+        logits = settled_logits([run.logits for run in ours], [run.sites for run in ours], dtype)
+        pair, truth = dict(zip(names.values(), logits, strict=False)), logits[2] if len(logits) > 2 else None
         results.append(check_logits(name, dtype, pair, truth, origin="checkpoint", libraries=libraries))
     return results, {"environment": environment}
 

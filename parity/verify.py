@@ -19,6 +19,7 @@ from gpt_core.errors import InputError
 from gpt_core.files.reading import real_path
 from gpt_core.formats import format_of, is_hugging_face
 from gpt_core.precision import DType
+from gpt_core.sites import ROUTING_SITES
 from gpt_core.storage.weights import weights_source
 from parity.check import Outcome, Progress, dtype_groups
 from parity.checkpoints.convert import convert
@@ -256,7 +257,8 @@ def peer_checks(
     theirs = peer.run(tokens, batch, gradients=gradients)
     truth = None
     if dtype == "float32":
-        truth = peer_side.Peer(path, "float64", trust_remote_code=trust_remote_code).run(tokens, trace=False).logits
+        exact = peer_side.Peer(path, "float64", trust_remote_code=trust_remote_code)
+        truth = exact.run(tokens, trace=ROUTING_SITES)
     prompt, new = _prompt(tokens, config.context_length, new_tokens)
     generated = peer.generate(prompt, new) if new else None
     for framework in _installed():

@@ -13,8 +13,10 @@ from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
 from parity.checks.loss import check_loss
 from parity.checks.noise import allowance, excuse
+from parity.checks.routing import check_routing
 from parity.comparison.divergence import first_divergence
 from parity.comparison.measures import Array, difference
+from parity.comparison.routing import Settled, routed_blocks, settled_logits
 from parity.comparison.tolerances import PEER_NOISE_RATIO, tolerance
 from parity.sides.products import Libraries
 from parity.sides.runs import Run
@@ -29,7 +31,7 @@ def check_runs(
     name: str,
     ours: Run,
     peer: Run,
-    truth: Array | None,
+    truth: Run | None,
     libraries: Libraries | None = None,
 ) -> list[CheckResult]:
     """Compare one run of ours with one of the peer's, on the sites that the peer has.
@@ -41,31 +43,44 @@ def check_runs(
         name: Of our side.
         ours: Our run.
         peer: The reference.
-        truth: The peer's logits in fp64; given, our error against it may be `PEER_NOISE_RATIO` times its own, or what
+        truth: The peer's run in fp64; given, our error against it may be `PEER_NOISE_RATIO` times its own, or what
             `noise_allowed` says of the two libraries.
         libraries: What each side's library can do in fp32; None where it was not measured.
     """
     order = [site for site in ours.sites if site in peer.sites]
-    sites = {name: {site: ours.sites[site] for site in order}, PEER: {site: peer.sites[site] for site in order}}
+    sites: dict[str, Mapping[str, Array]] = {
+        name: {site: ours.sites[site] for site in order},
+        PEER: {site: peer.sites[site] for site in order},
+    }
+    results, flipped = list[CheckResult](), False
+    if routed_blocks(sites[PEER]):
+        results.append(check_routing(variant, dtype, sites))
+        flipped = results[0].passed and results[0].measures["flips"] > 0
+        sites[name] = Settled(sites[name], sites[PEER], dtype)
     divergence = first_divergence(sites[name], sites[PEER], order, tolerance("activations", dtype))
-    logits = check_logits(variant, dtype, {name: ours.logits, PEER: peer.logits})
-    results = [
+    runs = [ours, peer, *([] if truth is None else [truth])]
+    of_ours, of_peer, *exact = settled_logits([run.logits for run in runs], [run.sites for run in runs], dtype)
+    logits = {name: of_ours, PEER: of_peer}
+    compared = check_logits(variant, dtype, logits)
+    results += [
         check_activations(variant, dtype, sites, divergence=divergence),
-        _held_to_truth(logits, name, ours, peer, truth, libraries),
-        check_loss(variant, dtype, {name: ours.loss, PEER: peer.loss}),
+        _held_to_truth(compared, logits, exact[0], libraries) if exact else compared,
     ]
-    if ours.gradients:
+    if not flipped:  # or it is that of another function
+        results.append(check_loss(variant, dtype, {name: ours.loss, PEER: peer.loss}))
+    if ours.gradients and not flipped:
         gradients = {name: ours.gradients, PEER: peer.gradients}
         results.append(check_gradients(variant, dtype, config, gradients, forward_differs=divergence is not None))
     return results
 
 
 def _held_to_truth(
-    result: CheckResult, name: str, ours: Run, peer: Run, truth: Array | None, libraries: Libraries | None
+    result: CheckResult, logits: Mapping[str, Array], truth: Array, libraries: Libraries | None
 ) -> CheckResult:
-    if truth is None or not np.isfinite(result.relative_error):
+    if not np.isfinite(result.relative_error):
         return result
-    noise = {side: difference(logits, truth).rms for side, logits in ((name, ours.logits), (PEER, peer.logits))}
+    noise = {side: difference(own, truth).rms for side, own in logits.items()}
+    name = next(iter(logits))
     ratio = noise[name] / noise[PEER] if noise[PEER] else (1.0 if not noise[name] else np.inf)
     bound = allowance(name, PEER, libraries, PEER_NOISE_RATIO)
     measures = result.measures | {f"{side}_rms_error": value for side, value in noise.items()}

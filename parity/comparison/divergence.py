@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from parity.comparison.measures import Array, Difference, difference
 
 _ELSEWHERE = Difference(math.inf, math.inf, math.inf, math.nan, (), (math.nan, math.nan))
@@ -109,5 +111,14 @@ def first_divergence(
         error_after=errors[after].relative_error if after else 0.0,
         worst_index=errors[site].worst_index,
         replay_error=replay_error,
-        hint=hint(site) if hint is not None else "",
+        hint=(hint(site) if hint is not None else "") or _told(site, a, b),
     )
+
+
+def _told(site: str, a: Mapping[str, Array], b: Mapping[str, Array]) -> str:
+    """What whole numbers are, which no error describes."""
+    found = difference_at(site, a, b)
+    if b[site].dtype.kind not in "iu" or not found.worst_index:
+        return ""
+    ours, theirs = map(int, found.worst_values)
+    return f"{ours} against {theirs}, {np.count_nonzero(a[site] != b[site])} of {b[site].size} differ"

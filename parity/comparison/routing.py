@@ -5,7 +5,8 @@ mistake, but what comes after it is another function: the rest of its block for 
 this token and those that attend to it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,8 +137,8 @@ def touched_by(found: Sequence[Flip], site: str, n_layers: int, shape: tuple[int
     return touched
 
 
-def settled(a: Mapping[str, Array], b: Mapping[str, Array], dtype: str) -> dict[str, Array]:
-    """Sites of `a` as they are compared with those of `b`.
+class Settled(Mapping[str, Array]):
+    """Sites of `a` as they are compared with those of `b`, each made when it is looked up.
 
     The experts of a token and their weights stand in the order of `b` where they are the same set. What flips have
     touched is as in `b`, if all of them are rounding, so that nothing else is blamed for it.
@@ -147,25 +148,63 @@ def settled(a: Mapping[str, Array], b: Mapping[str, Array], dtype: str) -> dict[
         b: Those of the reference.
         dtype: What they were computed in.
     """
-    compared, blocks = dict(a), routed_blocks(b)
-    found = flips(a, b)
-    if unexplained(found, b, dtype):
-        found = []
-    for block in blocks:
-        names = [f"blocks.{block}.moe.{part}" for part in ("chosen", "weights")]
-        if all(name in a and a[name].shape == b[name].shape for name in names):
-            order = np.argsort(np.argsort(b[names[0]], axis=-1), axis=-1)  # rank of each of b's experts
-            by_number = np.argsort(a[names[0]], axis=-1)
-            places = np.take_along_axis(by_number, order, axis=-1)
-            same = (np.sort(a[names[0]], -1) == np.sort(b[names[0]], -1)).all(-1, keepdims=True)
-            for name in names:
-                compared[name] = np.where(same, np.take_along_axis(a[name], places, axis=-1), a[name])
-    for site in compared.keys() & b.keys() if found else ():
-        if compared[site].shape == b[site].shape:
-            touched = touched_by(found, site, len(blocks), b[site].shape[:2])
-            spread = touched.reshape(*touched.shape, *(1,) * (b[site].ndim - 2))
-            compared[site] = np.where(spread, b[site].astype(compared[site].dtype), compared[site])
-    return compared
+
+    def __init__(self, a: Mapping[str, Array], b: Mapping[str, Array], dtype: str) -> None:
+        self._a, self._b = a, b
+        self._flips = flips(a, b)
+        if unexplained(self._flips, b, dtype):
+            self._flips = []
+        self._n_layers = len(routed_blocks(b))
+
+    def __getitem__(self, site: str) -> Array:
+        value = self._a[site]
+        if site not in self._b or value.shape != self._b[site].shape:
+            return value
+        head, _, part = site.rpartition(".")
+        ordered = self._in_order(head, value) if part in ("chosen", "weights") and _is_routed(head, self._b) else value
+        if not self._flips:
+            return ordered
+        reference = self._b[site]
+        touched = touched_by(self._flips, site, self._n_layers, reference.shape[:2])
+        spread = touched.reshape(*touched.shape, *(1,) * (reference.ndim - 2))
+        return np.where(spread, reference.astype(ordered.dtype), ordered)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._a)
+
+    def __len__(self) -> int:
+        return len(self._a)
+
+    def _in_order(self, head: str, value: Array) -> Array:
+        ours, theirs = (sites[f"{head}.chosen"] for sites in (self._a, self._b))
+        order = np.argsort(np.argsort(theirs, axis=-1), axis=-1)  # rank of each of b's experts
+        places = np.take_along_axis(np.argsort(ours, axis=-1), order, axis=-1)
+        same = (np.sort(ours, axis=-1) == np.sort(theirs, axis=-1)).all(-1, keepdims=True)
+        return np.where(same, np.take_along_axis(value, places, axis=-1), value)
+
+
+def settled_logits(logits: Sequence[Array], sites: Sequence[Mapping[str, Array]], dtype: str) -> list[Array]:
+    """Logits of several runs as they are compared.
+
+    Where rounding has sent a token to other experts in two of them, all of them have what the last one has.
+
+    Args:
+        logits: Of each run, `[batch, time, vocab]`.
+        sites: What its routers decided.
+        dtype: What the least exact of them was computed in.
+    """
+    reference, touched = logits[-1], np.zeros(logits[-1].shape[:2], np.bool_)
+    for one, other in combinations(sites, 2):
+        found = flips(one, other)
+        if not unexplained(found, other, dtype):
+            touched |= touched_by(found, "logits", len(routed_blocks(other)), touched.shape)
+    if not touched.any():
+        return list(logits)
+    return [np.where(touched[..., None], reference.astype(own.dtype), own) for own in logits]
+
+
+def _is_routed(head: str, sites: Mapping[str, Array]) -> bool:
+    return head.endswith(".moe") and f"{head}.chosen" in sites
 
 
 def _routing(sites: Mapping[str, Array], block: int) -> tuple[Array, Array]:

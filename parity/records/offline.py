@@ -20,10 +20,13 @@ from parity.checks.activations import check_activations
 from parity.checks.gradients import check_gradients
 from parity.checks.logits import check_logits
 from parity.checks.loss import check_loss
+from parity.checks.routing import check_routing
 from parity.comparison.divergence import first_divergence
 from parity.comparison.measures import Array, difference
+from parity.comparison.routing import Settled, routed_blocks
 from parity.comparison.tolerances import TOLERANCE, tolerance
 from parity.records.file import StoredRecord, hash_tokens
+from parity.reports.summary import routing_lines
 
 _FIELDS = {
     "framework": str,
@@ -64,6 +67,11 @@ class CheckpointRecord:
     def dtype(self) -> str:
         """What it was computed in."""
         return str(self.metadata["dtype"])
+
+    @property
+    def logits(self) -> Array:
+        """`[batch, time, vocab]`."""
+        return self.stored.read("logits")
 
     def __str__(self) -> str:
         return f"{self.path} ({self.metadata['framework']} {self.dtype}, {self.metadata['checkpoint']})"
@@ -120,8 +128,9 @@ def _require_known(path: Path, kind: str, names: Sequence[str], known: Container
 def _require_arrays(path: Path, headers: Mapping[str, tuple[tuple[int, ...], Any]], config: ModelConfig) -> None:
     """Refuse arrays that `parity record` does not write: whole numbers in place of floats, other axes."""
     for name, (_, dtype) in headers.items():
-        if dtype.kind not in ("iu" if name == "tokens" else "f") or dtype.itemsize > 8:
-            wanted = "whole numbers" if name == "tokens" else "floats of at most 64 bits"
+        whole = name == "tokens" or name.endswith(".moe.chosen")
+        if dtype.kind not in ("iu" if whole else "f") or dtype.itemsize > 8:
+            wanted = "whole numbers" if whole else "floats of at most 64 bits"
             raise InputError(f"{path}: {name} are {dtype}, not {wanted}; record it again with `parity record`")
     tokens = headers["tokens"][0]
     shapes = {"logits": [*tokens, config.vocab_size], "loss": []} if len(tokens) == 2 and min(tokens) else {}
@@ -149,16 +158,22 @@ def compare_records(
     """
     require_comparable(a, b, ignore_weights=ignore_weights)
     name, dtype = name or b.config.variant, b.dtype
-    results = [check_logits(name, dtype, {side: r.stored.read("logits") for side, r in _sides(a, b)})]
-    if b.gradients:
+    results, flipped = list[CheckResult](), False
+    sites, logits = ({side: r.sites for side, r in _sides(a, b)}, {side: r.logits for side, r in _sides(a, b)})
+    if routed_blocks(b.sites):
+        results.append(check_routing(name, dtype, sites))
+        flipped = results[0].passed and results[0].measures["flips"] > 0
+        sites["a"] = Settled(a.sites, b.sites, dtype)
+        logits["a"] = sites["a"]["logits"]
+    results.append(check_logits(name, dtype, logits))
+    if b.gradients and not flipped:  # or they are those of another function
         results.append(check_loss(name, dtype, {side: float(r.stored.read("loss")) for side, r in _sides(a, b)}))
         gradients = check_gradients(name, dtype, b.config, {side: r.gradients for side, r in _sides(a, b)})
         results.append(_name_non_finite(gradients, a.gradients, b.gradients, gradients.measures["worst_leaf"]))
     if b.sites:
-        sites = {side: r.sites for side, r in _sides(a, b)}
         activations = check_activations(name, dtype, sites)
         if not activations.passed:
-            divergence = first_divergence(a.sites, b.sites, list(b.sites), tolerance("activations", dtype))
+            divergence = first_divergence(sites["a"], b.sites, list(b.sites), tolerance("activations", dtype))
             activations = check_activations(name, dtype, sites, divergence=divergence)
             if divergence is not None:
                 activations = _name_non_finite(activations, a.sites, b.sites, divergence.site)
@@ -195,7 +210,7 @@ def require_comparable(a: CheckpointRecord, b: CheckpointRecord, *, ignore_weigh
                 raise InputError(f"{there.path}: has no {kind}, and {here.path} has; record both with {flag}")
             if missing:
                 configs = differing_fields(a.config, b.config)
-                because = f"; their configs differ: {configs}" if configs else ""
+                because = f"; their configs differ: {configs}" if configs else f"; record both with {flag}"
                 raise InputError(
                     f"{there.path}: lacks {len(missing)} {kind} of {here.path}, such as {missing[0]}{because}"
                 )
@@ -244,6 +259,8 @@ def print_comparison(results: Sequence[CheckResult], console: Console) -> None:
         error, bound = f"{result.relative_error:.1e}", f"{result.tolerance:.0e}"
         table.add_row(result.variant, result.check, result.dtype, _place(result), error, bound, verdict)
     console.print(table)
+    for line in routing_lines([result.to_dict() for result in results]):
+        console.print(line, markup=False, soft_wrap=True)
     for result in results:
         if not result.passed:
             place = f"{result.variant} {result.dtype} {result.check}"

@@ -12,19 +12,19 @@ from gpt_core.errors import InputError
 from gpt_core.files.reading import real_path
 from gpt_core.parameters import parameter_table
 from gpt_core.precision import DType
-from gpt_core.sites import model_sites
+from gpt_core.sites import ROUTING_SITES, model_sites
 from parity.comparison.measures import Array
 from parity.comparison.tolerances import TOLERANCE
 from parity.records.file import hash_tokens, refuse_record, write_record
 from parity.reports.report import machine
 from parity.sides import TRANSFORMERS, side_of
 from parity.sides.products import library_noise
-from parity.sides.runs import Batch, Run
+from parity.sides.runs import Batch, Run, Trace
 from parity.workers import Emit
 
 
 def run_checkpoint(
-    path: Path, framework: str, dtype: DType, tokens: Array, batch: Batch | None = None, *, trace: bool = False
+    path: Path, framework: str, dtype: DType, tokens: Array, batch: Batch | None = None, *, trace: Trace = False
 ) -> Run:
     """Logits `[batch, time, vocab]` of a checkpoint; loss and gradients where a batch is given.
 
@@ -34,7 +34,7 @@ def run_checkpoint(
         dtype: What to compute in. In JAX, one process runs either float64 or the others.
         tokens: `[batch, time]`.
         batch: What the model should predict.
-        trace: Keep every named site.
+        trace: Which named sites to keep.
 
     Raises:
         InputError: a bad checkpoint, or the framework is not installed.
@@ -68,7 +68,7 @@ def record_checkpoint(
         framework: "jax" or "torch".
         dtype: What to compute in.
         tokens: `[batch, time]`.
-        trace: Whether to keep every named intermediate.
+        trace: Whether to keep every named intermediate; what the routers of a mixture decide is kept in any case.
         gradients: Whether to keep the loss (of the next token, the mean over all positions that have one) and its
             gradient for every parameter.
         force: Whether to replace a record that is there.
@@ -86,9 +86,12 @@ def record_checkpoint(
         raise InputError(f"--gradients: there is no bound for gradients in {dtype}; record in {' or '.join(known)}")
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
-    run = run_checkpoint(path, framework, dtype, tokens, next_tokens(tokens) if gradients else None, trace=trace)
-    # "logits" is the last site and stands in every record by itself.
-    sites = [site for site in model_sites(config) if site != "logits"] if trace else []
+    batch = next_tokens(tokens) if gradients else None
+    run = run_checkpoint(path, framework, dtype, tokens, batch, trace=trace or ROUTING_SITES)
+    # "logits" is the last site and stands in every record by itself. What a router decides does too: without it nobody
+    # could tell a flip from a mistake.
+    kept = "" if trace else ROUTING_SITES
+    sites = [site for site in model_sites(config) if site != "logits" and site.endswith(kept)]
     metadata = {
         "kind": "checkpoint",
         "framework": framework,
@@ -135,8 +138,8 @@ def next_tokens(tokens: Array) -> Batch:
 
 
 def worker(emit: Emit, path: Path, framework: str, dtypes: list[DType], tokens: Array) -> None:
-    """Emit (dtype, logits) for each dtype, then {"environment": ..., "library": ...}."""
+    """Emit (dtype, run) for each dtype, with what routers decide, then {"environment": ..., "library": ...}."""
     for dtype in dtypes:
-        emit((dtype, run_checkpoint(path, framework, dtype, tokens).logits))
+        emit((dtype, run_checkpoint(path, framework, dtype, tokens, trace=ROUTING_SITES)))
     library = library_noise(framework, open_checkpoint(path).config) if "float32" in dtypes else None
     emit({"environment": side_of(framework).describe(), "library": library})

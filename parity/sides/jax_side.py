@@ -27,8 +27,8 @@ from jax_gpt.loss import token_loss
 from jax_gpt.model import GPT, initialiser
 from jax_gpt.optimizer import create_optimizer, update
 from jax_gpt.routing import routing_of, routing_taps
-from jax_gpt.taps import Taps
-from parity.sides.runs import Balance, Batch, Batches, CachedRun, RaggedText, Run, Training
+from jax_gpt.taps import Kept, Taps
+from parity.sides.runs import Balance, Batch, Batches, CachedRun, RaggedText, Run, Trace, Training
 
 
 def build(
@@ -87,21 +87,21 @@ class Program:
         tokens: `[batch, time]`.
         batch: Targets, mask and segments; None compiles the forward pass without a loss.
         gradients: Whether to differentiate the loss.
-        trace: Whether to keep every named intermediate.
+        trace: Which named intermediates to keep.
 
     Raises:
         AssertionError: fp64 stands in the program of an fp32 or bf16 model.
     """
 
     def __init__(
-        self, model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True, trace: bool = True
+        self, model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True, trace: Trace = True
     ) -> None:
         graph, state = nnx.split(model)
         self._inputs = _inputs(tokens, batch)
 
         def forward(state: nnx.State, ids: jax.Array, segments: jax.Array | None = None) -> tuple[jax.Array, Taps]:
-            taps: Taps | None = {} if trace else None
-            return nnx.merge(graph, state)(ids, taps=taps, segments=segments), taps or {}
+            taps: Taps | None = Kept(*trace) if isinstance(trace, tuple) else {} if trace else None
+            return nnx.merge(graph, state)(ids, taps=taps, segments=segments), dict(taps or {})
 
         def loss(
             state: nnx.State, ids: jax.Array, targets: jax.Array, mask: jax.Array, segments: jax.Array | None
@@ -207,7 +207,7 @@ def canonical(state: nnx.State, model: GPT, convert: Callable[[jax.Array], Array
     return decode(arrays, model.config, spoke(model.config, scan_layers=model.scan_layers), "the JAX model")
 
 
-def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True, trace: bool = True) -> Run:
+def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True, trace: Trace = True) -> Run:
     """Run a model once; loss and gradients where a batch says what to predict, sites with `trace`."""
     return Program(model, tokens, batch, gradients=gradients, trace=trace)(model)
 

@@ -25,6 +25,9 @@ class Batch:
     segments: Array | None = None
 
 
+Trace = bool | tuple[str, ...]
+"""Which sites a run keeps: all, none, or those with some endings."""
+
 Batches = Sequence[tuple[Array, Batch]]
 """Tokens `[batch, time]` and what to predict, for each of some steps."""
 

@@ -20,7 +20,7 @@ from gpt_core.storage.tensor_info import Array
 from gpt_core.storage.weights import Source, Weights, decode, slots
 from gpt_core.text.generation import SamplingConfig, cache_slots
 from parity.comparison.inputs import attended, read_by
-from parity.sides.runs import Balance, Batch, Batches, CachedRun, RaggedText, Run, Training
+from parity.sides.runs import Balance, Batch, Batches, CachedRun, RaggedText, Run, Trace, Training
 from torch_gpt import decode as decoding
 from torch_gpt import lora, moe, step
 from torch_gpt import loss as loss_module
@@ -31,7 +31,7 @@ from torch_gpt.dtypes import torch_dtype
 from torch_gpt.generate import generate
 from torch_gpt.model import GPT, initialiser
 from torch_gpt.parallel import Objective
-from torch_gpt.taps import Taps
+from torch_gpt.taps import Kept, Taps
 
 
 def build(
@@ -85,10 +85,10 @@ def weights_of(model: GPT) -> Weights:
     return canonical(model, lambda parameter: parameter)
 
 
-def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True, trace: bool = True) -> Run:
+def run(model: GPT, tokens: Array, batch: Batch | None = None, *, gradients: bool = True, trace: Trace = True) -> Run:
     """Run a model once; loss and gradients where a batch says what to predict, sites with `trace`."""
     with torch.set_grad_enabled(batch is not None and gradients):
-        taps: Taps | None = {} if trace else None
+        taps: Taps | None = Kept(*trace) if isinstance(trace, tuple) else {} if trace else None
         segments = None if batch is None or batch.segments is None else _tensor(model, batch.segments)
         logits = model(_tensor(model, tokens), taps=taps, segments=segments)
         sites = {site: to_numpy(value) for site, value in (taps or {}).items()}
@@ -242,7 +242,7 @@ def replay(model: GPT, site: str, sites: Mapping[str, Array], tokens: Array) -> 
 
     def given(name: str) -> torch.Tensor:
         value = from_numpy(np.array(sites[name])).to(model.token_embedding.device)
-        exact = name.endswith(tuple(f".{site}" for site in ROUTING_SITES))  # in wide_dtype, or whole numbers
+        exact = name.endswith(ROUTING_SITES)  # in wide_dtype, or whole numbers
         return value if exact else value.to(torch_dtype(model.precision.compute_dtype))
 
     if site == "embedding":

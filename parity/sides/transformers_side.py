@@ -24,7 +24,7 @@ from gpt_core.precision import DType
 from gpt_core.storage.checkpoint_config import CONFIG_FILE
 from gpt_core.storage.weights import Slot, Spoke, Weights, decode, slots
 from parity.comparison.measures import Array
-from parity.sides.runs import Batch, Run
+from parity.sides.runs import Batch, Run, Trace
 from torch_gpt.arrays import to_numpy
 from torch_gpt.dtypes import torch_dtype
 
@@ -100,7 +100,7 @@ class Peer:
         # Its cache of a window keeps the last W - 1 keys by a slice, which for a W of 1 is all of them.
         self.caches: bool = getattr(self.model.config, "sliding_window", None) != 1
 
-    def run(self, tokens: Array, batch: Batch | None = None, *, gradients: bool = True, trace: bool = True) -> Run:
+    def run(self, tokens: Array, batch: Batch | None = None, *, gradients: bool = True, trace: Trace = True) -> Run:
         """Run it once; its own loss and gradients where a batch says what to predict, sites with `trace`.
 
         Sites are those that one of its modules takes or gives; rotated queries and keys are none.
@@ -116,6 +116,8 @@ class Peer:
         found = self._gradients() if differentiate else {}
         loss = float("nan") if labels is None else output.loss.item()
         sites = self._sites(seen, tokens.shape) | {"logits": to_numpy(output.logits)} if trace else {}
+        if isinstance(trace, tuple):
+            sites = {site: array for site, array in sites.items() if site.endswith(trace)}
         return Run(to_numpy(output.logits), sites, loss, found)
 
     def generate(self, prompt: Array, new: int) -> Array:

@@ -161,7 +161,7 @@ def test_noise_beyond_three_times_the_peers_is_a_failure(folders):
     model = torch_side.build(checkpoint.config, checkpoint.read, "float32")
     ours = torch_side.run(model, tokens(), batch())
     theirs = Peer(folder, "float32").run(tokens(), batch())
-    truth = Peer(folder, "float64").run(tokens(), trace=False).logits
+    truth = Peer(folder, "float64").run(tokens(), trace=False)
 
     def logits_check(run, libraries=None):
         results = check_runs("case", "float32", checkpoint.config, "torch", run, theirs, truth, libraries)

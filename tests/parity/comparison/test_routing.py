@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from parity.checks.routing import check_routing
-from parity.comparison.routing import Flip, flips, least_margin, settled, unexplained
+from parity.comparison.routing import Flip, Settled, flips, least_margin, unexplained
 
 BATCH, TIME, EXPERTS, LAYERS = 2, 5, 4, 3
 SHAPE = (BATCH, TIME)
@@ -65,7 +65,7 @@ def test_the_same_experts_in_another_order_are_no_flip_and_are_compared_as_equal
     a["blocks.0.moe.weights"] += 0.5
     assert flips(a, b) == []
     assert (a["blocks.0.moe.chosen"] != b["blocks.0.moe.chosen"]).any()
-    compared = settled(a, b, "float32")
+    compared = Settled(a, b, "float32")
     assert np.array_equal(compared["blocks.0.moe.chosen"], b["blocks.0.moe.chosen"])
     assert compared["blocks.0.moe.weights"][1, 2].tolist() == pytest.approx([2.5 - 1e-9, 2.5], abs=1e-12)
 
@@ -134,7 +134,7 @@ def test_what_follows_from_a_flip_is_not_judged_and_all_else_is():
 )
 def test_numbers_are_compared_where_no_flip_reaches(site, touched):
     a, b = pair((1, 2), error=2e-6)
-    compared = settled({name: array + (name == site) for name, array in a.items()}, b, "float32")
+    compared = Settled({name: array + (name == site) for name, array in a.items()}, b, "float32")
     differing = np.argwhere((compared[site] != b[site]).any(-1)).tolist()
     assert differing == [[row, time] for row in range(BATCH) for time in range(TIME) if row == 0 or time not in touched]
 
@@ -142,14 +142,14 @@ def test_numbers_are_compared_where_no_flip_reaches(site, touched):
 def test_a_flip_in_the_last_block_touches_its_own_token_alone():
     a, b = pair((1, 2), error=2e-6, block=LAYERS - 1)
     a["logits"] = a["logits"] + 1
-    compared = settled(a, b, "float32")
+    compared = Settled(a, b, "float32")
     assert np.argwhere((compared["logits"] == b["logits"]).all(-1)).tolist() == [[1, 2]]
 
 
 def test_flips_that_are_no_rounding_excuse_nothing():
     a, b = pair((1, 2), gap=0.3, error=0.2)
     a["logits"] = a["logits"] + 1
-    compared = settled(a, b, "float32")
+    compared = Settled(a, b, "float32")
     assert (compared["logits"] != b["logits"]).all()
     assert (compared["blocks.1.moe.chosen"] != b["blocks.1.moe.chosen"]).any()
 
