@@ -1,6 +1,6 @@
 """`parity check`: the grid of variants, or two checkpoints against each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,20 +152,49 @@ def check_checkpoints(
     name = f"{first.name} against {second.name}"
     results = [_check_stored(name, opened["A"], opened["B"])]
     for dtype in dtypes:
-        ours = [runs[side, dtype] for side in names] + [runs["B", "float64"]] * (dtype != "float64")
-        if all(routed_blocks(run.sites) for run in ours):
-            sites = dict(zip(names.values(), (run.sites for run in ours), strict=False))
+        ours = {names[side]: runs[side, dtype] for side in names}
+        exact = [] if dtype == "float64" else [runs["B", "float64"]]
+        if all(routed_blocks(run.sites) for run in ours.values()):
+            sites = {side: run.sites for side, run in ours.items()}
             results.append(check_routing(name, dtype, sites, origin="checkpoint"))
-        logits = settled_logits([run.logits for run in ours], [run.sites for run in ours], dtype)
-        pair, truth = dict(zip(names.values(), logits, strict=False)), logits[2] if len(logits) > 2 else None
+            if dtype == "bfloat16" and results[-1].passed and results[-1].measures["flips"]:
+                ours, exact = _under_one_choice(opened, names, ours, ids), []
+        compared = [*ours.values(), *exact]
+        logits = settled_logits([run.logits for run in compared], [run.sites for run in compared], dtype)
+        pair, truth = dict(zip(ours, logits, strict=False)), logits[2] if exact else None
         results.append(check_logits(name, dtype, pair, truth, origin="checkpoint", libraries=libraries))
     return results, {"environment": environment}
 
 
-def _job(checkpoint: Checkpoint, dtypes: list[DType], tokens: Array) -> Job:
-    framework = TRANSFORMERS if is_hugging_face(checkpoint.format) else checkpoint.format
-    arguments = {"path": checkpoint.path, "framework": framework, "dtypes": dtypes, "tokens": tokens}
-    return Job("parity.records.recording:worker", arguments, framework_environment(dtypes[0], workers=2))
+def _under_one_choice(
+    opened: Mapping[str, Checkpoint], names: Mapping[str, str], runs: Mapping[str, Run], tokens: Array
+) -> dict[str, Run]:
+    """Runs of two mixtures in bf16, where one that PyTorch runs chooses the experts of the other once more.
+
+    As they are, where PyTorch runs neither.
+    """
+    follower = next((side for side in reversed(names) if _framework(opened[side]) == "torch"), None)
+    if follower is None:
+        return dict(runs)
+    leader = next(run for side, run in runs.items() if side != names[follower])
+    followed = dict(runs)
+
+    def on_event(_: int, event: Any) -> None:
+        if not isinstance(event, dict):
+            followed[names[follower]] = event[1]
+
+    run_side_by_side([_job(opened[follower], ["bfloat16"], tokens, leader.sites)], on_event)
+    return followed
+
+
+def _framework(checkpoint: Checkpoint) -> str:
+    return TRANSFORMERS if is_hugging_face(checkpoint.format) else checkpoint.format
+
+
+def _job(checkpoint: Checkpoint, dtypes: list[DType], tokens: Array, routing: Mapping[str, Array] | None = None) -> Job:
+    arguments = {"path": checkpoint.path, "framework": _framework(checkpoint), "dtypes": dtypes, "tokens": tokens}
+    environment = framework_environment(dtypes[0], workers=2)
+    return Job("parity.records.recording:worker", arguments | {"routing": routing}, environment)
 
 
 def _check_stored(name: str, a: Checkpoint, b: Checkpoint) -> CheckResult:

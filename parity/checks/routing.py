@@ -26,6 +26,11 @@ def check_routing(variant: str, dtype: str, sites: Mapping[str, Sites], origin: 
     """
     a, b = sites.values()
     found = flips(a, b)
+    unlike = [site for site in b if site.endswith(".moe.scores") and (site not in a or a[site].shape != b[site].shape)]
+    if unlike:
+        shapes = [list(side[unlike[0]].shape) if unlike[0] in side else "nothing" for side in (a, b)]
+        reason = f"{unlike[0]} is {shapes[0]} against {shapes[1]}: not the same experts"
+        return CheckResult(variant, dtype, "routing", 1.0, tolerance("routing", dtype), False, origin, reason)
     wrong = unexplained(found, b, dtype)
     blocks, last = routed_blocks(b), f"blocks.{max(routed_blocks(b))}.moe.chosen"
     shape = b[last].shape[:2]

@@ -1,6 +1,7 @@
 """Running one checkpoint in one framework and keeping what it computed, for a comparison elsewhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,21 @@ def next_tokens(tokens: Array) -> Batch:
     return Batch(np.roll(tokens, -1, axis=1), mask)
 
 
-def worker(emit: Emit, path: Path, framework: str, dtypes: list[DType], tokens: Array) -> None:
-    """Emit (dtype, run) for each dtype, with what routers decide, then {"environment": ..., "library": ...}."""
-    for dtype in dtypes:
-        emit((dtype, run_checkpoint(path, framework, dtype, tokens, trace=ROUTING_SITES)))
+def worker(
+    emit: Emit,
+    path: Path,
+    framework: str,
+    dtypes: list[DType],
+    tokens: Array,
+    routing: Mapping[str, Array] | None = None,
+) -> None:
+    """Emit (dtype, run) for each dtype, with what routers decide, then {"environment": ..., "library": ...}.
+
+    With `routing`, which PyTorch alone takes, routers choose what another model's have chosen.
+    """
+    chosen = nullcontext() if routing is None else side_of(framework).routed_as(routing)
+    with chosen:
+        for dtype in dtypes:
+            emit((dtype, run_checkpoint(path, framework, dtype, tokens, trace=ROUTING_SITES)))
     library = library_noise(framework, open_checkpoint(path).config) if "float32" in dtypes else None
     emit({"environment": side_of(framework).describe(), "library": library})

@@ -127,7 +127,7 @@ def noise_lines(cases: Iterable[Case]) -> list[str]:
 
 def routing_lines(cases: Iterable[Case]) -> list[str]:
     """A line a dtype: how many choices of experts differ where each side chooses by itself, and the first one."""
-    routed = [case for case in cases if case["check"] == "routing"]
+    routed = [case for case in cases if case["check"] == "routing" and "decisions" in case]
     lines = []
     for dtype in ordered((case["dtype"] for case in routed), DTYPES):
         ours = [case for case in routed if case["dtype"] == dtype]

@@ -13,6 +13,7 @@ import pytest
 from gpt_core.storage.weights import weights_source
 from parity.checks.peer import check_runs
 from parity.comparison.divergence import first_divergence
+from parity.comparison.routing import settled_logits
 from parity.records.offline import compare_records, open_checkpoint_record
 from parity.records.recording import next_tokens, record_checkpoint
 from parity.sides import side_of
@@ -80,6 +81,38 @@ def test_two_checkpoints(checkpoints, tied, mixture, in_this_process, parity, tm
     assert rounded["first_flip"].startswith(f"token {tuple(np.argwhere(many)[0].tolist())}, block 0: {FLIP}")
     assert cases["logits", "float32"]["passed"]
     assert cases["logits", "float32"]["relative_error"] > 0
+
+
+def test_two_checkpoints_in_bf16_are_compared_under_one_choice(
+    checkpoints, in_this_process, parity, tmp_path, monkeypatch
+):
+    compared = []
+
+    def noted(logits, sites, dtype):
+        compared.append((logits, sites))
+        return settled_logits(logits, sites, dtype)
+
+    monkeypatch.setattr("parity.check.settled_logits", noted)
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    called = parity("check", *checkpoints, "--tokens", tmp_path / "tokens.npy", "--dtype", "bfloat16", "--json")
+    cases = {case["check"]: case for case in json.loads(called.out)["cases"]}
+    assert cases["routing"]["passed"]
+    assert cases["routing"]["flips"] > 0
+    [(logits, sites)] = compared
+    assert np.array_equal(*(run["blocks.0.moe.chosen"] for run in sites))
+    assert np.abs(logits[0] - logits[1]).max() <= 1e-2 * np.abs(logits[1]).max()
+    assert cases["logits"]["passed"]
+
+
+def test_mixtures_of_other_experts_are_not_routed_alike(
+    checkpoints, mixture, write_checkpoint, in_this_process, parity, tmp_path
+):
+    more = write_checkpoint("torch", replace(mixture, n_experts=4), name="more")
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    called = parity("check", checkpoints[0], more, "--tokens", tmp_path / "tokens.npy", "--dtype", "float64", "--json")
+    routing = next(case for case in json.loads(called.out)["cases"] if case["check"] == "routing")
+    assert called.code == 1
+    assert "blocks.0.moe.scores is [2, 12, 3] against [2, 12, 4]" in routing["reason"]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

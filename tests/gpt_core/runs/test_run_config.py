@@ -116,7 +116,11 @@ BAD: list[tuple[type, str, Any]] = [
     *[(OptimizerConfig, "clip_norm", value) for value in (0, -1.0, math.nan)],
     *[(JaxConfig, name, "unknown") for name in ("remat", "attention")],
     *[(TorchConfig, name, "unknown") for name in ("strategy", "remat", "attention")],
-    *[(MeshConfig, name, value) for name in ("data", "fsdp", "expert", "tensor") for value in (0, -2, 1.5, True, "2", 2**20 + 1)],
+    *[
+        (MeshConfig, name, value)
+        for name in ("data", "fsdp", "expert", "tensor")
+        for value in (0, -2, 1.5, True, "2", 2**20 + 1)
+    ],
     *[(MeshConfig, "fsdp_inner", value) for value in (0, 2**20 + 1)],
     *[(section, "loss_chunk", value) for section in (JaxConfig, TorchConfig) for value in (0, 2**31)],
     *[(JaxConfig, "scan_layers", value) for value in (1, "yes")],
