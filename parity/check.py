@@ -173,7 +173,7 @@ def _under_one_choice(
 
     As they are, where PyTorch runs neither.
     """
-    follower = next((side for side in reversed(names) if _framework(opened[side]) == "torch"), None)
+    follower = next((side for side in reversed(list(names)) if _framework(opened[side]) == "torch"), None)
     if follower is None:
         return dict(runs)
     leader = next(run for side, run in runs.items() if side != names[follower])
