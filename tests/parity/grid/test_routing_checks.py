@@ -6,6 +6,7 @@ import numpy as np
 import numpy_gpt
 import pytest
 
+from gpt_core.storage.weights import weights_source
 from parity.checks.gradients import check_gradients
 from parity.checks.optimizer import check_optimizer
 from parity.grid.cases import checks
@@ -69,6 +70,26 @@ def test_a_twin_that_follows_another_choice_weighs_it_by_its_own_scores(name, pr
         assert found[site.replace("chosen", "weights")] == pytest.approx(weights, rel=1e-12)
     assert np.abs(found["logits"] - own["logits"]).max() > 0.1
     assert np.array_equal(subject.torch.run(model, subject.tokens).logits, own["logits"])
+
+
+def test_of_equal_scores_both_twins_choose_the_lowest_number(prepared):
+    """Experts 1 and 4 score exactly zero; the others mostly leave one place to the two of them."""
+    prepared("float64")
+    subject = Subject(MIXTURES["rope-gqa-window-moe"], "float64")
+    router = subject.weights["blocks.moe.router.kernel"].copy()
+    router[..., [1, 4]] = 0
+    source = weights_source(subject.weights | {"blocks.moe.router.kernel": router})
+    models = {
+        "jax": subject.program(subject.build_jax(source)),
+        "torch": subject.torch.run(subject.torch.build(subject.config, source, "float64"), subject.tokens),
+    }
+    for run in models.values():
+        for layer in range(subject.config.n_layers):
+            scores = run.sites[f"blocks.{layer}.moe.scores"]
+            assert not scores[..., [1, 4]].any()
+            expected = np.argsort(-scores, axis=-1, kind="stable")[..., :2]
+            assert np.array_equal(run.sites[f"blocks.{layer}.moe.chosen"], expected)
+            assert ((expected == 1).any(-1) & ~(expected == 4).any(-1)).sum() > 10
 
 
 def test_in_bf16_numbers_are_compared_under_one_choice_and_the_free_choice_is_reported(prepared):
