@@ -106,6 +106,11 @@ BAD: list[tuple[type, str, Any]] = [
     ],
     *[(TrainConfig, name, value) for name in OPTIONAL_COUNTS for value in (0, 2.0, "8", 2**31)],
     *[(TrainConfig, name, value) for name in ("seed", "keep_best") for value in (-1, 0.5, None, 2**32)],
+    *[
+        (TrainConfig, name, value)
+        for name in ("balance_loss", "router_z_loss")
+        for value in (-0.1, math.inf, "0", None)
+    ],
     *[(TrainConfig, "dtype", value) for value in ("float8", "bf16", None)],
     *[(OptimizerConfig, "learning_rate", value) for value in (0, -1e-3, math.inf, math.nan, "6e-4", True, None)],
     *[(OptimizerConfig, "final_learning_rate", value) for value in (-1e-9, math.inf, math.nan, "0")],
@@ -114,8 +119,8 @@ BAD: list[tuple[type, str, Any]] = [
     *[(OptimizerConfig, name, value) for name in ("beta1", "beta2") for value in (1, -0.1, math.nan)],
     *[(OptimizerConfig, "weight_decay", value) for value in (-0.1, math.inf)],
     *[(OptimizerConfig, "clip_norm", value) for value in (0, -1.0, math.nan)],
-    *[(JaxConfig, name, "unknown") for name in ("remat", "attention")],
-    *[(TorchConfig, name, "unknown") for name in ("strategy", "remat", "attention")],
+    *[(JaxConfig, name, "unknown") for name in ("remat", "attention", "experts")],
+    *[(TorchConfig, name, "unknown") for name in ("strategy", "remat", "attention", "experts")],
     *[
         (MeshConfig, name, value)
         for name in ("data", "fsdp", "expert", "tensor")
