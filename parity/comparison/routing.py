@@ -11,12 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpt_core.errors import InputError
 from parity.comparison.measures import Array
-from parity.comparison.tolerances import tolerance
-
-MARGIN_OF_ROUNDING = 4.0
-"""A flip is rounding if the margin is at most this many times the scores' error: two scores that move towards each
-other close twice the error, and as much again is left for a choice made on numbers of fewer bits than were noted."""
+from parity.comparison.tolerances import FLIP_MARGIN, tolerance
 
 _CHOSEN = ".moe.chosen"
 _BEHIND = ("moe.chosen", "moe.weights", "moe.output", "mlp_post_norm")
@@ -48,7 +45,7 @@ class Flip(NamedTuple):
     @property
     def rounding(self) -> bool:
         """Whether the scores' error explains it."""
-        return self.obeys and self.margin <= MARGIN_OF_ROUNDING * self.score_error
+        return self.obeys and self.margin <= FLIP_MARGIN * self.score_error
 
     def __str__(self) -> str:
         ours, theirs = (", ".join(map(str, experts)) for experts in (self.experts, self.reference))
@@ -68,6 +65,9 @@ def flips(a: Mapping[str, Array], b: Mapping[str, Array]) -> list[Flip]:
     Args:
         a: Sites of the model in question; none where it is no mixture.
         b: The same of the reference.
+
+    Raises:
+        InputError: what was chosen is no expert.
     """
     found: list[Flip] = []
     blocks = routed_blocks(b)
@@ -208,10 +208,20 @@ def _is_routed(head: str, sites: Mapping[str, Array]) -> bool:
 
 
 def _routing(sites: Mapping[str, Array], block: int) -> tuple[Array, Array]:
-    """Scores in fp64, and which of them were chosen: `[batch, time, experts]` both."""
-    scores = np.asarray(sites[f"blocks.{block}.moe.scores"], np.float64)
+    """Scores in fp64, and which of them were chosen: `[batch, time, experts]` both.
+
+    Raises:
+        InputError: what was chosen is no expert; a record may say anything.
+    """
+    site = f"blocks.{block}{_CHOSEN}"
+    scores, numbers = np.asarray(sites[f"blocks.{block}.moe.scores"], np.float64), np.asarray(sites[site], np.int64)
+    if scores.ndim != 3 or numbers.shape[:-1] != scores.shape[:-1] or not numbers.size:
+        raise InputError(f"{site} is {list(numbers.shape)} for scores {list(scores.shape)}; record the model again")
+    if not 0 <= numbers.min() <= numbers.max() < scores.shape[-1]:
+        strange = numbers.max() if numbers.min() >= 0 else numbers.min()
+        raise InputError(f"{site} names expert {strange} of {scores.shape[-1]}; record the model again")
     chosen = np.zeros(scores.shape, np.bool_)
-    np.put_along_axis(chosen, np.asarray(sites[f"blocks.{block}{_CHOSEN}"], np.int64), True, axis=-1)
+    np.put_along_axis(chosen, numbers, True, axis=-1)
     return scores, chosen
 
 

@@ -92,6 +92,11 @@ DRIFT_RATIO = 10.0
 # beside the others is not held to digits that its own summation does not have.
 GRADIENT_FLOOR = 1e-6
 
+# A flip of experts (see `routing.py`) is rounding if its margin is at most this many times the error of its scores: two
+# scores that move towards each other close twice the error, and as much again is left for a choice that was made on
+# numbers of fewer bits than were noted.
+FLIP_MARGIN = 4.0
+
 # Null leaves (see `null_leaves.py`) must be below this share of the gradients' global norm, in fp64. They are sums of
 # terms that cancel: about an ulp (2e-16) of the terms is left. Seen: 3e-17.
 NULL_LEAF = 1e-13

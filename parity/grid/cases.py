@@ -67,7 +67,7 @@ def checks(subject: Subject, fault: Fault | None = None) -> Iterator[CheckResult
     if subject.gradients:
         gradients = {"jax": reference.gradients, "torch": run.gradients}
         yield check_gradients(variant, dtype, subject.config, gradients, forward_differs=divergence is not None)
-    if dtype == "float64" and subject.config.n_experts:
+    if dtype == "float64" and subject.further and subject.config.n_experts:
         yield _balance(subject, fault)
     if subject.adapted:
         yield _adapter(subject, fault)

@@ -30,8 +30,8 @@ _FIRST = ("learned-mha-full", "rope-gqa-window")
 _LEFT_OUT = ("decode", "optimizer")
 """Checks that a brief case has not."""
 
-_FURTHER = ("segments", "adapter", "chat")
-"""Checks of documents, adapters and conversations, which few cases have where cases are not named."""
+_FURTHER = ("segments", "balance", "adapter", "chat")
+"""Checks of documents, router losses, adapters and conversations, which few cases have where cases are not named."""
 
 _OF_THE_TWELVE = ("noise", "adapter", "chat")
 """Checks that no other case has."""

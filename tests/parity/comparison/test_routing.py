@@ -1,8 +1,11 @@
 """What a flip is, when it is rounding, and what else it excuses: made by hand, where every number is known."""
 
+import re
+
 import numpy as np
 import pytest
 
+from gpt_core.errors import InputError
 from parity.checks.routing import check_routing
 from parity.comparison.routing import Flip, Settled, flips, least_margin, unexplained
 
@@ -162,6 +165,21 @@ def test_the_margin_of_a_model_is_the_least_gap_that_decides():
     assert least_margin(routed(scores)) == 0.125
     scores[2, 1, 1, 3] = 3
     assert least_margin(routed(scores)) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        (np.full((*SHAPE, 2), EXPERTS), "blocks.0.moe.chosen names expert 4 of 4"),
+        (np.full((*SHAPE, 2), -1), "blocks.0.moe.chosen names expert -1 of 4"),
+        (np.zeros((*SHAPE, 0), int), "blocks.0.moe.chosen is [2, 5, 0] for scores [2, 5, 4]"),
+        (np.zeros((2, 3, 2), int), "blocks.0.moe.chosen is [2, 3, 2] for scores [2, 5, 4]"),
+    ],
+)
+def test_what_is_no_expert_is_refused(chosen, said):
+    b = routed(plain_scores())
+    with pytest.raises(InputError, match=re.escape(said)):
+        flips(b | {"blocks.0.moe.chosen": chosen}, b)
 
 
 def test_one_expert_fewer_is_a_flip_of_every_token():
