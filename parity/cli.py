@@ -282,7 +282,7 @@ def _report(
     if options.json:
         print_json(content)
     else:
-        console = Console(width=None if os.isatty(1) else 140)
+        console = Console(width=None if os.isatty(1) else 160)
         print_table(results, console, faults=content["faults"], title=title)
         for notice in content.get("notices", []):
             console.print(f"note: {notice}", markup=False, soft_wrap=True)
@@ -508,7 +508,7 @@ def _inspect(options: Namespace) -> int:
         print_json(content)
     else:
         if not damaged:
-            print_inspection(content, Console(width=None if os.isatty(1) else 140, highlight=False))
+            print_inspection(content, Console(width=None if os.isatty(1) else 160, highlight=False))
         if verified:
             print_verification(verified)
     return CHECK_FAILED if damaged else SUCCESS
@@ -574,7 +574,7 @@ def _compare(options: Namespace) -> int:
     if options.json:
         print_json(content)
     else:
-        console = Console(width=None if os.isatty(1) else 140)
+        console = Console(width=None if os.isatty(1) else 160)
         print_comparison(results, console)
         print_verdict(results, seconds, console)
         if written:

@@ -22,7 +22,8 @@ from gpt_core.storage.checkpoint_config import CONFIG_FILE, PARAMS_FOLDER, WEIGH
 from parity.checks import CheckResult
 from parity.reports.summary import CHECKS, DTYPES, fault_line, missed, noise_lines, ordered, routing_lines
 
-_NOT_IN_TABLE = ("weights",)  # bitwise or not: a column of its own
+_NOT_IN_TABLE = ("weights", "routing")  # bitwise or not, a column of its own; choices of experts, a line of their own
+_NAME = 19  # characters of a variant that are shown, however narrow the table
 
 
 def machine() -> dict[str, Any]:
@@ -103,7 +104,8 @@ def require_report_folder(folder: Path) -> None:
 def print_table(
     results: Sequence[CheckResult], console: Console, *, faults: Sequence[Mapping[str, Any]] = (), title: str = ""
 ) -> None:
-    """One line a variant: relative errors of each check in each dtype, and the verdict; then noise, faults, failures.
+    """One line a variant: relative errors of each check in each dtype, and the verdict; then what few variants have,
+    noise, faults, failures.
 
     Args:
         results: What the checks found.
@@ -113,7 +115,10 @@ def print_table(
     """
     dtypes = ordered((result.dtype for result in results), DTYPES)
     checks = ordered((result.check for result in results), CHECKS)
-    compared = [check for check in checks if check not in _NOT_IN_TABLE]
+    variants = list(dict.fromkeys(result.variant for result in results))
+    having = {check: {result.variant for result in results if result.check == check} for check in checks}
+    rare = [check for check in checks if len(having[check]) < len(variants) / 2 and check not in _NOT_IN_TABLE]
+    compared = [check for check in checks if check not in (*_NOT_IN_TABLE, *rare)]
     table = Table(
         title=title or f"JAX against PyTorch: relative errors in {', '.join(dtypes)}",
         title_justify="left",
@@ -122,18 +127,21 @@ def print_table(
         show_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("variant", overflow="fold")
+    table.add_column("variant", overflow="fold", min_width=min(_NAME, max(map(len, variants), default=0)))
     if "weights" in checks:
         table.add_column("weights")
     for check in compared:
         table.add_column(check, no_wrap=True)
     table.add_column("", no_wrap=True)
-    for variant in dict.fromkeys(result.variant for result in results):
+    for variant in variants:
         ours = [result for result in results if result.variant == variant]
         weights = [_weights_cell(ours)] if "weights" in checks else []
         table.add_row(variant, *weights, *(_errors_cell(ours, check, dtypes) for check in compared), _verdict(ours))
     if results:
         console.print(table)
+    for check in rare:
+        found = [result for result in results if result.check == check]
+        console.print(f"{check}, in {len(having[check])} of them: {_errors_cell(found, check, dtypes)}", soft_wrap=True)
     rows = [result.to_dict() for result in results]
     for line in (*noise_lines(rows), *routing_lines(rows)):
         console.print(line, markup=False, soft_wrap=True)

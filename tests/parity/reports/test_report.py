@@ -440,6 +440,18 @@ class TestTerminal:
         assert "faults" not in text
         assert text.endswith("all 9 checks passed in 71 s\n")
 
+    def test_names_are_whole_and_what_few_variants_have_stands_below(self):
+        names = [f"covering-{number:02}" for number in range(10)] + ["rope-gqa-window-moe"]
+        results = [
+            CheckResult(name, dtype, check, 1e-6, 1e-1, True)
+            for name, dtype, check in product(names, BOUNDS, ("weights", "activations", "logits", "loss", "decode"))
+        ]
+        results += [CheckResult(names[-1], dtype, "segments", 7e-15, 1e-12, True) for dtype in BOUNDS]
+        text = self.printed(results, [])
+        assert all(any(line.startswith(name) for line in text.splitlines()) for name in names)
+        assert "segments" not in next(line for line in text.splitlines() if line.startswith("variant"))
+        assert "segments, in 1 of them: 7e-15 7e-15 7e-15\n" in text
+
     def test_says_how_many_faults_were_caught_and_which_were_not(self):
         faults = fabricated()["faults"]
         results = [CheckResult("rope-mqa-full", "float64", "logits", 2e-15, 1e-12, True)]
