@@ -1,17 +1,26 @@
 """What a step sends between devices, written out: the face of `jax_gpt/sent/`, which has a file for each of these.
 
-| sent                        | along  | forward            | backward       | in              | how often         |
-|-----------------------------|--------|--------------------|----------------|-----------------|-------------------|
-| parameters of a block       | fsdp   | all-gather         | reduce-scatter | compute dtype * | each micro-batch  |
-| parameters outside of blocks| fsdp   | all-gather         | reduce-scatter | compute dtype * | each micro-batch  |
-| gradients that are whole    | data,  |                    | all-reduce     | as stored       | once              |
-|   along an axis             | fsdp   |                    |                |                 |                   |
-| loss, counts                | both   | all-reduce         |                | wide dtype      | once              |
-| branches of a block         | tensor | all-gather,        | the same       | compute dtype   | each micro-batch  |
-|                             |        | reduce-scatter **  |                |                 |                   |
+| sent                 | file       | along             | forward       | backward       | in            | how often   |
+|----------------------|------------|-------------------|---------------|----------------|---------------|-------------|
+| parameters           | parameters | fsdp              | all-gather    | reduce-scatter | compute dtype | micro-batch |
+| gradients            | sums       | data, fsdp,       |               | all-reduce     | as stored     | once        |
+|                      |            | expert, where the |               |                |               |             |
+|                      |            | parameter is whole|               |                |               |             |
+| loss, counts, loads  | sums       | data, fsdp, expert| all-reduce    |                | as they are   | once        |
+| branches of a block  | residual   | tensor            | all-gather,   | the same       | compute dtype | micro-batch |
+|                      |            |                   | reduce-scatter|                |               |             |
+| tokens of a mixture  | tokens     | expert            | all-to-all,   | the same       | compute dtype | micro-batch |
+|                      |            |                   | there and back|                |               |             |
+| their columns, where | tokens     | tensor            | all-gather,   | the same       | compute dtype | micro-batch |
+| the experts are      |            |                   | reduce-scatter|                |               |             |
 
-*  Biases and scales of norms: as stored. Where blocks are recomputed, they are gathered once more.
-** Left to the compiler, which is told how the residual stream lies between blocks.
+Biases, scales of norms and routers are sent as stored. What is recomputed is sent once more. How the residual stream
+comes together is left to the compiler, which is told how it lies between blocks.
+
+An all-to-all sends a row for each expert of a token, whoever has it: with k experts a token, D devices and all experts
+chosen alike, k (D - 1) / D rows a token and way. That is the least while a device has few experts; a token that wants
+several of one device would be one row to a smarter sender. Without `ragged_all_to_all` (CPU, v5e) as many rows travel
+as could, D - 1 times the fewer of k and the experts of a device, since no token is dropped.
 
 Left to the compiler, the gradients of parameters that a whole slice shares are summed everywhere in full and then cut,
 which sends twice as much. fsdp is sent along in two stages (`jax_gpt/sent/stages.py`).

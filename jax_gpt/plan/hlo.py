@@ -16,7 +16,7 @@ BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, 
 _SHAPE = re.compile(r"([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _START = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,15 @@ class Instruction:
         return found[1] if found else ""
 
     @property
+    def ragged(self) -> bool:
+        """Whether it is a product of groups of rows, or a fusion of one."""
+        return self.place.endswith("ragged_dot_general")
+
+    @property
     def cycles(self) -> int:
-        """The compiler's estimate for one execution; 0 where it has none."""
+        """The compiler's estimate for one execution; 0 where it has none, or of ragged products a wild one."""
+        if self.ragged:
+            return 0
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(found[1]) if found else 0
 
@@ -102,7 +109,8 @@ class Collective:
 
     Args:
         kind: Such as "reduce-scatter".
-        payload: Bytes of the whole array: an all-gather's result, the operand of the others.
+        payload: Bytes of the whole array: an all-gather's result, the operand of the others. Of a ragged all-to-all
+            the smaller of both arrays: only rows that are there travel, and the other has room for the worst case.
         groups: Devices that talk to each other, by their place in the program's list; of a permutation, its pairs.
         times: How often it runs in a step.
         hidden: Whether it runs while the device goes on with something else.
@@ -305,10 +313,18 @@ class Program:
 
     def matmul_flops(self) -> float:
         """Multiplications and additions of all matrix products and convolutions of a step, on one device."""
+        return self._product_flops(ragged=False)
+
+    def ragged_flops(self) -> float:
+        """Those of products of groups of rows, as if every row there is room for belonged to one."""
+        kernels = (kernel for kernel in self._kernels() if kernel.name.startswith(_RAGGED))
+        return self._product_flops(ragged=True) + sum(kernel.times * _ragged_flops(kernel) for kernel in kernels)
+
+    def _product_flops(self, *, ragged: bool) -> float:
         products = (
             times * _product_flops(computation, instruction)
             for computation, instruction, times in self.executed()
-            if instruction.opcode in {"dot", "convolution"}
+            if instruction.opcode in {"dot", "convolution"} and instruction.ragged == ragged
         )
         return float(sum(products))
 
@@ -327,7 +343,10 @@ class Program:
         )
 
     def kernels(self) -> list[Kernel]:
-        """The Pallas kernels of a step."""
+        """The Pallas kernels of a step, without those that the compiler makes of products of groups of rows."""
+        return [kernel for kernel in self._kernels() if not kernel.name.startswith(_RAGGED)]
+
+    def _kernels(self) -> list[Kernel]:
         return [
             Kernel(
                 re.split(r"/|\.\d+$", instruction.place.removesuffix("/pallas_call"))[-1] or instruction.name,
@@ -344,6 +363,12 @@ class Program:
         reduced_and_cut = {
             name: computation for name, computation in self.computations.items() if "all-reduce-scatter" in name
         }
+        asynchronous = {
+            instruction.called("calls")
+            for computation in self.computations.values()
+            for instruction in computation.instructions.values()
+            if instruction.opcode == "async-start"
+        }
         for computation, instruction, times in self.executed():
             if instruction.opcode == "send" and "_xla_megascale_transfer_type" in instruction.attributes:
                 found.append(_between_slices(instruction, times))
@@ -358,6 +383,8 @@ class Program:
             if kind == "all-gather":
                 results = instruction.shapes[len(operands) :] if started else instruction.shapes
                 payload = sum(shape.bytes for shape in results[: len(operands)])
+            elif kind == "ragged-all-to-all":
+                payload = min(shape.bytes for shape in operands[:2])
             else:
                 payload = sum(shape.bytes for shape in operands)
             found.append(
@@ -366,7 +393,7 @@ class Program:
                     payload,
                     _pairs(instruction) if kind == "collective-permute" else replica_groups(instruction.attributes),
                     times,
-                    started or _starts(computation),
+                    started or _starts(computation) or computation.name in asynchronous,
                     instruction.place,
                 )
             )
@@ -380,6 +407,7 @@ class Program:
         return ""
 
 
+_RAGGED = "ragged-dot"  # kernels' names: the products, and one that only counts
 _CALLS = {"calls": {"fusion", "async-start"}, "to_apply": {"call"}}
 
 
@@ -455,7 +483,18 @@ def _product_flops(computation: Computation, instruction: Instruction) -> float:
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
         axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
         return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(left.dims[axis] for axis in axes)
-    return _convolution_flops(instruction, left, right)
+    # Each group's product is one position of a window: of a row's as many as there are groups, one is computed.
+    groups = instruction.shapes[0].dims[0] if instruction.ragged else 1
+    return _convolution_flops(instruction, left, right) / groups
+
+
+def _ragged_flops(kernel: Kernel) -> float:
+    """Of rows with a kernel for each group or, for the gradient of that, of rows with rows."""
+    factors = [shape.dims for shape in kernel.operands if len(shape.dims) > 1]
+    if not factors:
+        return 0.0
+    (rows, inputs), other = factors
+    return 2.0 * rows * (math.prod(other[1:]) if len(other) == 3 else inputs * other[1])
 
 
 def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> float:

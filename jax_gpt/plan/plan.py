@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from gpt_core.errors import InputError
 from gpt_core.flops import peak_flops, training_flops_per_token
-from gpt_core.parameters import parameter_count
+from gpt_core.parameters import active_count, parameter_count
 from gpt_core.runs.config import Remat, RunConfig, chunk_of_loss
 from gpt_core.runs.training import check_dtype
 from jax_gpt.plan import theory
@@ -39,8 +39,10 @@ class Plan:
         model_flops: That the model needs (6 N D and attention), a device's part.
         matmul_flops: Of the compiled matrix products, recomputed ones included.
         kernel_flops: Of attention kernels.
+        grouped_flops: Of the products of a mixture's experts, if all experts are chosen alike.
         loops_counted_once: Names of loops whose trips the program does not tell.
         theory_flops: What the matrix products should come to.
+        grouped_theory_flops: And those of experts.
         sent: Communication.
         minimum_bytes: What this layout must send, by mesh axis.
         seconds: Shortest and longest step that is predicted.
@@ -55,12 +57,19 @@ class Plan:
     model_flops: float = 0.0
     matmul_flops: float = 0.0
     kernel_flops: float = 0.0
+    grouped_flops: float = 0.0
     loops_counted_once: frozenset[str] = frozenset()
     theory_flops: float = 0.0
+    grouped_theory_flops: float = 0.0
     sent: Traffic | None = None
     minimum_bytes: Mapping[str, float] | None = None
     seconds: tuple[float, float] | None = None
     mfu: tuple[float, float] | None = None
+
+    @property
+    def hardware_flops(self) -> float:
+        """All that is computed."""
+        return self.matmul_flops + self.grouped_flops + self.kernel_flops
 
     @property
     def tokens_per_day(self) -> tuple[float, float] | None:
@@ -80,6 +89,7 @@ class Plan:
             "mesh": dict(self.mesh),
             "attention": theory.attention_of(self.config),
             "parameters": parameter_count(self.config.model),
+            "active_parameters": active_count(self.config.model),
             "tokens_per_step": self.config.tokens_per_step,
             "peak_bytes": self.compiled.needed_bytes,
             "hbm_bytes": hbm,
@@ -90,10 +100,12 @@ class Plan:
             if self.sent is None
             else {
                 "model": self.model_flops,
-                "hardware": self.matmul_flops + self.kernel_flops,
+                "hardware": self.hardware_flops,
                 "matmul": self.matmul_flops,
                 "kernels": self.kernel_flops,
+                "grouped": self.grouped_flops,
                 "theory": self.theory_flops,
+                "grouped_theory": self.grouped_theory_flops,
                 "loops_counted_once": sorted(self.loops_counted_once),
             },
             "wire_bytes": None
@@ -152,7 +164,8 @@ def _with_costs(plan: Plan, mesh: Mesh) -> Plan:
     assert program is not None  # it fits
     sent = traffic(program.collectives(), mesh, plan.topology)
     kernels = theory.kernel_flops(program.kernels(), config)
-    fast, slow = step_seconds(program.cycles(), kernels, sent, plan.topology)
+    grouped = program.ragged_flops() * (theory.grouped_share(config, mesh) if config.model.n_experts else 1)
+    fast, slow = step_seconds(program.cycles(), kernels + grouped, sent, plan.topology)
     needed = training_flops_per_token(config.model, config.context_length) * config.tokens_per_step / mesh.size
     peak = peak_flops(plan.topology.chip.kind, "bfloat16") or 0.0
     return replace(
@@ -160,8 +173,10 @@ def _with_costs(plan: Plan, mesh: Mesh) -> Plan:
         model_flops=needed,
         matmul_flops=program.matmul_flops(),
         kernel_flops=kernels,
+        grouped_flops=grouped,
         loops_counted_once=frozenset(program.unknown_loops),
         theory_flops=theory.matmul_flops(config, mesh),
+        grouped_theory_flops=theory.grouped_flops(config, mesh),
         sent=sent,
         minimum_bytes=theory.minimum_wire_bytes(config, mesh, plan.topology.slices),
         seconds=(fast, slow),
@@ -223,7 +238,8 @@ def _candidates(
             continue
         # Roughly: products at the utilisation that is usual, half of the communication hidden.
         sent = sum(theory.minimum_wire_bytes(candidate, mesh, topology.slices).values())
-        cost = theory.matmul_flops(candidate, mesh) / (0.6 * peak) + 0.5 * sent / topology.chip.ring_bandwidth
+        products = theory.matmul_flops(candidate, mesh) + theory.grouped_flops(candidate, mesh)
+        cost = products / (0.6 * peak) + 0.5 * sent / topology.chip.ring_bandwidth
         found.append((cost, len(found), flags, candidate))
     for _, _, flags, candidate in sorted(found, key=lambda one: one[:2]):
         yield flags, candidate
@@ -253,7 +269,12 @@ def _changes(config: RunConfig, mesh: Mesh, slices: int) -> Iterator[tuple[dict[
                         flags["train.accumulation"] = accumulation
                     if flags:
                         new_mesh = replace(
-                            config.jax.mesh, data=sizes[0], fsdp=sizes[1], tensor=sizes[2], fsdp_inner=None
+                            config.jax.mesh,
+                            data=sizes[0],
+                            fsdp=sizes[1],
+                            expert=mesh.shape["expert"],
+                            tensor=sizes[2],
+                            fsdp_inner=None,
                         )
                         yield (
                             flags,
@@ -271,10 +292,11 @@ def described(plan: Plan) -> str:
     config, compiled, topology = plan.config, plan.compiled, plan.topology
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     hbm = topology.chip.hbm_bytes
-    copies = plan.mesh["data"] * plan.mesh["fsdp"]
+    copies = _product(plan.mesh) // plan.mesh["tensor"]
+    active = f" ({active_count(config.model) / 1e9:.2f}B active)" if config.model.n_experts else ""
     lines = [
         f"{topology.name}, {_product(plan.mesh)} chips as {mesh}: "
-        f"{parameter_count(config.model) / 1e9:.2f}B parameters, "
+        f"{parameter_count(config.model) / 1e9:.2f}B parameters{active}, "
         f"{config.train.batch_size} x {config.context_length} = {config.tokens_per_step:,} tokens a step, "
         f"{config.train.batch_size // config.train.accumulation // copies} row(s) of a device at a time, "
         f"attention {theory.attention_of(config)}"
@@ -287,11 +309,15 @@ def described(plan: Plan) -> str:
     lines += [f"{'largest' if i == 0 else '':9} {_gib(b.bytes)} {b.shape} {_readable(b)}" for i, b in enumerate(shown)]
     if plan.sent is None or plan.minimum_bytes is None or plan.seconds is None or plan.mfu is None:
         return "\n".join(lines)
-    hardware = plan.matmul_flops + plan.kernel_flops
+    hardware, of_experts, against = plan.hardware_flops, "", ""
+    if plan.grouped_theory_flops:
+        of_experts = f"experts {plan.grouped_flops / 1e12:.1f}, "
+        against = f", those of experts {plan.grouped_flops / plan.grouped_theory_flops:.4f}"
     lines.append(
         f"FLOPs     model {plan.model_flops / 1e12:.1f} T, hardware {hardware / 1e12:.1f} T (products "
-        f"{plan.matmul_flops / 1e12:.1f}, kernels {plan.kernel_flops / 1e12:.1f}): {plan.model_flops / hardware:.0%} "
-        f"of it is the model's; products against theory {plan.matmul_flops / plan.theory_flops:.4f}"
+        f"{plan.matmul_flops / 1e12:.1f}, {of_experts}kernels {plan.kernel_flops / 1e12:.1f}): "
+        f"{plan.model_flops / hardware:.0%} of it is the model's; products against theory "
+        f"{plan.matmul_flops / plan.theory_flops:.4f}{against}"
     )
     if plan.loops_counted_once:
         lines.append(

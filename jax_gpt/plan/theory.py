@@ -10,12 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from gpt_core.parameters import Parameter, parameter_table
+from gpt_core.parameters import Parameter, active_size, parameter_table
 from gpt_core.runs.config import RunConfig, chunk_of_loss
 from jax_gpt.attention import Implementation, pick
 from jax_gpt.banded import band_of
 from jax_gpt.plan.hlo import Kernel
-from jax_gpt.sharding import partition
+from jax_gpt.sent.stages import named
+from jax_gpt.sent.tokens import is_ragged
+from jax_gpt.sharding import partition, row_devices
 from jax_gpt.splash import block_size, padded_length
 
 # Matrix products of a splash kernel: scores and mix forward; backward the scores again in both kernels, the gradient of
@@ -25,11 +27,8 @@ _KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 def shares(row: Parameter, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """How many devices share a parameter along each mesh axis."""
-    found = {"fsdp": 1, "tensor": 1}
-    for names in partition(row, mesh):
-        for name in (names,) if isinstance(names, str) else names or ():
-            found[name] = mesh.shape[name]
-    return found
+    found = {"fsdp": 1, "expert": 1, "tensor": 1}
+    return found | {name: mesh.shape[name] for names in named(partition(row, mesh)) for name in names}
 
 
 def parameter_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
@@ -95,7 +94,7 @@ def attention_flops(config: RunConfig, copies: int) -> float:
     backward = 5 if banded else 4  # banded makes scores again, whatever is kept
     # Of all layers; but for banded the whole square, masked.
     pairs = sum(_banded_pairs(time, model.view(kind).window) if banded else time**2 for kind in model.layer_kinds)
-    products = 2 + backward + (0 if config.jax.remat == "none" else 2)
+    products = 2 * _forwards(config) + backward + (0 if config.jax.remat == "none" else 2)
     return 2.0 * rows * products * pairs * model.n_heads * model.head_dim
 
 
@@ -107,7 +106,7 @@ def _banded_pairs(time: int, window: int | None) -> int:
 
 
 def matmul_flops(config: RunConfig, mesh: Mesh | AbstractMesh) -> float:
-    """Of all matrix products outside of kernels, recomputed ones included.
+    """Of all matrix products outside of kernels and of the experts of a mixture, recomputed ones included.
 
     A block's last product is not recomputed by "full" unless a norm follows: nothing else in the backward pass needs
     its result.
@@ -115,12 +114,12 @@ def matmul_flops(config: RunConfig, mesh: Mesh | AbstractMesh) -> float:
     model, remat = config.model, config.jax.remat
     table = parameter_table(model)
     last = "blocks.mlp.down.kernel" if model.norm_placement == "pre" else None
-    copies = mesh.shape["data"] * mesh.shape["fsdp"]
+    copies = row_devices(mesh)
     tokens = config.tokens_per_step / copies
     tensor = mesh.shape["tensor"]  # shares all products, whatever the compiler does with kv heads that are fewer
     forward = again = 0.0
     for name, row in table.items():
-        if row.decay and row.stacked:
+        if row.decay and row.stacked and not row.of_experts:
             flops = 2.0 * tokens * row.size / tensor
             forward += flops
             again += flops if remat == "full" and name != last else 0.0
@@ -129,7 +128,45 @@ def matmul_flops(config: RunConfig, mesh: Mesh | AbstractMesh) -> float:
     chunk = min(chunk, config.context_length)
     padded = math.ceil(config.context_length / chunk) * chunk / config.context_length
     head = 2.0 * tokens * padded * model.padded_vocab_size * model.embed_dim / tensor
-    return 3 * forward + again + 3 * head + attention_flops(config, copies) / tensor
+    return (2 + _forwards(config)) * forward + again + 3 * head + attention_flops(config, copies) / tensor
+
+
+def grouped_flops(config: RunConfig, mesh: Mesh | AbstractMesh) -> float:
+    """Of the products of a mixture's experts, recomputed ones included: all of them but for remat "none".
+
+    Of the mean device: a device has as many rows as there are tokens that want its experts.
+    """
+    tokens = config.tokens_per_step / row_devices(mesh)
+    rows = (row for row in parameter_table(config.model).values() if row.of_experts)
+    forward = sum(2.0 * tokens * active_size(row, config.model) for row in rows) / mesh.shape["tensor"]
+    return (2 + _forwards(config) + _again(config)) * forward
+
+
+def grouped_share(config: RunConfig, mesh: Mesh | AbstractMesh) -> float:
+    """Of the rows that there is room for where tokens arrive, those that some token needs."""
+    return config.model.experts_per_token / _room(config, mesh)
+
+
+def _forwards(config: RunConfig) -> int:
+    """Forward passes of the blocks: a mixture's load is that of the whole step, which micro-batches find first."""
+    first = config.model.n_experts and config.train.accumulation > 1 and config.train.balance_loss
+    return 2 if first else 1
+
+
+def _again(config: RunConfig) -> int:
+    """How often the experts of a block are computed again: "dots" keeps none of their products either."""
+    return int(config.jax.remat != "none")
+
+
+def _travel_ragged(mesh: Mesh | AbstractMesh) -> bool:
+    device = mesh.abstract_mesh.abstract_device
+    return device is None or is_ragged(device)
+
+
+def _room(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
+    """Rows that a device has room for, for each of its tokens: all that may arrive at once."""
+    model, devices = config.model, mesh.shape["expert"]
+    return devices * min(model.experts_per_token, model.n_experts // devices)
 
 
 def minimum_wire_bytes(config: RunConfig, mesh: Mesh | AbstractMesh, slices: int = 1) -> Mapping[str, float]:
@@ -138,36 +175,46 @@ def minimum_wire_bytes(config: RunConfig, mesh: Mesh | AbstractMesh, slices: int
     fsdp: every block's matrices come together in the forward and in the backward pass and their gradients are
     reduce-scattered, in the dtype of computation, for every micro-batch; what is outside of the blocks comes together
     once. data: gradients are summed once, as they are stored, within a slice and then, as "dcn", each device's share of
-    the sum between slices. tensor: the residual branches are summed, two of each
-    block forward and two backward, and one again where it is recomputed; so are the embeddings and the gradient of the
-    last hidden states.
+    the sum between slices. expert: a row for each expert of a token travels there and back, forward and backward, and
+    once more where experts are computed again, if all experts are chosen alike; where no ragged collective is, as many
+    rows as there could be, since no token is dropped. Gradients of all but experts are summed. tensor: the residual
+    branches are summed, two of each block forward and two backward, and one again where it is recomputed; so are the
+    embeddings and the gradient of the last hidden states.
 
     Args:
         config: The run.
         mesh: Devices along each axis.
         slices: So many lie along `data`.
     """
-    data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    data, fsdp, expert, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "expert", "tensor"))
     stored, used = (
         jax.dtypes.canonicalize_dtype(dtype).itemsize
         for dtype in (config.precision.param_dtype, config.precision.compute_dtype)
     )
-    parts = config.train.accumulation
+    parts, more, again = config.train.accumulation, _forwards(config) - 1, _again(config)
     within = data // slices
-    found = {"data": 0.0, "dcn": 0.0, "fsdp": 0.0, "tensor": 0.0}
+    found = {"data": 0.0, "dcn": 0.0, "fsdp": 0.0, "expert": 0.0, "tensor": 0.0}
     for row in parameter_table(config.model).values():
         shared = shares(row, mesh)
-        local = row.size / shared["tensor"]
+        local = row.size / shared["tensor"] / shared["expert"]
         if shared["fsdp"] > 1:
-            times = parts * (3 if row.stacked else 2)
-            found["fsdp"] += times * local * (used if row.decay else stored) * (fsdp - 1) / fsdp
+            times = parts * (3 + more if row.stacked else 2 + more * (row.name == "token_embedding"))
+            found["fsdp"] += times * local * (used if row.rounded else stored) * (fsdp - 1) / fsdp
         elif fsdp > 1:
             found["fsdp"] += 2 * local * stored * (fsdp - 1) / fsdp
         gradient = local / shared["fsdp"] * stored
         found["data"] += 2 * gradient * (within - 1) / within
         found["dcn"] += 2 * gradient / within * (slices - 1) / slices
-    hidden = config.tokens_per_step / (data * fsdp) * config.model.embed_dim * used
-    sums = config.model.n_layers * (5 if config.jax.remat == "full" else 4) + 2
+        found["expert"] += 0.0 if row.of_experts else 2 * gradient * (expert - 1) / expert
+    layers, model = config.model.n_layers, config.model
+    hidden = config.tokens_per_step / row_devices(mesh) * model.embed_dim * used
+    sums = layers * ((5 if config.jax.remat == "full" else 4) + 2 * more) + 2 + more
+    if model.n_experts:
+        rows = model.experts_per_token if _travel_ragged(mesh) else _room(config, mesh)
+        travelling = hidden * rows / tensor * (expert - 1) / expert
+        found["expert"] += 2 * (2 + again + more) * layers * travelling
+        # Where experts are, all that there is room for comes together.
+        sums += layers * ((2 + again + more) * (_room(config, mesh) if expert > 1 else 1) - 2 - more)
     found["tensor"] = 2 * sums * hidden * (tensor - 1) / tensor
     return found
 
@@ -175,24 +222,27 @@ def minimum_wire_bytes(config: RunConfig, mesh: Mesh | AbstractMesh, slices: int
 def kept_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
     """Activations of one device that the blocks keep for the backward pass, at least.
 
-    Every block keeps its input; "dots" and "none" keep the results of its matrix products as well.
+    Every block keeps its input; "dots" and "none" keep the results of its matrix products as well, "none" those of
+    experts too, with all rows that there is room for.
     """
     model, used = config.model, config.precision.compute_dtype
     size = jax.dtypes.canonicalize_dtype(used).itemsize
-    copies, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    copies, tensor = row_devices(mesh), mesh.shape["tensor"]
     positions = config.tokens_per_step // config.train.accumulation // copies
     width = model.embed_dim / tensor
     if config.jax.remat != "full":
         kv_share = tensor if model.n_kv_heads % tensor == 0 else 1
         width += model.n_heads * model.head_dim / tensor + 2 * model.n_kv_heads * model.head_dim / kv_share
-        width += (model.embed_dim + model.mlp_dim * (2 if model.gated_mlp else 1)) / tensor
+        width += model.embed_dim / tensor
+        width += 0 if model.n_experts else model.mlp_dim * (2 if model.gated_mlp else 1) / tensor
+    if model.n_experts and config.jax.remat == "none":
+        width += _room(config, mesh) * (2 * model.embed_dim + 2 * (model.expert_dim or 0)) / tensor
     return int(model.n_layers * positions * width * size)
 
 
 def least_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
     """Memory of one device that no compiler can do without: state, gradients, what is kept, and a chunk of logits."""
-    tensor = mesh.shape["tensor"]
-    copies = mesh.shape["data"] * mesh.shape["fsdp"]
+    tensor, copies = mesh.shape["tensor"], row_devices(mesh)
     logits = min(chunk_of_loss(config.jax.loss_chunk), config.tokens_per_step // config.train.accumulation // copies)
     size = jax.dtypes.canonicalize_dtype(config.precision.compute_dtype).itemsize
     return (

@@ -1,8 +1,8 @@
 """Tokens of a mixture travel to the device that holds their expert, and what it makes of them travels back.
 
 One row for each expert of a token, so that what comes back is weighted and summed at home, as on one device. No token
-is dropped: where rows arrive there is room for all that could, most of it empty, and only those that there are travel
-(`jax.lax.ragged_all_to_all`). A CPU has no such collective: there all rows are gathered, and each device picks its own.
+is dropped: where rows arrive there is room for all that could, most of it empty. Only those that there are travel
+(`jax.lax.ragged_all_to_all`), but on a CPU and a v5e, which have no such collective: there the room travels.
 
 Along the tensor axis each device sends its columns of a row; on arrival they come together.
 """
@@ -17,7 +17,6 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
 from jax_gpt.moe import Experts, Kernels
-from jax_gpt.platform import platform
 from jax_gpt.sorting import collect, sort, spread
 
 Activate = Callable[[jax.Array, jax.Array], jax.Array]
@@ -37,6 +36,25 @@ class Parts(NamedTuple):
     sizes: jax.Array
     arrives: jax.Array
     received: jax.Array
+
+
+class Room(NamedTuple):
+    """For rows, as many as there can be.
+
+    Args:
+        arriving: Where they arrive.
+        leaving: Where they come from.
+        part: That one device sends another.
+    """
+
+    arriving: int
+    leaving: int
+    part: int
+
+    @property
+    def reverse(self) -> "Room":
+        """Of the way back."""
+        return Room(self.leaving, self.arriving, self.part)
 
 
 def of_all_devices(experts: Experts, mesh: Mesh, n_experts: int) -> Experts:
@@ -64,12 +82,13 @@ def _sent(experts: Experts, devices: int, n_experts: int) -> Experts:
     ) -> Float[jax.Array, "tokens columns"]:
         here = n_experts // devices
         places = sort(chosen, n_experts)
-        rooms = (devices * len(x) * min(here, chosen.shape[1]), chosen.size)
-        there, back, expert = _journey(places.sizes, devices, rooms[0])
-        rows = _travelled(rooms, spread(x, places), there, back)
-        whole = jnp.ones((rooms[0], 1), weights.dtype)
+        part = len(x) * min(here, chosen.shape[1])  # a token has each expert once
+        room = Room(devices * part, chosen.size, part)
+        there, back, expert = _journey(places.sizes, devices, room.arriving)
+        rows = _travelled(room, spread(x, places), there, back)
+        whole = jnp.ones((room.arriving, 1), weights.dtype)
         rows = experts(rows, expert[:, None], whole, kernels, activate)
-        outputs = collect(_travelled(rooms[::-1], rows, back, there), places)  # [tokens, chosen, columns]
+        outputs = collect(_travelled(room.reverse, rows, back, there), places)  # [tokens, chosen, columns]
         return jnp.einsum("tke,tk->te", outputs.astype(weights.dtype), weights).astype(x.dtype)
 
     return mix
@@ -98,33 +117,38 @@ def _journey(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _travelled(
-    rooms: tuple[int, int], rows: Float[jax.Array, "rows columns"], there: Parts, back: Parts
+    room: Room, rows: Float[jax.Array, "rows columns"], there: Parts, back: Parts
 ) -> Float[jax.Array, "room columns"]:
     """Rows where they arrive, and zeros where there are none; gradients travel back."""
-    return _exchanged(rows, rooms[0], there)
+    return _exchanged(room, rows, there)
 
 
 _travelled.defvjp(
-    lambda rooms, rows, there, back: (_exchanged(rows, rooms[0], there), back),
-    lambda rooms, back, gradient: (_exchanged(gradient, rooms[1], back), None, None),
+    lambda room, rows, there, back: (_exchanged(room, rows, there), back),
+    lambda room, back, gradient: (_exchanged(room.reverse, gradient, back), None, None),
 )
 
 
-def _exchanged(rows: jax.Array, room: int, parts: Parts) -> jax.Array:
-    if platform() == "cpu":
-        return _picked(rows, room, parts)
-    empty = jnp.zeros((room, rows.shape[1]), rows.dtype)
+def is_ragged(device: Any) -> bool:
+    """Whether only the rows that there are travel between such devices, and not as many as there could be."""
+    return device.platform != "cpu" and device.device_kind != "TPU v5 lite"  # refused there from 4 x 8 chips on
+
+
+def _exchanged(room: Room, rows: jax.Array, parts: Parts) -> jax.Array:
+    if not is_ragged(jax.sharding.get_abstract_mesh().abstract_device):
+        return _exchanged_whole(room, rows, parts)
+    empty = jnp.zeros((room.arriving, rows.shape[1]), rows.dtype)
     return jax.lax.ragged_all_to_all(rows, empty, *parts, axis_name="expert")
 
 
-def _picked(rows: jax.Array, room: int, parts: Parts) -> jax.Array:
-    everyone, me = jax.lax.all_gather(rows, "expert"), jax.lax.axis_index("expert")  # [devices, rows, columns]
-    begins, sizes, arrives = (jax.lax.all_gather(of, "expert")[:, me] for of in parts[:3])
-    within = jnp.arange(room) - arrives[:, None]  # [devices, room]
-    there = (within >= 0) & (within < sizes[:, None])
-    sender = there.argmax(0)
-    row = begins[sender] + jnp.take_along_axis(within, sender[None], axis=0)[0]
-    return jnp.where(there.any(0)[:, None], everyone[sender, row], 0)
+def _exchanged_whole(room: Room, rows: jax.Array, parts: Parts) -> jax.Array:
+    """The same in parts of the size of the largest there can be."""
+    sent = rows.at[parts.begins[:, None] + jnp.arange(room.part)].get(mode="clip")  # [devices, part, columns]
+    received = jax.lax.all_to_all(sent, "expert", 0, 0)
+    ends, place = jnp.cumsum(parts.received), jnp.arange(room.arriving)
+    sender = jnp.searchsorted(ends, place, side="right").clip(max=len(ends) - 1)
+    arrived = received[sender, (place - (ends - parts.received)[sender]).clip(max=room.part - 1)]
+    return jnp.where((place < ends[-1])[:, None], arrived, 0)
 
 
 def _of_whole_rows(experts: Experts) -> Experts:

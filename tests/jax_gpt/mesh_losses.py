@@ -1,7 +1,7 @@
 """Not a test: run by `test_sharding.py` in a process of its own, where eight devices can be made of one CPU.
 
-Prints, for each case and each of its meshes, the losses of 8 steps and the share of the parameters' bytes that a device
-holds.
+Prints, for each case and each of its meshes, the losses of its steps and the share of the parameters' bytes that a
+device holds.
 """
 
 import json
@@ -21,18 +21,20 @@ from jax_gpt.sharding import check_divides, create_mesh, local_rows, place_batch
 from jax_gpt.start import placed  # noqa: E402
 from jax_gpt.step import create_program  # noqa: E402
 
-BATCH, TIME, VOCAB, STEPS = 16, 21, 61, 8
+BATCH, TIME, VOCAB = 16, 21, 61
 
 
-def batches() -> list[dict[str, np.ndarray]]:
-    """Text with a pattern to learn, and masks that differ from row to row."""
+def batches(steps: int) -> list[dict[str, np.ndarray]]:
+    """Text with a pattern to learn, and masks and documents that differ from row to row."""
     random = np.random.default_rng(0)
     made = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         rows = random.integers(0, VOCAB, (BATCH, TIME + 1)).astype(np.int32)
         rows[:, 1::2] = (rows[:, 0:-1:2] + 1) % VOCAB
         mask = random.random((BATCH, TIME)) < np.linspace(0.2, 1, BATCH)[:, None]
-        made.append({"tokens": rows[:, :-1].copy(), "targets": rows[:, 1:].copy(), "mask": mask})
+        begins = random.random((BATCH, TIME)) < 0.1
+        segments = np.cumsum(begins, axis=1).astype(np.int32)
+        made.append({"tokens": rows[:, :-1].copy(), "targets": rows[:, 1:].copy(), "mask": mask, "segments": segments})
     return made
 
 
@@ -42,7 +44,7 @@ def run(
     config = RunConfig.from_dict(
         {
             "model": model,
-            "train": {"steps": STEPS, "batch_size": BATCH, "context_length": TIME} | train,
+            "train": {"steps": 8, "batch_size": BATCH, "context_length": TIME} | train,
             "data": {"streams": 1},
             "optimizer": {"learning_rate": 1e-2, "warmup_steps": 3, "clip_norm": 0.5},
             "jax": {"mesh": mesh_sizes or {"data": 1}, "loss_chunk": 32},
@@ -58,7 +60,7 @@ def run(
         fresh = initialiser(config.train.seed, config.precision)
         state = state._replace(frozen=placed(program.state.frozen, config, lambda row: np.asarray(fresh(row))))
     losses = []
-    for step, batch in enumerate(batches()):
+    for step, batch in enumerate(batches(config.train.steps)):
         rate = np.asarray(config.rate(step), config.precision.wide_dtype)
         state, metrics = program.step(state, place_batch(batch, mesh, BATCH), rate)  # type: ignore[arg-type]
         losses.append(float(metrics["loss"]))

@@ -42,6 +42,17 @@ MODERN = MODEL | {
     "gated_mlp": True,
     "attention_softcap": 3.0,
 }
+MIXTURE = MODEL | {
+    "n_heads": 4,
+    "embed_dim": 16,
+    "norm": "rms",
+    "activation": "silu",
+    "gated_mlp": True,
+    "bias": False,
+    "n_experts": 8,
+    "experts_per_token": 3,  # more than a device has, where it has two
+    "expert_dim": 24,
+}
 MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "fsdp": ({"data": 1, "fsdp": 8}, {"remat": "none"}),
     "fsdp in two stages": ({"data": 1, "fsdp": 8, "fsdp_inner": 2}, {"remat": "full"}),
@@ -50,16 +61,31 @@ MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "data x fsdp": ({"data": 2, "fsdp": 4, "fsdp_inner": 2}, {"train": {"accumulation": 2}}),
     "data": ({"data": 8}, {}),
 }
-
-
-QUICK = ["fsdp in two stages", "kv heads copied"]
+EXPERTS: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "expert x fsdp x tensor": (
+        {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+        {"train": {"accumulation": 2}, "remat": "full"},
+    ),
+    "expert, only what is there": ({"data": 1, "expert": 4, "fsdp": 2}, {"ragged": True, "remat": "full"}),
+    "expert x fsdp": ({"data": 1, "fsdp": 2, "expert": 4}, {"remat": "none"}),
+    "data x expert x tensor": ({"data": 2, "expert": 2, "tensor": 2}, {"remat": "dots"}),
+    "expert": ({"data": 1, "expert": 8}, {"train": {"accumulation": 2}}),
+    "fsdp x tensor": MESHES["fsdp x tensor"],
+}
 
 
 @pytest.mark.parametrize(
-    ("model", "meshes"), [(MODERN, QUICK), pytest.param(MODEL, list(MESHES), marks=pytest.mark.slow)]
+    ("model", "meshes"),
+    [
+        (MODERN, {name: MESHES[name] for name in ("fsdp in two stages", "kv heads copied")}),
+        (MIXTURE, {name: EXPERTS[name] for name in ("expert x fsdp x tensor", "expert, only what is there")}),
+        pytest.param(MODEL, MESHES, marks=pytest.mark.slow),
+        pytest.param(MIXTURE, EXPERTS, marks=pytest.mark.slow),
+    ],
+    ids=["modern", "mixture", "plain-all", "mixture-all"],
 )
-def test_gradients_of_every_layout_are_those_of_the_model_alone(model: dict[str, Any], meshes: list[str]) -> None:
-    request = {"model": model, "meshes": {name: MESHES[name] for name in meshes}}
+def test_gradients_of_every_layout_are_those_of_the_model_alone(model: dict[str, Any], meshes: dict[str, Any]) -> None:
+    request = {"model": model, "meshes": meshes}
     script = Path(__file__).with_name("layout_gradients.py")
     done = subprocess.run([sys.executable, script, json.dumps(request)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -26,6 +26,14 @@ MODEL: dict[str, Any] = {
     "n_heads": 8,
     "embed_dim": 64,
 }
+MIXTURE: dict[str, Any] = MODEL | {
+    "activation": "silu",
+    "gated_mlp": True,
+    "bias": False,
+    "n_experts": 8,
+    "experts_per_token": 2,
+    "expert_dim": 32,
+}
 MESHES: dict[str, Any] = {
     "one": None,
     "data": {"data": 8},
@@ -33,6 +41,12 @@ MESHES: dict[str, Any] = {
     "tensor": {"data": 1, "tensor": 8},
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
     "stages": {"data": 1, "fsdp": 4, "tensor": 2, "fsdp_inner": 2},
+}
+EXPERTS: dict[str, Any] = {
+    "expert": {"data": 1, "expert": 8},
+    "expert x fsdp": {"data": 1, "fsdp": 2, "expert": 4},
+    "data x expert x tensor": {"data": 2, "expert": 2, "tensor": 2},
+    "fsdp x expert x tensor": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
 }
 MIXTURE = {
     "activation": "silu",
@@ -55,7 +69,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {
 def case(
     model: dict[str, Any], meshes: list[str], adapter: dict[str, Any] | None = None, **train: Any
 ) -> dict[str, Any]:
-    chosen = {name: MESHES[name] for name in ("one", *meshes)}
+    chosen = {name: (MESHES | EXPERTS)[name] for name in ("one", *meshes)}
     return {"model": MODEL | model, "meshes": chosen, "train": train, "adapter": adapter or {}}
 
 
@@ -79,6 +93,15 @@ def test_accumulation_and_dropout_do_not_depend_on_the_mesh() -> None:
     train = {"dtype": "float64", "accumulation": 2, "balance_loss": 0.3, "router_z_loss": 0.02}
     found = losses(dropout=case(WINDOW | MIXTURE | {"dropout": 0.1}, ["all"], **train))
     assert_same_losses(found["dropout"], 1e-10)
+
+
+@pytest.mark.slow
+def test_a_mixture_learns_alike_wherever_its_experts_are() -> None:
+    """Twenty steps, with all that could depend on who has which rows."""
+    model = MIXTURE | WINDOW | {"n_heads": 4, "embed_dim": 16, "norm": "rms", "dropout": 0.1}
+    found = losses(moe=case(model, list(EXPERTS), dtype="float64", accumulation=2, steps=20, balance_loss=0.1))
+    assert_same_losses(found["moe"], 1e-10)
+    assert found["moe"]["expert"]["share"] < 0.5  # experts are shared out, the rest of so small a model is not
 
 
 @pytest.mark.slow
@@ -116,10 +139,14 @@ def sizes(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> Abs
         ("blocks.attention.output.kernel", sizes(fsdp=2, tensor=2), P(None, "tensor", None, "fsdp")),
         ("blocks.mlp.up.bias", sizes(fsdp=2, tensor=2), P(None, ("tensor", "fsdp"))),
         ("blocks.mlp_norm.scale", sizes(fsdp=8), P(None, "fsdp")),
+        ("blocks.moe.gate.kernel", sizes(fsdp=2, expert=4, tensor=2), P(None, "expert", "fsdp", "tensor")),
+        ("blocks.moe.down.kernel", sizes(fsdp=2, expert=4, tensor=2), P(None, "expert", "tensor", "fsdp")),
+        ("blocks.moe.router.kernel", sizes(fsdp=2, expert=4, tensor=2), P(None, "fsdp", None)),
     ],
 )
 def test_rules_read_axis_names(name: str, mesh: AbstractMesh, expected: P) -> None:
-    table = parameter_table(ModelConfig(**MODEL | {"n_kv_heads": 4}))
+    model = MIXTURE if ".moe." in name else MODEL
+    table = parameter_table(ModelConfig(**model | {"n_kv_heads": 4}))
     assert partition(table[name], mesh) == expected
 
 
@@ -135,6 +162,10 @@ def config(**sections: Any) -> RunConfig:
         ({"model": MODEL | {"pad_vocab_size_multiple": 1}}, sizes(tensor=2), "pad_vocab_size_multiple"),
         ({"model": MODEL | {"n_heads": 24, "n_kv_heads": 12, "head_dim": 8}}, sizes(tensor=8), "n_kv_heads = 12"),
         ({}, sizes(fsdp=3), "embed_dim = 64"),
+        ({"model": MIXTURE}, sizes(expert=3), "expert = 3 does not divide model.n_experts = 8"),
+        ({"model": MIXTURE | {"expert_dim": 36}}, sizes(tensor=8), "tensor = 8 does not divide model.expert_dim = 36"),
+        ({}, sizes(expert=2), "expert = 2 is for mixtures, and model.n_experts = 0: leave it at 1"),
+        ({"model": MIXTURE}, sizes(data=2, expert=8), "data x fsdp x expert = 16 devices do not divide the 8 rows"),
         ({"train": {"batch_size": 8, "accumulation": 2}}, sizes(data=8), "4 rows of a micro-batch"),
     ],
 )

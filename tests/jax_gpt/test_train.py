@@ -151,3 +151,22 @@ def test_two_processes_train_as_one_through_a_kill_and_damage(config: Path, tmp_
         shutil.rmtree(two / "checkpoints" / str(step))
     pod(1, 1, [*common, "--out", str(two)])
     assert_as_one()
+
+
+@pytest.mark.slow
+def test_two_processes_share_experts_and_other_meshes_go_on(config: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    model = {"n_experts": 8, "experts_per_token": 2, "expert_dim": 24, "gated_mlp": True, "bias": False}
+    small = {"batch_size": 8, "context_length": 8, "evaluation_batches": 1, "checkpoint_every": 4, "dtype": "float64"}
+    flags = [f"--model.{name}={json.dumps(value)}" for name, value in model.items()]
+    common = ["train", "--config", str(config), *flags, *(f"--train.{name}={value}" for name, value in small.items())]
+    pod(1, 1, [*common, "--out", str(one)])
+    expected = losses(one)
+    assert list(expected) == list(range(1, 13))
+    # Tokens travel between the processes, then within each; then all experts are in one place again.
+    meshes = ({"data": 1, "expert": 4, "tensor": 2}, {"data": 1, "fsdp": 2, "expert": 4}, {"data": 1})
+    for processes, devices, mesh in zip((2, 2, 1), (4, 4, 1), meshes, strict=True):
+        pod(processes, devices, [*common, "--out", str(two), "--jax.mesh", json.dumps(mesh)])
+        assert list(losses(two)) == list(expected)
+        np.testing.assert_allclose(list(losses(two).values()), list(expected.values()), rtol=1e-10, atol=0)
+        shutil.rmtree(two / "checkpoints/12")

@@ -129,6 +129,7 @@ def test_convolutions_count_the_pairs_that_meet(
 
 GROUPS = "replica_groups={{0,1,2,3},{4,5,6,7}}"
 KB = 4 * 256
+RAGGED_KIND = "ragged-all-to-all"
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,13 @@ KB = 4 * 256
         (f"%g = f32[64]{{0}} reduce-scatter(%x), {GROUPS}, dimensions={{0}}", "reduce-scatter", KB * 3 / 4),
         (f"%g = f32[256]{{0}} all-reduce(%x), {GROUPS}, to_apply=%add", "all-reduce", 2 * KB * 3 / 4),
         (f"%g = f32[256]{{0}} all-to-all(%x), {GROUPS}", "all-to-all", KB * 3 / 4),
+        # Where it arrives there is room for the worst case; sent is what there is, if all devices get as much.
+        (
+            f"%g = f32[2048]{{0}} ragged-all-to-all(%x, %room, %i, %i, %i, %i), {GROUPS}",
+            "ragged-all-to-all",
+            KB * 3 / 4,
+        ),
+        (f"%g = f32[256]{{0}} ragged-all-to-all(%room, %x, %i, %i, %i, %i), {GROUPS}", "ragged-all-to-all", KB * 3 / 4),
         ("%g = f32[256]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}", "collective-permute", KB),
         (
             f"%g = (f32[256]{{0}}, f32[256]{{0}}) all-reduce(%x, %x), {GROUPS}, to_apply=%add",
@@ -148,7 +156,8 @@ KB = 4 * 256
     ],
 )
 def test_what_a_device_sends_is_that_of_a_ring(line: str, kind: str, sent: float) -> None:
-    program = entry(f"  %x = f32[256]{{0}} parameter(0)\n  ROOT {line}")
+    inputs = ("%x = f32[256]{0} parameter(0)", "%room = f32[2048]{0} parameter(1)", "%i = s32[4]{0} parameter(2)")
+    program = entry("\n".join(f"  {line}" for line in (*inputs, f"ROOT {line}")))
     (found,) = program.collectives()
     assert (found.kind, found.wire_bytes, found.times) == (kind, sent, 1)
     assert found.hidden == ("start" in line)
@@ -217,6 +226,46 @@ def test_one_gather_in_three_parts_counts_once_and_a_cut_sum_is_a_reduce_scatter
     )
     found = [(one.kind, one.wire_bytes, one.hidden) for one in program.collectives()]
     assert found == [("all-gather", 4 * KB * 3 / 4, True), ("reduce-scatter", KB * 3 / 4, False)]
+
+
+def test_a_collective_in_a_computation_that_is_started_is_hidden() -> None:
+    program = entry(
+        "  %x = f32[256]{0} parameter(0)\n"
+        "  %s = ((f32[256]{0}), f32[256]{0}) async-start(%x), calls=%wrapped\n"
+        "  ROOT %d = f32[256]{0} async-done(%s)",
+        "%wrapped (x.1: f32[256]) -> f32[256] {\n  %x.1 = f32[256]{0} parameter(0)\n"
+        f"  ROOT %g = f32[256]{{0}} all-to-all(%x.1), {GROUPS}\n}}\n",
+    )
+    assert [one.hidden for one in program.collectives()] == [True]
+
+
+# Of 40 rows in 4 groups, [40, 6] with [4, 6, 7]: as a window of groups, of which the compiler computes one a row ...
+RAGGED = (
+    "  %l = bf16[40,6]{1,0} parameter(0)\n  %r = bf16[4,6,7]{2,1,0} parameter(1)\n"
+    "  %p = bf16[4,40,6]{2,1,0} broadcast(%l), dimensions={1,2}\n"
+    "  ROOT %c = bf16[4,40,7]{2,1,0} convolution(%p, %r), window={size=4 stride=3 lhs_dilate=4}, "
+    'dim_labels=0bf_0io->0bf, metadata={op_name="jit(step)/ragged_dot_general"}, '
+    'backend_config={"estimated_cycles":"9223372036854775807"}'
+)
+# ... or as a kernel, beside which another one counts; and the gradient of its second factor.
+RAGGED_KERNELS = (
+    "  %s = s32[4]{0} parameter(0)\n  %l = bf16[40,6]{1,0} parameter(1)\n  %r = bf16[4,6,7]{2,1,0} parameter(2)\n"
+    "  %o = bf16[40,7]{1,0} parameter(3)\n"
+    '  %m = s32[4]{0} custom-call(%s), custom_call_target="tpu_custom_call", metadata={op_name="ragged-dot-metadata"}\n'
+    '  %k = bf16[40,7]{1,0} custom-call(%m, %l, %r), custom_call_target="tpu_custom_call", '
+    'metadata={op_name="jit(step)/ragged_dot_general/ragged-dot-none"}\n'
+    '  ROOT %g = bf16[4,6,7]{2,1,0} custom-call(%m, %l, %o), custom_call_target="tpu_custom_call", '
+    'metadata={op_name="jit(step)/ragged_dot_general/ragged-dot-none"}'
+)
+
+
+@pytest.mark.parametrize(("body", "products"), [(RAGGED, 1), (RAGGED_KERNELS, 2)])
+def test_products_of_groups_are_counted_apart_with_one_group_a_row(body: str, products: int) -> None:
+    program = entry(body)
+    assert program.ragged_flops() == products * 2 * 40 * 6 * 7
+    assert program.matmul_flops() == 0
+    assert program.kernels() == []
+    assert program.cycles() == 0
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_pairs_are_those_of_blocks_with_a_visible_pair(time: int, window: int | 
     assert theory.visible_pairs(time, window, block) == blocks.sum() * block * block
 
 
-def sizes(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Any:
+def sizes(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> Any:
     return AbstractMesh((data, fsdp, expert, tensor), ("data", "fsdp", "expert", "tensor"))
 
 
@@ -158,7 +158,7 @@ def test_least_traffic_by_hand() -> None:
     blocks = 3 * (512 * 512 * 2 + 2 * 512 * 128 + 2 * 512 * 2048)
     norms, last_norm, embedding = 3 * 4 * 512, 2 * 512, 1024 * 512
     whole = 2 * (3 * (2 * blocks + 4 * norms) + 2 * (2 * embedding + 4 * last_norm))  # two micro-batches
-    nothing = {"data": 0, "dcn": 0, "fsdp": 0, "tensor": 0}
+    nothing = {"data": 0, "dcn": 0, "fsdp": 0, "expert": 0, "tensor": 0}
     assert theory.minimum_wire_bytes(run, sizes(fsdp=4)) == nothing | {"fsdp": whole * 3 / 4}
     copied = 2 * 4 * (blocks + norms + last_norm + embedding)
     assert theory.minimum_wire_bytes(run, sizes(data=2)) == nothing | {"data": copied / 2}
@@ -168,6 +168,52 @@ def test_least_traffic_by_hand() -> None:
         "data": copied * 3 / 4,
         "dcn": copied / 4 / 2,
     }
+
+
+MIXTURE = MODEL | {
+    "mlp_dim": None,
+    "activation": "silu",
+    "gated_mlp": True,
+    "n_experts": 8,
+    "experts_per_token": 2,
+    "expert_dim": 768,
+}
+
+
+@pytest.mark.parametrize(("remat", "passes"), [("none", 3), ("dots", 4), ("full", 4)])
+def test_products_of_experts_by_hand(remat: str, passes: int) -> None:
+    tokens, of_expert = 16 * 256 / 8, 3 * 512 * 768
+    mesh = sizes(fsdp=2, expert=4, tensor=2)
+    run = config(model=MIXTURE, jax={"remat": remat})
+    assert theory.grouped_flops(run, mesh) == passes * 3 * 2 * tokens * 2 * of_expert / 2
+    # Micro-batches find the load of the step in a forward pass of its own, unless nothing is made of it.
+    parts = {"accumulation": 2}
+    each = theory.grouped_flops(run, mesh) / passes
+    assert theory.grouped_flops(config(model=MIXTURE, jax={"remat": remat}, train=parts), mesh) == (passes + 1) * each
+    spared = config(model=MIXTURE, jax={"remat": remat}, train=parts | {"balance_loss": 0.0})
+    assert theory.grouped_flops(spared, mesh) == passes * each
+    assert theory.grouped_share(run, mesh) == 2 / (4 * 2)  # of a row for each token and expert here
+    assert theory.grouped_share(run, sizes(expert=8)) == 2 / 8
+
+
+def test_beside_its_experts_a_mixture_multiplies_its_router() -> None:
+    tokens, attention = 16 * 256 / 4, 512 * 512 * 2 + 2 * 512 * 128
+    expected = 2 * tokens * (3 * 4 * (attention + 512 * 8) + 3 * 1024 * 512)
+    assert theory.matmul_flops(config(model=MIXTURE), sizes(expert=4)) == expected
+    assert theory.matmul_flops(config(model=MIXTURE), sizes(fsdp=2, expert=2)) == expected
+
+
+def test_least_traffic_of_experts_by_hand() -> None:
+    run = config(model=MIXTURE)
+    experts, attention = 3 * 8 * 3 * 512 * 768, 3 * (512 * 512 * 2 + 2 * 512 * 128)
+    router, others = 3 * 512 * 8, 1024 * 512 + 3 * 4 * 512 + 2 * 512
+    rows = 3 * 16 * 256 / 8 * 2 * 512 * 2  # of all layers, in bfloat16
+    found = theory.minimum_wire_bytes(run, sizes(fsdp=2, expert=4))
+    # There and back: forward, again, and their gradients. Gradients of all but experts are summed as they are stored.
+    assert found["expert"] == 6 * rows * 3 / 4 + 2 * 4 * (attention + router + others) / 2 * 3 / 4
+    blocks, stored = 3 * 2 * (attention + experts / 4), 3 * 4 * (router + 3 * 4 * 512)
+    assert found["fsdp"] == (blocks + stored + 2 * (2 * 1024 * 512 + 4 * 2 * 512)) / 2
+    assert found["tensor"] == found["data"] == found["dcn"] == 0
 
 
 def test_kernels_by_hand() -> None:
@@ -340,6 +386,30 @@ def test_a_step_is_compiled_for_slices_and_its_costs_are_read(
     low, high = found["predicted_step_seconds"]
     assert 0 < low <= high
     assert 0 < found["mfu"][0] <= found["mfu"][1] < 1
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "kind"), [("v5p:2x2x2", "ragged-all-to-all"), ("v5e:2x4", "all-to-all")])
+def test_a_mixture_multiplies_and_sends_what_it_must(topology: str, kind: str, tmp_path: Path) -> None:
+    model = SMALL | {name: MIXTURE[name] for name in ("activation", "gated_mlp", "n_experts", "experts_per_token")}
+    sections = {
+        "model": model | {"expert_dim": 384, "n_experts": 8},
+        "train": {"batch_size": 16, "dtype": "bfloat16"},
+        "jax": {"mesh": {"data": 1, "expert": 8}, "remat": "full"},
+    }
+    done = plan(tmp_path, topology, sections)
+    text, code = done.stdout.rsplit("\n", 2)[:2]
+    assert code == "0", done.stderr[-2000:]
+    found = json.loads(text)
+    experts = 2 * 8 * 3 * 256 * 384  # of both layers
+    assert found["parameters"] - found["active_parameters"] == experts * 6 / 8
+    flops, wire = found["flops"], found["wire_bytes"]
+    assert flops["grouped"] == pytest.approx(flops["grouped_theory"], rel=0.01)
+    assert flops["matmul"] == pytest.approx(flops["theory"], rel=0.01)
+    assert flops["hardware"] == flops["matmul"] + flops["grouped"] + flops["kernels"]
+    assert wire["by_kind"][kind] > 0
+    assert 0.99 <= wire["by_axis"]["expert"] / wire["minimum_by_axis"]["expert"] <= 1.1
 
 
 WITH_EFFORTS = """
