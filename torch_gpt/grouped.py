@@ -53,10 +53,51 @@ def _multiply(sizes: torch.Tensor) -> Multiply:
     def multiply(rows: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
         if _joint(rows, kernels):
             return F.grouped_mm(rows, kernels.transpose(1, 2), offs=sizes.cumsum(0, dtype=torch.int32))
-        parts = zip(rows.split(sizes.tolist()), kernels.unbind(), strict=True)
-        return torch.cat([linear(part, kernel) for part, kernel in parts])
+        if torch.compiler.is_compiling():
+            product: torch.Tensor = _opaque(rows, kernels, sizes)
+            return product
+        return _apart(rows, kernels, sizes)
 
     return multiply
+
+
+def _apart(rows: torch.Tensor, kernels: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """One group after the other."""
+    parts = zip(rows.split(sizes.tolist()), kernels.unbind(), strict=True)
+    return torch.cat([linear(part, kernel) for part, kernel in parts])
+
+
+def _apart_kernels(rows: torch.Tensor, gradient: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """The gradient of its kernels."""
+    parts = zip(rows.split(sizes.tolist()), gradient.split(sizes.tolist()), strict=True)
+    return torch.stack([linear(of_outputs.T, part.T) for part, of_outputs in parts])
+
+
+# The same as operators of their own: a compiler cannot make sums of rows whose numbers it does not know.
+_opaque = torch.library.custom_op("twingpt::grouped", _apart, mutates_args=())
+_opaque_kernels = torch.library.custom_op("twingpt::grouped_kernels", _apart_kernels, mutates_args=())
+
+
+@_opaque.register_fake
+def _(rows: torch.Tensor, kernels: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(len(rows), kernels.shape[1])
+
+
+@_opaque_kernels.register_fake
+def _(rows: torch.Tensor, gradient: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(len(sizes), gradient.shape[1], rows.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    rows, kernels, sizes = ctx.saved_tensors
+    return _opaque(cotangent, kernels.transpose(1, 2), sizes), _opaque_kernels(rows, cotangent, sizes), None
+
+
+_opaque.register_autograd(_gradients, setup_context=_keep)
 
 
 class _Permuted(torch.autograd.Function):

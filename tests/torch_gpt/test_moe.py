@@ -13,7 +13,7 @@ from gpt_core.errors import InputError
 from gpt_core.precision import Precision
 from torch_gpt import decode
 from torch_gpt.decode import feed_forward, prepare
-from torch_gpt.grouped import _joint
+from torch_gpt.grouped import _joint, _opaque
 from torch_gpt.layers import activate
 from torch_gpt.model import GPT, initialiser
 from torch_gpt.moe import Implementation, Kernels, experts_of, pick, route
@@ -90,6 +90,20 @@ def test_the_grouped_product_of_gpus_is_the_same(traffic: str, monkeypatch: pyte
     expected, computed = numpy_experts.outputs(given), found(given, "grouped", "float32")
     for name, array in expected.items():
         assert relative_error(computed[name], array) <= FP32_BOUND, name
+
+
+@pytest.mark.parametrize("traffic", ["drawn", "starved"])
+def test_what_a_compiler_leaves_alone_is_the_same(traffic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    given = numpy_experts.inputs(30, 12, 20, 8, 2, traffic)
+    expected, computed = numpy_experts.outputs(given), found(given, "grouped", "float64")
+    for name, array in expected.items():
+        assert relative_error(computed[name], array) <= 1e-13, name
+
+
+def test_a_compiler_is_told_the_shapes_and_the_gradient_of_groups() -> None:
+    rows, kernels = torch.randn(5, 4, requires_grad=True), torch.randn(3, 6, 4, requires_grad=True)
+    torch.library.opcheck(_opaque, (rows, kernels, torch.tensor([2, 0, 3])))
 
 
 def test_rows_of_no_whole_units_are_not_for_the_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
