@@ -321,7 +321,8 @@ def _modules_of(path: Path, names: Iterable[str], model: ModelConfig, format_nam
         if not missing:
             return modules
         unknown = unknown or f"{missing[0]} is no linear layer of a block of {architecture.format}"
-    raise InputError(f"{path}: {unknown}, the base's architecture; embeddings and head have no adapters here")
+    beyond = "embeddings and head have no adapters here, nor have routers and experts"
+    raise InputError(f"{path}: {unknown}, the base's architecture; {beyond}")
 
 
 def _modules(architecture: Architecture, model: ModelConfig) -> dict[str, Module]:
