@@ -7,7 +7,7 @@ import numpy as np
 
 from parity.checks import CheckResult
 from parity.comparison.measures import Array
-from parity.comparison.routing import Flip, flips, least_margin, routed_blocks, touched_by, unexplained
+from parity.comparison.routing import Flip, flips, least_margin_of_sets, routed_blocks, touched_by, unexplained
 from parity.comparison.tolerances import tolerance
 
 Sites = Mapping[str, Array]
@@ -42,7 +42,7 @@ def check_routing(variant: str, dtype: str, sites: Mapping[str, Sites], origin: 
         "flips": len(found),
         "flip_rate": len(found) / decisions,
         "first_flip": str(found[0]) if found else "",
-        "least_margin": least_margin(b),
+        "least_margin": least_margin_of_sets(b),
         "tokens_compared": int((~touched).sum()),
     }
     reason = told(wrong, decisions) if wrong else ""

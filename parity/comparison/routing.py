@@ -110,8 +110,14 @@ def least_margin(sites: Mapping[str, Array]) -> float:
     for block in routed_blocks(sites):
         scores = np.sort(sites[f"blocks.{block}.moe.scores"], axis=-1)[..., ::-1]
         chosen = sites[f"blocks.{block}{_CHOSEN}"].shape[-1]
-        gaps.append(float(-np.diff(scores[..., : chosen + 1], axis=-1).max(initial=-np.inf)))
+        before, behind = scores[..., :chosen], scores[..., 1 : chosen + 1]
+        gaps.append(float((before[..., : behind.shape[-1]] - behind).min(initial=np.inf)))
     return min(gaps)
+
+
+def least_margin_of_sets(sites: Mapping[str, Array]) -> float:
+    """The least gap between a score that was chosen and one that was not; infinite where every expert is chosen."""
+    return min(float(_margin(*_routing(sites, block)).min()) for block in routed_blocks(sites))
 
 
 def touched_by(found: Sequence[Flip], site: str, n_layers: int, shape: tuple[int, ...]) -> Array:

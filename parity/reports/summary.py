@@ -134,9 +134,10 @@ def routing_lines(cases: Iterable[Case]) -> list[str]:
         flips, decisions = (sum(case[name] for case in ours) for name in ("flips", "decisions"))
         text = f"choices of experts, {dtype}: {flips} of {decisions} differ ({flips / decisions:.1%})"
         first = next((case for case in ours if case["first_flip"]), None)
-        if first is None:
-            text += f", by margins of {min(number(case['least_margin']) for case in ours):.0e} at least"
-        else:
+        margin = min(number(case["least_margin"]) for case in ours)
+        if first is None and margin < math.inf:  # where every expert is chosen there is none
+            text += f", by margins of {margin:.0e} at least"
+        elif first is not None:
             text += f"; first in {first['variant']}: {first['first_flip']}"
         lines.append(text)
     return lines

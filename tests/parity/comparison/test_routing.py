@@ -7,7 +7,7 @@ import pytest
 
 from gpt_core.errors import InputError
 from parity.checks.routing import check_routing
-from parity.comparison.routing import Flip, Settled, flips, least_margin, unexplained
+from parity.comparison.routing import Flip, Settled, flips, least_margin, least_margin_of_sets, unexplained
 
 BATCH, TIME, EXPERTS, LAYERS = 2, 5, 4, 3
 SHAPE = (BATCH, TIME)
@@ -163,6 +163,7 @@ def test_the_margin_of_a_model_is_the_least_gap_that_decides():
     scores[2, 1, 1, 3] = 2.125  # the order of the chosen
     scores[0, 0, 0, 0] = 1 - 1e-9  # between two that are not chosen
     assert least_margin(routed(scores)) == 0.125
+    assert least_margin_of_sets(routed(scores)) == 0.25, "sets have no order"
     scores[2, 1, 1, 3] = 3
     assert least_margin(routed(scores)) == 0.25
 

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import os
 import re
 import shutil
@@ -468,7 +469,10 @@ class TestTerminal:
             CheckResult(name, "bfloat16", "routing", 0.0, 1e-9, True, measures=routing(100, found, first))
             for name, found, first in rows
         ] + [CheckResult("one", "float64", "routing", 0.0, 1e-9, True, measures=routing(100, 0, ""))]
+        of_all = routing(50, 0, "") | {"least_margin": math.inf}
+        results.append(CheckResult("one", "float32", "routing", 0.0, 1e-9, True, measures=of_all))
         text = self.printed(results, [])
+        assert "choices of experts, float32: 0 of 50 differ (0.0%)\n" in text
         assert "choices of experts, float64: 0 of 100 differ (0.0%), by margins of 2e-03 at least\n" in text
         told = f"hoices of experts, bfloat16: 4 of 300 differ (1.3%); first in two: {flip}"
         assert f"c{told}\n" in text
