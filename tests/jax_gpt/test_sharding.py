@@ -26,14 +26,6 @@ MODEL: dict[str, Any] = {
     "n_heads": 8,
     "embed_dim": 64,
 }
-MIXTURE: dict[str, Any] = MODEL | {
-    "activation": "silu",
-    "gated_mlp": True,
-    "bias": False,
-    "n_experts": 8,
-    "experts_per_token": 2,
-    "expert_dim": 32,
-}
 MESHES: dict[str, Any] = {
     "one": None,
     "data": {"data": 8},
@@ -48,13 +40,13 @@ EXPERTS: dict[str, Any] = {
     "data x expert x tensor": {"data": 2, "expert": 2, "tensor": 2},
     "fsdp x expert x tensor": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
 }
-MIXTURE = {
+MIXTURE: dict[str, Any] = {
     "activation": "silu",
     "gated_mlp": True,
     "bias": False,
-    "n_experts": 4,
+    "n_experts": 8,
     "experts_per_token": 2,
-    "expert_dim": 48,
+    "expert_dim": 32,
 }
 WINDOW = {"n_kv_heads": 2, "position": "rope", "sliding_window": 5}
 # Every mesh with one variant, and each other variant with the mesh that treats its own weights in another way.
@@ -145,7 +137,7 @@ def sizes(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> Abs
     ],
 )
 def test_rules_read_axis_names(name: str, mesh: AbstractMesh, expected: P) -> None:
-    model = MIXTURE if ".moe." in name else MODEL
+    model = MODEL | (MIXTURE if ".moe." in name else {})
     table = parameter_table(ModelConfig(**model | {"n_kv_heads": 4}))
     assert partition(table[name], mesh) == expected
 
@@ -162,10 +154,18 @@ def config(**sections: Any) -> RunConfig:
         ({"model": MODEL | {"pad_vocab_size_multiple": 1}}, sizes(tensor=2), "pad_vocab_size_multiple"),
         ({"model": MODEL | {"n_heads": 24, "n_kv_heads": 12, "head_dim": 8}}, sizes(tensor=8), "n_kv_heads = 12"),
         ({}, sizes(fsdp=3), "embed_dim = 64"),
-        ({"model": MIXTURE}, sizes(expert=3), "expert = 3 does not divide model.n_experts = 8"),
-        ({"model": MIXTURE | {"expert_dim": 36}}, sizes(tensor=8), "tensor = 8 does not divide model.expert_dim = 36"),
+        ({"model": MODEL | MIXTURE}, sizes(expert=3), "expert = 3 does not divide model.n_experts = 8"),
+        (
+            {"model": MODEL | MIXTURE | {"expert_dim": 36}},
+            sizes(tensor=8),
+            "tensor = 8 does not divide model.expert_dim = 36",
+        ),
         ({}, sizes(expert=2), "expert = 2 is for mixtures, and model.n_experts = 0: leave it at 1"),
-        ({"model": MIXTURE}, sizes(data=2, expert=8), "data x fsdp x expert = 16 devices do not divide the 8 rows"),
+        (
+            {"model": MODEL | MIXTURE},
+            sizes(data=2, expert=8),
+            "data x fsdp x expert = 16 devices do not divide the 8",
+        ),
         ({"train": {"batch_size": 8, "accumulation": 2}}, sizes(data=8), "4 rows of a micro-batch"),
     ],
 )
