@@ -1,6 +1,6 @@
 """Products of rows with the kernel of each row's own group, as a mixture of experts has them.
 
-Rows lie sorted by their group. On a CPU and in float64 one group is multiplied after the other; elsewhere PyTorch's
+Rows lie sorted by their group. On a CPU and in float64 one group is multiplied after the other; on a GPU PyTorch's
 grouped product takes them all, where rows are whole units of 16 bytes. Compiled, it takes bfloat16 alone.
 """
 
@@ -44,7 +44,7 @@ def grouped(
 
 def _joint(x: torch.Tensor, kernels: torch.Tensor) -> bool:
     """Whether PyTorch's grouped product takes them."""
-    here = x.dtype == torch.bfloat16 if torch.compiler.is_compiling() else x.device.type != "cpu"
+    here = x.device.type != "cpu" and (x.dtype == torch.bfloat16 or not torch.compiler.is_compiling())
     aligned = not any(size * kernels.itemsize % 16 for size in kernels.shape[1:])
     return here and aligned and x.dtype != torch.float64
 

@@ -106,11 +106,16 @@ def test_a_compiler_is_told_the_shapes_and_the_gradient_of_groups() -> None:
     torch.library.opcheck(_opaque, (rows, kernels, torch.tensor([2, 0, 3])))
 
 
-def test_rows_of_no_whole_units_are_not_for_the_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_no_whole_units_are_not_for_the_grouped_product() -> None:
     """It refuses them: 2 bytes a number, units of 16."""
-    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    rows = torch.zeros(4, 24, dtype=torch.bfloat16)
-    assert [_joint(rows, torch.zeros(2, width, 24, dtype=torch.bfloat16)) for width in (32, 36)] == [True, False]
+
+    def joint(width: int, device: str) -> bool:
+        rows, kernels = (
+            torch.zeros(*shape, dtype=torch.bfloat16, device=device) for shape in ((4, 24), (2, width, 24))
+        )
+        return _joint(rows, kernels)
+
+    assert [joint(32, "meta"), joint(36, "meta"), joint(32, "cpu")] == [True, False, False]
 
 
 @pytest.mark.parametrize("normalise", [True, False])
