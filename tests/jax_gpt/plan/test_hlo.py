@@ -2,7 +2,8 @@
 
 import pytest
 
-from jax_gpt.plan.hlo import Program, replica_groups
+from jax_gpt.plan.hlo import Program
+from jax_gpt.plan.hlo_text import replica_groups
 
 # A product of [8, 16] and [16, 4] in a fusion, in a loop of 5, in a loop of 3, and once outside.
 LOOPS = """HloModule loops, is_scheduled=true

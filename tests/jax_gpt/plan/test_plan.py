@@ -20,7 +20,8 @@ from jax_gpt.cli import main
 from jax_gpt.plan import plan as planning
 from jax_gpt.plan import theory
 from jax_gpt.plan.compiled import Compiled, lowered_step
-from jax_gpt.plan.hlo import Collective, Kernel, Shape
+from jax_gpt.plan.hlo import Collective, Kernel
+from jax_gpt.plan.hlo_text import Shape
 from jax_gpt.plan.plan import Plan
 from jax_gpt.plan.prediction import Traffic, step_seconds, traffic
 from jax_gpt.plan.topology import CHIPS, GIB, Topology, parse_topology
