@@ -69,6 +69,20 @@ def test_fp64_is_the_sum_over_experts_forward_and_backward(
     assert not computed["up"][~served].any(), "an expert without tokens has no gradient"
 
 
+@EVERY
+def test_a_row_that_no_expert_here_has_costs_nothing_and_learns_nothing(
+    implementation: Implementation, x64: None
+) -> None:
+    """Where tokens arrive from other devices there is room for more than come: theirs is the expert after the last."""
+    given = numpy_experts.inputs(300, 12, 20, 8, 2, "drawn")
+    nobodys = np.random.default_rng(0).random(given.chosen.shape) < 0.7
+    expected = numpy_experts.outputs(given._replace(weights=np.where(nobodys, 0, given.weights)))
+    computed = found(given._replace(chosen=np.where(nobodys, 8, given.chosen)), implementation, "float64")
+    for name in ("mixed", "x", "gate", "up", "down"):
+        assert relative_error(computed[name], expected[name]) <= 1e-13, name
+    assert not computed["weights"][nobodys].any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("traffic", ["drawn", "starved", "one"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
