@@ -78,7 +78,7 @@ def test_a_section_that_is_left_out_or_empty_has_its_defaults(tmp_path: Path) ->
     [
         ({"trian": {"steps": 5}}, "unknown section 'trian'; known are: model, data, optimizer, train"),
         ({"train": {"step": 5}}, "train: unknown train field 'step'; known are: steps, batch_size"),
-        ({"jax": {"mesh": {"pipeline": 2}}}, "unknown mesh field 'pipeline'; known are: data, fsdp, tensor"),
+        ({"jax": {"mesh": {"pipeline": 2}}}, "unknown mesh field 'pipeline'; known are: data, fsdp, expert, tensor"),
         ({"jax": {"mesh": 8}}, "mesh: expected a mapping of mesh fields, found int"),
         ({"data": None}, "data: is empty; give it a field"),
         ({"train": 0}, "train: expected a mapping of train fields, found int"),
@@ -163,7 +163,7 @@ def test_the_smallest_allowed_values_are_allowed() -> None:
 
 
 def test_only_one_axis_of_the_mesh_can_take_the_rest() -> None:
-    with pytest.raises(InputError, match="only one of data, fsdp and tensor can be -1"):
+    with pytest.raises(InputError, match="only one of data, fsdp, expert and tensor can be -1"):
         MeshConfig(data=-1, fsdp=-1)
 
 
