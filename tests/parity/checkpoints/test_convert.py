@@ -415,8 +415,8 @@ class TestBadSource:
 
     def test_an_unknown_field_of_the_model(self, tiny, write_checkpoint):
         folder = write_checkpoint("torch", tiny)
-        self.edit_model(folder, n_experts=8)
-        self.refused(folder, "unknown model field 'n_experts'; known are: vocab_size")
+        self.edit_model(folder, attention_sinks=8)
+        self.refused(folder, "unknown model field 'attention_sinks'; known are: vocab_size")
 
     def test_an_impossible_model(self, tiny, write_checkpoint):
         folder = write_checkpoint("torch", tiny)
