@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 
-from torch_gpt.products import linear
+from torch_gpt.products import emulated, linear
 
 Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -53,27 +53,40 @@ def _multiply(sizes: torch.Tensor) -> Multiply:
     def multiply(rows: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
         if _joint(rows, kernels):
             return F.grouped_mm(rows, kernels.transpose(1, 2), offs=sizes.cumsum(0, dtype=torch.int32))
-        if torch.compiler.is_compiling():
-            product: torch.Tensor = _opaque(rows, kernels, sizes)
-            return product
-        return _apart(rows, kernels, sizes)
+        product: torch.Tensor = _opaque(rows, kernels, sizes)
+        return product
 
     return multiply
 
 
 def _apart(rows: torch.Tensor, kernels: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """One group after the other."""
-    parts = zip(rows.split(sizes.tolist()), kernels.unbind(), strict=True)
-    return torch.cat([linear(part, kernel) for part, kernel in parts])
+    counts = sizes.tolist()
+    outputs = rows.new_empty(len(rows), kernels.shape[1])
+    for own, part, kernel in zip(outputs.split(counts), rows.split(counts), kernels.unbind(), strict=True):
+        _put(own, part, kernel)
+    return outputs
 
 
 def _apart_kernels(rows: torch.Tensor, gradient: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """The gradient of its kernels."""
-    parts = zip(rows.split(sizes.tolist()), gradient.split(sizes.tolist()), strict=True)
-    return torch.stack([linear(of_outputs.T, part.T) for part, of_outputs in parts])
+    counts = sizes.tolist()
+    outputs = rows.new_empty(len(sizes), gradient.shape[1], rows.shape[1])
+    for own, part, of_outputs in zip(outputs.unbind(), rows.split(counts), gradient.split(counts), strict=True):
+        _put(own, of_outputs.T, part.T)
+    return outputs
 
 
-# The same as operators of their own: a compiler cannot make sums of rows whose numbers it does not know.
+def _put(place: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """`linear` of both, where it belongs: what is put together afterwards is written twice."""
+    if emulated(x):
+        place.copy_(linear(x, weight))
+    else:
+        torch.mm(x, weight.T, out=place)
+
+
+# Operators of their own, of which PyTorch keeps no part: a compiler cannot make sums of rows whose numbers it does not
+# know, and gradients of parts would be put together once more.
 _opaque = torch.library.custom_op("twingpt::grouped", _apart, mutates_args=())
 _opaque_kernels = torch.library.custom_op("twingpt::grouped_kernels", _apart_kernels, mutates_args=())
 
