@@ -59,8 +59,8 @@ def _in_blocks(
 ) -> Float[jax.Array, "rows outputs"]:
     """As `jax.lax.ragged_dot`, of groups whose sizes are multiples of `block`."""
 
-    def multiply(index: jax.Array, group: jax.Array, product: jax.Array) -> jax.Array:
-        return _put(product, index, _cut(rows, index, block) @ kernels[group])
+    def multiply(first: jax.Array, group: jax.Array, product: jax.Array) -> jax.Array:
+        return _put(product, first, _cut(rows, first, block) @ kernels[group])
 
     return _over_blocks(block, sizes, multiply, jnp.zeros((len(rows), kernels.shape[2]), rows.dtype))
 
@@ -73,11 +73,11 @@ def _backward(block: int, kept: Any, gradient: jax.Array) -> tuple[jax.Array, ja
     rows, kernels, sizes = kept
     wide = jnp.promote_types(kernels.dtype, jnp.float32)
 
-    def multiply(index: jax.Array, group: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def multiply(first: jax.Array, group: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         of_rows, of_kernels = found
-        part = _cut(gradient, index, block)
-        of_rows = _put(of_rows, index, part @ kernels[group].T)
-        product = jnp.matmul(_cut(rows, index, block).T, part, preferred_element_type=wide)
+        part = _cut(gradient, first, block)
+        of_rows = _put(of_rows, first, part @ kernels[group].T)
+        product = jnp.matmul(_cut(rows, first, block).T, part, preferred_element_type=wide)
         return of_rows, of_kernels.at[group].add(product)
 
     zeros = (jnp.zeros_like(rows), jnp.zeros(kernels.shape, wide))

@@ -24,6 +24,7 @@ from torch_gpt.products import linear
 from torch_gpt.rotary import turn
 from torch_gpt.taps import Kept
 
+_of_experts = experts_of("grouped")
 FEW = 8  # rows of a product, up to which the compiled form sums products
 
 
@@ -273,9 +274,11 @@ def feed_forward(
         return multiply(activate(multiply(x, weights.up, precision), gate, config), weights.down, precision)
     tokens = x.flatten(0, 1)
     chosen, shares = route(F.linear(tokens.to(weights.router.dtype), weights.router), config)
-    compiled = _by_token if len(tokens) <= FEW else _by_group
-    mix = compiled if torch.compiler.is_compiling() else _by_expert
-    return mix(tokens, chosen, shares, weights, config, precision).to(x.dtype).view_as(x)
+    if torch.compiler.is_compiling() and len(tokens) <= FEW:
+        mixed = _by_token(tokens, chosen, shares, weights, config, precision)
+    else:
+        mixed = _of_experts(tokens, chosen, shares, Kernels(*weights[1:]), partial(activate, config=config))
+    return mixed.to(x.dtype).view_as(x)
 
 
 def _by_token(
@@ -297,37 +300,6 @@ def _by_token(
         for row in range(len(tokens))
     ]
     return torch.einsum("tke,tk->te", torch.stack(mixed).to(shares.dtype), shares)
-
-
-def _by_group(
-    tokens: torch.Tensor,
-    chosen: torch.Tensor,
-    shares: torch.Tensor,
-    weights: Mixture,
-    config: ModelConfig,
-    precision: Precision,
-) -> torch.Tensor:
-    """All tokens sorted by their experts, in shapes that no choice changes: a compiler meets them once."""
-    return experts_of("grouped")(tokens, chosen, shares, Kernels(*weights[1:]), partial(activate, config=config))
-
-
-def _by_expert(
-    tokens: torch.Tensor,
-    chosen: torch.Tensor,
-    shares: torch.Tensor,
-    weights: Mixture,
-    config: ModelConfig,
-    precision: Precision,
-) -> torch.Tensor:
-    """One expert after the other, each with its tokens."""
-    total = torch.zeros(tokens.shape, dtype=shares.dtype, device=tokens.device)
-    for expert in chosen.unique().tolist():
-        gate, up, down = (Matrix(bank[expert], None) for bank in weights[1:])
-        rows, places = (chosen == expert).nonzero(as_tuple=True)
-        x = tokens[rows][None]
-        y = multiply(activate(multiply(x, up, precision), multiply(x, gate, precision), config), down, precision)
-        total[rows] += y[0].to(total.dtype) * shares[rows, places, None]
-    return total
 
 
 def _head(x: torch.Tensor, norm: Scale, head: Matrix, config: ModelConfig, precision: Precision) -> torch.Tensor:

@@ -4,7 +4,7 @@ Rows lie sorted by their group. On a CPU and in float64 one group is multiplied 
 grouped product takes them all, where rows are whole units of 16 bytes. Compiled, it takes bfloat16 alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 
 from torch_gpt.products import emulated, linear
+
+_FEW = 8  # rows, for which a kernel in float32 takes longer to write than a product in half precision
 
 Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -60,26 +62,33 @@ def _multiply(sizes: torch.Tensor) -> Multiply:
 
 
 def _apart(rows: torch.Tensor, kernels: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """One group after the other."""
-    counts = sizes.tolist()
+    """One group after the other; nothing is read of the kernel of one that has no rows."""
     outputs = rows.new_empty(len(rows), kernels.shape[1])
-    for own, part, kernel in zip(outputs.split(counts), rows.split(counts), kernels.unbind(), strict=True):
-        _put(own, part, kernel)
+    for group, own in _held(sizes):
+        _put(outputs[own], rows[own], kernels[group])
     return outputs
 
 
 def _apart_kernels(rows: torch.Tensor, gradient: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """The gradient of its kernels."""
-    counts = sizes.tolist()
-    outputs = rows.new_empty(len(sizes), gradient.shape[1], rows.shape[1])
-    for own, part, of_outputs in zip(outputs.unbind(), rows.split(counts), gradient.split(counts), strict=True):
-        _put(own, of_outputs.T, part.T)
+    outputs = rows.new_zeros(len(sizes), gradient.shape[1], rows.shape[1])
+    for group, own in _held(sizes):
+        _put(outputs[group], gradient[own].T, rows[own].T)
     return outputs
+
+
+def _held(sizes: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """The groups that have rows, and which."""
+    end = 0
+    for group, size in enumerate(sizes.tolist()):
+        end += size
+        if size:
+            yield group, slice(end - size, end)
 
 
 def _put(place: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
     """`linear` of both, where it belongs: what is put together afterwards is written twice."""
-    if emulated(x):
+    if emulated(x) and len(x) > _FEW:
         place.copy_(linear(x, weight))
     else:
         torch.mm(x, weight.T, out=place)
