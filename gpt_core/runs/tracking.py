@@ -322,8 +322,9 @@ class _Wandb:
     def log(self, step: int, metrics: Metrics) -> None:
         import wandb
 
-        pictures = {name: value for name, value in shown(metrics).items() if isinstance(value, np.ndarray)}
-        self._run.log(shown(metrics) | {name: wandb.Image(value) for name, value in pictures.items()}, step=step)
+        found = shown(metrics)
+        pictures = {name: wandb.Image(value) for name, value in found.items() if isinstance(value, np.ndarray)}
+        self._run.log(found | pictures, step=step)
 
     def close(self) -> None:
         self._run.finish()
