@@ -70,7 +70,9 @@ def _check_parser() -> ArgumentParser:
         "  parity check runs/jax runs/torch --text book.txt compare two checkpoints on a text",
     )
     check.add_argument("checkpoints", nargs="*", default=[], help="two checkpoint folders, in any known format")
-    check.add_argument("--variant", nargs="+", default=[], metavar="NAME", help="cases of the grid to run")
+    check.add_argument(
+        "--variant", nargs="+", action="extend", default=[], metavar="NAME", help="cases of the grid to run"
+    )
     check.add_argument("--dtype", nargs="+", default=_DTYPES, choices=_DTYPES, help="what to compute in")
     check.add_argument("--out", type=Path | None, default=None, metavar="DIR", help="folder for report.json")
     check.add_argument("--faults", action="store_true", help="only plant faults, each where it must be caught")

@@ -312,7 +312,9 @@ def sweep_parser(program: str) -> ArgumentParser:
     command.add_argument("--out", type=Path, help="folder of the sweep; default: runs/sweeps/NAME_OF_THE_FILE")
     command.add_argument("--trials", type=int, help="how many in all; default: a whole grid, or the file's run_cap")
     command.add_argument("--seed", type=int, default=0, help="of the choice of settings")
-    command.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings that all trials share")
+    command.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings that all trials share"
+    )
     command.add_argument("--json", action="store_true", help="print all trials as JSON")
     return command
 

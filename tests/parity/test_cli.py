@@ -37,6 +37,7 @@ def test_help_lists_the_commands(parity):
         (["check", "--fast"], "--fast"),
         (["check", "--dtype", "float16"], "float16"),
         (["check", "--variant", "rope-gqa"], "unknown variant 'rope-gqa'; known are: learned-mha-full, "),
+        (["check", "--variant", "rope-gqa", "--variant", "rope-mha-full"], "unknown variant 'rope-gqa'; known are: "),
         (["check", "--fault", "gremlin"], "unknown fault 'gremlin'; known are: interleaved-rope, "),
         (
             ["check", "--variant", "rope-gqa-full", "learned-mha-full", "--fault", "window-off-by-one"],

@@ -559,6 +559,7 @@ def test_the_command_fails_with_1_when_all_trials_do(trainer: Trainer) -> None:
     [
         (["--set", "train.steps"], "--set train.steps: expected NAME=VALUE"),
         (["--set", "train.step=3"], "--set: unknown setting 'train.step'"),
+        (["--set", "train.step=3", "--set", "train.steps=3"], "--set: unknown setting 'train.step'"),
         (["--set", "optimizer.learning_rate=3"], "the sweep tries values of optimizer.learning_rate itself"),
         (["--set", "nope=1"], "--set: unknown setting 'nope'; at 'nope' known are: model, data"),
         (["--seed", "-1"], "--seed -1"),
